@@ -1,0 +1,1 @@
+use tch as _; fn main(){ println!("{}", tch::Tensor::from(1f32)); }
