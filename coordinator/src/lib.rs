@@ -1,1 +1,8 @@
-//! x
+//! The coordinator, the command line and the monitors. This crate never links libtorch or CUDA.
+
+pub mod cli;
+pub mod data;
+pub mod launch;
+pub mod monitor;
+pub mod run;
+pub mod serve;

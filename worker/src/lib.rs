@@ -1,1 +1,12 @@
-//! x
+//! The worker: one process on one device. It computes micro-batches, owns a shard of the optimizer state and never sees
+//! text. The only crate with libtorch and CUDA.
+
+pub mod checkpoint;
+pub mod collective;
+pub mod link;
+pub mod memory;
+pub mod model;
+pub mod ops;
+pub mod optim;
+pub mod session;
+pub mod train;

@@ -1,0 +1,1 @@
+//! From files to batches: read, render, tokenize, gate, split, shuffle, pack.

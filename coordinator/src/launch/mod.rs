@@ -1,0 +1,1 @@
+//! Starting processes and tying them to their parent's life.

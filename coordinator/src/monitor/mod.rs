@@ -1,0 +1,1 @@
+//! Viewers of a run. They see only the wire.

@@ -1,0 +1,1 @@
+//! The loop that owns the machine, the gRPC services around it and the ledger.

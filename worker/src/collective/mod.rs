@@ -1,0 +1,1 @@
+//! How workers add and share tensors: one trait, TCP on hosts.

@@ -1,0 +1,1 @@
+//! gRPC client to the coordinator: one connection for control, one for data.

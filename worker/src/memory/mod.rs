@@ -1,0 +1,1 @@
+//! What a worker will need and what it has used, bytes.

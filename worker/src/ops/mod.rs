@@ -1,0 +1,3 @@
+//! What the model is made of: each operation's forward and backward side by side.
+
+pub mod view;

@@ -1,0 +1,65 @@
+//! Typed slices over the memory of contiguous CPU tensors: the only place where fused host loops touch tensor memory.
+#![allow(unsafe_code)]
+
+use half::bf16;
+use tch::{Device, Kind, Tensor};
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A Rust type with the memory representation of a tensor kind.
+pub trait Element: Copy + Send + Sync + sealed::Sealed + 'static {
+    const KIND: Kind;
+}
+
+macro_rules! element {
+    ($($type:ty => $kind:ident),*) => {$(
+        impl sealed::Sealed for $type {}
+        impl Element for $type {
+            const KIND: Kind = Kind::$kind;
+        }
+    )*};
+}
+element!(f32 => Float, f64 => Double, bf16 => BFloat16, i64 => Int64, i32 => Int);
+
+fn check<T: Element>(tensor: &Tensor) {
+    assert_eq!(tensor.kind(), T::KIND, "element kind of a host view");
+    assert_eq!(tensor.device(), Device::Cpu, "device of a host view");
+    assert!(tensor.is_contiguous(), "a host view needs a contiguous tensor");
+}
+
+/// The elements of a contiguous CPU tensor of kind `T`.
+///
+/// # Panics
+/// If kind, device or contiguity do not fit.
+pub fn elements<T: Element>(tensor: &Tensor) -> &[T] {
+    check::<T>(tensor);
+    // SAFETY: `check` holds, so the storage has numel() elements of T from data_ptr on, alive as long as `tensor` is
+    // borrowed; nobody writes to it through `elements_mut` during that time by that function's contract.
+    unsafe { slice(tensor.data_ptr() as *const T, tensor.numel()) }
+}
+
+/// The elements of a contiguous CPU tensor of kind `T`, for writing.
+///
+/// Tensors are handles: a second handle to the same storage must not be read or written while the slice is alive.
+///
+/// # Panics
+/// If kind, device or contiguity do not fit.
+pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
+    check::<T>(tensor);
+    let length = tensor.numel();
+    if length == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `elements`; the exclusive borrow of the handle stands for the storage, see the contract above.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr() as *mut T, length) }
+}
+
+unsafe fn slice<'a, T>(pointer: *const T, length: usize) -> &'a [T] {
+    if length == 0 {
+        return &[];
+    }
+    // SAFETY: the caller vouches for `length` elements; the pointer of a non-empty storage is not null and aligned.
+    unsafe { std::slice::from_raw_parts(pointer, length) }
+}

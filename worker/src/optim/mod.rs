@@ -1,0 +1,1 @@
+//! Sharded optimizer: exact sum, gradient norm, AdamW on the own shard.

@@ -1,0 +1,1 @@
+//! A worker's life, one struct per state: join, load, train, drain.

@@ -1,0 +1,1 @@
+//! One optimizer step, top to bottom, on one screen.
