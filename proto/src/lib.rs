@@ -1,5 +1,7 @@
 //! The wire between coordinator, workers and monitors: generated from `unisono/v1/*.proto`, which are its documentation.
 
+pub mod dial;
+
 /// Version 1 of the protocol.
 #[allow(clippy::all, clippy::pedantic, missing_docs)]
 pub mod v1 {
