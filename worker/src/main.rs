@@ -1,1 +1,4 @@
-use tch as _; fn main(){ println!("{}", tch::Tensor::from(1f32)); }
+use tch as _;
+fn main() {
+    println!("{}", tch::Tensor::from(1f32));
+}

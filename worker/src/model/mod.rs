@@ -1,6 +1,13 @@
 //! The model: weights in flat buckets, hand-written forward and backward, loss and decoding.
 
-use tch::Tensor;
+pub mod weights;
+
+use crate::ops::view;
+use std::path::Path;
+use std::sync::Arc;
+use tch::{Device, Kind, Tensor};
+use unisono_configs::model::{Layout, ModelSpec};
+use weights::Weights;
 
 /// A packed row of documents, without padding between them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,4 +47,101 @@ pub trait Leaves {
     /// The gradient of some rows of a matrix `[_, width]` that starts at `offset` of bucket `bucket`:
     /// `rows` ascending and distinct, `gradient` `[rows.len(), width]`, contiguous.
     fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber>;
+}
+
+/// Why the model cannot compute.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Weights(#[from] weights::Error),
+    #[error(transparent)]
+    BadNumber(#[from] BadNumber),
+    #[error("batch: {0}")]
+    Batch(String),
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+}
+
+/// A causal language model over flat parameter buckets, one per [`Layout`] bucket.
+pub struct Model {
+    spec: ModelSpec,
+    layout: Arc<Layout>,
+    compute: Kind,
+    device: Device,
+    /// One flat tensor per bucket: `[elements]`, of kind `compute`.
+    buckets: Vec<Tensor>,
+}
+
+impl Model {
+    /// A model with all parameters zero.
+    pub fn new(spec: ModelSpec, compute: Kind, device: Device) -> Self {
+        let layout = Arc::new(Layout::new(&spec));
+        let buckets = layout.buckets.iter().map(|b| Tensor::zeros([b.elements as i64], (compute, device))).collect();
+        Model { spec, layout, compute, device, buckets }
+    }
+
+    /// A model with the weights of a Hugging Face directory, rounded to `compute`.
+    pub fn load(dir: &Path, spec: ModelSpec, compute: Kind, device: Device) -> Result<Self, Error> {
+        let weights = Weights::open(dir)?;
+        let model = Model::new(spec, compute, device);
+        weights.check(&model.layout)?;
+        for (index, bucket) in model.layout.buckets.iter().enumerate() {
+            for slot in &bucket.tensors {
+                let mut read = Tensor::zeros([slot.elements() as i64], (Kind::Float, Device::Cpu));
+                weights.read_f32(&slot.name, 0..slot.elements(), view::elements_mut(&mut read))?;
+                model.buckets[index].f_narrow(0, slot.offset as i64, slot.elements() as i64)?.f_copy_(&read)?;
+            }
+        }
+        Ok(model)
+    }
+
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Kind of the parameters and of the operands of matrix products.
+    pub fn compute(&self) -> Kind {
+        self.compute
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The flat parameters of a bucket: `[elements]`, of the compute kind.
+    pub fn bucket(&self, index: usize) -> &Tensor {
+        &self.buckets[index]
+    }
+
+    /// The flat parameters of a bucket, for the optimizer to write. It must not be replaced by another tensor.
+    pub fn bucket_mut(&mut self, index: usize) -> &mut Tensor {
+        &mut self.buckets[index]
+    }
+
+    /// Loss and gradient of one micro-batch. `scale` (1 / the step's target tokens) multiplies the gradient of every
+    /// logit, so that leaves add up to the gradient of the step's mean loss. Leaves come in the order in which they are
+    /// found: head, blocks from last to first, embedding.
+    pub fn forward_backward(&self, _batch: &Batch, _scale: f64, _leaves: &mut dyn Leaves) -> Result<Loss, Error> {
+        Err(Error::Batch("forward_backward has not landed yet".into()))
+    }
+
+    /// Loss and first choices (lowest id wins a tie) of a batch.
+    pub fn evaluate(&self, _batch: &Batch) -> Result<Loss, Error> {
+        Err(Error::Batch("evaluate has not landed yet".into()))
+    }
+
+    /// Greedy continuation of each prompt, at most `max_new` tokens. The flag says whether one of `ends` was met (it is
+    /// not part of the result). What a prompt yields does not depend on the other prompts.
+    pub fn generate(
+        &self,
+        _prompts: &[Vec<u32>],
+        _max_new: usize,
+        _ends: &[u32],
+    ) -> Result<Vec<(Vec<u32>, bool)>, Error> {
+        Err(Error::Batch("generate has not landed yet".into()))
+    }
 }
