@@ -1,0 +1,153 @@
+//! What the exact sum promises: no bit depends on order or partition, nothing is lost, bad numbers are refused.
+
+use super::*;
+use proptest::prelude::*;
+use unisono_configs::model::layout::{Bucket, TensorSlot};
+
+fn layout(elements: usize) -> Arc<Layout> {
+    let tensors = vec![TensorSlot { name: "w".into(), shape: vec![elements], offset: 0 }];
+    Arc::new(Layout { buckets: vec![Bucket { name: "block.0".into(), tensors, elements }] })
+}
+
+/// Leaves of widely different magnitudes, below the bound for 16 leaves.
+fn leaf(length: usize) -> impl Strategy<Value = Vec<f32>> {
+    let element = (-1.0f32..1.0, -40i32..11).prop_map(|(x, e)| x * (e as f32).exp2());
+    prop::collection::vec(element, length)
+}
+
+fn leaves() -> impl Strategy<Value = (Vec<Vec<f32>>, Vec<usize>, Vec<usize>)> {
+    (1usize..70, 1usize..9).prop_flat_map(|(length, count)| {
+        let order = Just((0..count).collect::<Vec<_>>()).prop_shuffle();
+        let owners = prop::collection::vec(0usize..4, count);
+        (prop::collection::vec(leaf(length), count), order, owners)
+    })
+}
+
+fn sum<'a>(length: usize, leaves: impl Iterator<Item = &'a Vec<f32>>) -> Vec<i64> {
+    let mut sums = ExactSum::new(layout(length), 16);
+    for leaf in leaves {
+        sums.dense(0, 0, &Tensor::from_slice(leaf)).unwrap();
+    }
+    sums.bucket(0).to_vec()
+}
+
+proptest! {
+    #[test]
+    #[cfg(not(feature = "float-sum"))]
+    fn neither_order_nor_partition_changes_a_bit((leaves, order, owners) in leaves()) {
+        let length = leaves[0].len();
+        let whole = sum(length, leaves.iter());
+        let shuffled = sum(length, order.iter().map(|&i| &leaves[i]));
+        prop_assert_eq!(&whole, &shuffled);
+        let mut merged = vec![0i64; length];
+        for worker in (0..4).rev() {
+            let part = sum(length, order.iter().filter(|&&i| owners[i] == worker).map(|&i| &leaves[i]));
+            merged.iter_mut().zip(part).for_each(|(a, b)| *a += b);
+        }
+        prop_assert_eq!(&whole, &merged);
+    }
+
+    #[test]
+    #[cfg(not(feature = "float-sum"))]
+    fn the_error_is_at_most_half_a_unit_for_each_leaf((leaves, _, _) in leaves()) {
+        let sums = sum(leaves[0].len(), leaves.iter());
+        for (i, &q) in sums.iter().enumerate() {
+            let (mut whole, mut rest) = (0i128, 0f64);
+            for leaf in &leaves {
+                let units = f64::from(leaf[i]) / UNIT;
+                whole += units.trunc() as i128;
+                rest += units.fract();
+            }
+            let error = (i128::from(q) - whole) as f64 - rest;
+            prop_assert!(error.abs() <= 0.5 * leaves.len() as f64 + 1e-9, "{error}");
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_plain_loop_s_bits(leaf in leaf(131), start in -(1i64 << 60)..(1i64 << 60)) {
+        let narrow: Vec<bf16> = leaf.iter().map(|&x| bf16::from_f32(x)).collect();
+        let (mut fast, mut plain) = (vec![start; leaf.len()], vec![start; leaf.len()]);
+        prop_assert_eq!(add_f32(&mut fast, &leaf), add_narrow(&mut plain, &leaf));
+        prop_assert_eq!(&fast, &plain);
+        prop_assert_eq!(add_bf16(&mut fast, &narrow), add_narrow(&mut plain, &narrow));
+        prop_assert_eq!(&fast, &plain);
+    }
+}
+
+/// The property above is not free: the same sums in fp32 do depend on the partition.
+#[test]
+fn a_float_sum_would_depend_on_the_partition() {
+    let leaves: Vec<Vec<f32>> =
+        (0..8).map(|k| (0..64).map(|i| ((i * 8 + k) as f32 * 0.37).sin() * 1e-3).collect()).collect();
+    let add =
+        |part: &[Vec<f32>]| part.iter().fold(vec![0f32; 64], |s, l| s.iter().zip(l).map(|(a, b)| a + b).collect());
+    let (left, right) = (add(&leaves[..4]), add(&leaves[4..]));
+    let halves: Vec<f32> = left.iter().zip(&right).map(|(a, b)| a + b).collect();
+    assert_ne!(add(&leaves), halves);
+}
+
+/// The build feature `float-sum` must break the law that the default build keeps.
+#[test]
+#[cfg(feature = "float-sum")]
+fn the_negative_control_depends_on_the_partition() {
+    let leaves: Vec<Vec<f32>> =
+        (0..8).map(|k| (0..64).map(|i| ((i * 8 + k) as f32 * 0.37).sin() * 1e-3).collect()).collect();
+    let (left, right) = (sum(64, leaves[..4].iter()), sum(64, leaves[4..].iter()));
+    let halves: Vec<i64> = left.iter().zip(&right).map(|(a, b)| a + b).collect();
+    assert_ne!(sum(64, leaves.iter()), halves);
+}
+
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn ties_round_to_even() {
+    let half = (UNIT / 2.0) as f32;
+    assert_eq!(sum(4, [vec![half, 3.0 * half, 5.0 * half, -half]].iter()), [0, 2, 2, 0]);
+}
+
+#[test]
+fn a_value_at_the_bound_or_not_finite_is_refused_with_its_bucket() {
+    let below = (bound(16) as f32).next_down();
+    for (value, refused) in [
+        (below, false),
+        (-below, false),
+        (bound(16) as f32, true),
+        (-bound(16) as f32, true),
+        (f32::NAN, true),
+        (f32::INFINITY, true),
+        (f32::NEG_INFINITY, true),
+    ] {
+        let mut leaf = vec![0f32; 40];
+        leaf[37] = value;
+        let tensors = [Tensor::from_slice(&leaf), Tensor::from_slice(&leaf).to_kind(Kind::Double)];
+        for tensor in tensors {
+            let outcome = ExactSum::new(layout(40), 16).dense(0, 0, &tensor);
+            assert_eq!(outcome.is_err(), refused, "{value}");
+            if let Err(bad) = outcome {
+                assert_eq!(bad.bucket, "block.0");
+                assert!(bad.value.is_nan() == value.is_nan() && (value.is_nan() || bad.value >= bound(16)));
+            }
+        }
+    }
+    let bad = Tensor::from_slice(&[f32::NAN; 3]).to_kind(Kind::BFloat16);
+    assert!(ExactSum::new(layout(3), 1).dense(0, 0, &bad).is_err());
+}
+
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn the_largest_allowed_leaves_do_not_overflow() {
+    let value = (bound(16) as f32).next_down();
+    let sums = sum(1, vec![vec![value]; 16].iter());
+    assert_eq!(sums[0], 16 * (f64::from(value) / UNIT) as i64);
+}
+
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn rows_are_added_where_they_belong() {
+    let mut sums = ExactSum::new(layout(2 + 4 * 3), 4);
+    let gradient = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0, 5.0, 6.0]).view([2, 3]);
+    sums.rows(0, 2, &[1, 3], &gradient).unwrap();
+    let values: Vec<f64> = sums.bucket(0).iter().map(|&q| q as f64 * UNIT).collect();
+    assert_eq!(values, [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 4.0, 5.0, 6.0]);
+    sums.clear();
+    assert!(sums.bucket(0).iter().all(|&q| q == 0));
+}

@@ -1,0 +1,67 @@
+//! The gradient norm: fp64 partials per chunk over 16 fixed lanes, added in chunk order. A chunk's partial depends on
+//! nothing but the chunk, so the norm does not depend on who owns it.
+
+use super::dispatch::dispatched;
+use super::exact::UNIT;
+
+const LANES: usize = 16;
+
+dispatched! {
+    /// Sum of squares of one chunk's gradients.
+    pub fn partial(chunk: &[i64]) -> f64 = sum_of_squares;
+}
+
+#[inline(always)]
+fn sum_of_squares(chunk: &[i64]) -> f64 {
+    let mut lanes = [0f64; LANES];
+    let groups = chunk.chunks_exact(LANES);
+    let rest = groups.remainder();
+    for group in groups {
+        for (lane, &q) in lanes.iter_mut().zip(group) {
+            let x = q as f64 * UNIT;
+            *lane += x * x;
+        }
+    }
+    for (lane, &q) in lanes.iter_mut().zip(rest) {
+        let x = q as f64 * UNIT;
+        *lane += x * x;
+    }
+    lanes.iter().fold(0.0, |sum, lane| sum + lane)
+}
+
+/// Euclidean norm from all partials in (bucket, chunk) order.
+pub fn norm(partials: impl Iterator<Item = f64>) -> f64 {
+    partials.fold(0.0, |sum, partial| sum + partial).sqrt()
+}
+
+/// What the gradient is multiplied with so that its norm is at most `max_norm`; 0 means no clipping.
+/// As `torch.nn.utils.clip_grad_norm_`.
+pub fn clip(norm: f64, max_norm: f64) -> f64 {
+    if max_norm > 0.0 {
+        (max_norm / (norm + 1e-6)).min(1.0)
+    } else {
+        1.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_partial_is_the_sum_of_squares(chunk in prop::collection::vec(-(1i64 << 52)..(1i64 << 52), 0..200)) {
+            let expected: f64 = chunk.iter().map(|&q| (q as f64 * UNIT).powi(2)).sum();
+            prop_assert!((partial(&chunk) - expected).abs() <= 1e-13 * expected);
+            prop_assert_eq!(partial(&chunk).to_bits(), sum_of_squares(&chunk).to_bits());
+        }
+    }
+
+    #[test]
+    fn clipping_follows_torch() {
+        assert_eq!(clip(0.5, 1.0), 1.0);
+        assert_eq!(clip(3.0, 1.0), 1.0 / (3.0 + 1e-6));
+        assert_eq!(clip(1e9, 0.0), 1.0);
+    }
+}
