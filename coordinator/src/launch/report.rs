@@ -1,0 +1,50 @@
+//! What the coordinator tells the supervisor that started it, one JSON object per line on a pipe.
+
+use super::{child, REPORT_FD};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Write;
+
+/// One line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "report", rename_all = "lowercase")]
+pub enum Report {
+    /// The input is good, the run directory exists, and workers may join.
+    Ready {
+        /// host:port that workers dial.
+        address: String,
+        /// How many workers the run wants.
+        workers: usize,
+        /// The secret with which they join.
+        token: String,
+    },
+    /// How far the run is, for the case that the coordinator cannot tell any more.
+    Progress { step: u64, steps: u64 },
+}
+
+/// The coordinator's end of the pipe; says nothing where no supervisor listens.
+#[derive(Default)]
+pub struct Reporter {
+    pipe: Option<File>,
+}
+
+impl Reporter {
+    /// The pipe that the environment names. Call once, early.
+    pub fn from_environment() -> Self {
+        Reporter { pipe: child::inherited(REPORT_FD).map(File::from) }
+    }
+
+    /// Whether a supervisor started this process.
+    pub fn supervised(&self) -> bool {
+        self.pipe.is_some()
+    }
+
+    pub fn send(&mut self, report: &Report) {
+        let Some(pipe) = &mut self.pipe else { return };
+        let Ok(mut line) = serde_json::to_string(report) else { return };
+        line.push('\n');
+        if pipe.write_all(line.as_bytes()).is_err() {
+            self.pipe = None;
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The supervisor with dummy children: whoever dies, nobody stays behind, and the right words are said.
+
+#![allow(clippy::unwrap_used)]
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use unisono::launch::local::{self, Ended, Launch};
+
+const COORDINATOR: &str = "TEST_COORDINATOR";
+const WORKER: &str = "TEST_WORKER";
+
+/// Waits for its lifeline like a real child, and leaves word of its pid.
+const JOIN: &str = r#"echo $$ >> "$0.pids"; exec cat /proc/self/fd/$UNISONO_LIFELINE_FD > /dev/null"#;
+const READY: &str =
+    r#"echo '{"report":"ready","address":"127.0.0.1:1","workers":2,"token":"t"}' > /proc/self/fd/$UNISONO_REPORT_FD;"#;
+
+/// Not a test of its own: the process that the tests below start as their supervisor.
+#[test]
+fn supervisor_process() {
+    let (Some(coordinator), Some(worker)) = (std::env::var_os(COORDINATOR), std::env::var_os(WORKER)) else { return };
+    let arguments: Vec<OsString> = Vec::new();
+    let launch = Launch { program: coordinator.into(), arguments, worker: worker.into() };
+    let code = match local::run(launch) {
+        Ok(Ended::Code(code)) => code.into(),
+        Ok(Ended::Interrupted(signal)) => 128 + signal,
+        Err(error) => {
+            eprintln!("unisono: {error}");
+            if error.bad_input() {
+                2
+            } else {
+                3
+            }
+        }
+    };
+    std::process::exit(code);
+}
+
+struct Stage {
+    dir: tempfile::TempDir,
+    coordinator: PathBuf,
+    worker: PathBuf,
+}
+
+impl Stage {
+    fn new(coordinator: &str, worker: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, body: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        Stage { coordinator: write("coordinator", coordinator), worker: write("worker", worker), dir }
+    }
+
+    fn start(&self) -> Child {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "supervisor_process", "--nocapture"])
+            .env(COORDINATOR, &self.coordinator)
+            .env(WORKER, &self.worker)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Pids of the dummy children, once `count` of them have started.
+    fn pids(&self, name: &str, count: usize) -> Vec<i32> {
+        let file = self.dir.path().join(format!("{name}.pids"));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let text = std::fs::read_to_string(&file).unwrap_or_default();
+            if text.lines().count() >= count {
+                return text.lines().map(|l| l.parse().unwrap()).collect();
+            }
+            assert!(Instant::now() < deadline, "{name} never started: {text:?}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn alive(pid: i32) -> bool {
+    // A zombie is dead for our purposes: its parent has not looked yet.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().and_then(|s| s.chars().next()).is_some_and(|state| state != 'Z' && state != 'X')
+        && Path::new(&format!("/proc/{pid}")).exists()
+}
+
+fn all_gone(pids: &[i32]) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while pids.iter().any(|p| alive(*p)) {
+        assert!(Instant::now() < deadline, "still alive: {:?}", pids.iter().filter(|p| alive(**p)).collect::<Vec<_>>());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn end(mut child: Child) -> (ExitStatus, String) {
+    let stderr = child.stderr.take().unwrap();
+    let words: Vec<String> = BufReader::new(stderr).lines().map_while(Result::ok).collect();
+    (child.wait().unwrap(), words.join("\n"))
+}
+
+fn signal(pid: i32, name: &str) {
+    assert!(Command::new("kill").args([format!("-{name}"), pid.to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn killing_the_supervisor_ends_everything() {
+    // Children that look at nothing but the lifeline, and children that would sleep on: both must go.
+    for body in [JOIN, r#"echo $$ >> "$0.pids"; exec sleep 1000"#] {
+        let stage = Stage::new(&format!("{READY} {body}"), body);
+        let supervisor = stage.start();
+        let mut pids = stage.pids("worker", 2);
+        pids.extend(stage.pids("coordinator", 1));
+        assert!(pids.iter().all(|p| alive(*p)));
+        signal(supervisor.id() as i32, "KILL");
+        assert_eq!(end(supervisor).0.signal(), Some(9));
+        all_gone(&pids);
+    }
+}
+
+#[test]
+fn the_lifeline_alone_is_enough() {
+    // A grandchild is not covered by PDEATHSIG; the pipe it inherited still tells it.
+    let body = r#"cat /proc/self/fd/$UNISONO_LIFELINE_FD > /dev/null & echo $! >> "$0.pids"; exec sleep 1000"#;
+    let stage = Stage::new(&format!("{READY} {JOIN}"), body);
+    let supervisor = stage.start();
+    let pids = stage.pids("worker", 2);
+    signal(supervisor.id() as i32, "KILL");
+    end(supervisor);
+    all_gone(&pids);
+}
+
+#[test]
+fn the_coordinators_code_is_passed_through() {
+    for code in [0, 2, 3] {
+        let stage = Stage::new(&format!("{READY} sleep 0.3; exit {code}"), r#"echo $$ >> "$0.pids"; sleep 0.5"#);
+        let (status, words) = end(stage.start());
+        assert_eq!((status.code(), words.as_str()), (Some(code), ""));
+        all_gone(&stage.pids("worker", 2));
+    }
+}
+
+#[test]
+fn a_refusal_before_workers_starts_none() {
+    let stage = Stage::new("echo 'unisono: bad' >&2; exit 2", JOIN);
+    let (status, words) = end(stage.start());
+    assert_eq!((status.code(), words.as_str()), (Some(2), "unisono: bad"));
+    assert!(!stage.dir.path().join("worker.pids").exists());
+}
+
+#[test]
+fn a_dead_coordinator_is_named_with_the_place() {
+    let progress = r#"echo '{"report":"progress","step":7,"steps":20}' > /proc/self/fd/$UNISONO_REPORT_FD;"#;
+    let stage = Stage::new(&format!("{READY} {progress} {JOIN}"), JOIN);
+    let supervisor = stage.start();
+    let workers = stage.pids("worker", 2);
+    let coordinator = stage.pids("coordinator", 1)[0];
+    std::thread::sleep(Duration::from_millis(200));
+    signal(coordinator, "KILL");
+    let (status, words) = end(supervisor);
+    assert_eq!(status.code(), Some(3));
+    assert!(
+        words.contains(&format!(
+            "the coordinator (pid {coordinator}) was killed by signal 9 in the step after step 7 of 20"
+        )),
+        "{words}"
+    );
+    all_gone(&workers);
+}
+
+#[test]
+fn a_worker_that_cannot_load_libtorch_says_what_to_do() {
+    let loader = r#"echo "$0: error while loading shared libraries: libtorch_cpu.so: cannot open shared object file" >&2; exit 127"#;
+    let stage = Stage::new(&format!("{READY} {JOIN}"), loader);
+    let (status, words) = end(stage.start());
+    assert_eq!(status.code(), Some(2));
+    assert_eq!(words.lines().count(), 1, "{words}");
+    assert!(words.contains("cannot load libtorch_cpu.so; run `make setup`"), "{words}");
+    all_gone(&stage.pids("coordinator", 1));
+}
+
+#[test]
+fn a_worker_that_cannot_start_says_so() {
+    let stage = Stage::new(&format!("{READY} {JOIN}"), "");
+    std::fs::set_permissions(&stage.worker, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let (status, words) = end(stage.start());
+    assert_eq!(status.code(), Some(2));
+    assert!(words.contains("cannot be started"), "{words}");
+    all_gone(&stage.pids("coordinator", 1));
+}
+
+#[test]
+fn a_worker_that_dies_unseen_is_named_and_its_words_kept() {
+    let stage = Stage::new(&format!("{READY} {JOIN}"), "echo 'out of luck' >&2; exit 1");
+    let (status, words) = end(stage.start());
+    assert_eq!(status.code(), Some(3));
+    assert!(words.contains("ended with exit code 1") && words.contains("(out of luck)"), "{words}");
+    all_gone(&stage.pids("coordinator", 1));
+}
+
+#[test]
+fn signals_reach_the_coordinator_and_the_exit_code() {
+    for (name, code) in [("INT", 130), ("TERM", 143)] {
+        let coordinator = format!(
+            r#"trap 'echo stopped >&2; exit 0' TERM; {READY} echo $$ >> "$0.pids"; while :; do sleep 0.05; done"#
+        );
+        let stage = Stage::new(&coordinator, JOIN);
+        let supervisor = stage.start();
+        let mut pids = stage.pids("worker", 2);
+        pids.extend(stage.pids("coordinator", 1));
+        signal(supervisor.id() as i32, name);
+        let (status, words) = end(supervisor);
+        assert_eq!((status.code(), words.as_str()), (Some(code), "stopped"));
+        all_gone(&pids);
+    }
+}
+
+#[test]
+fn workers_get_no_writing_end_of_the_lifeline() {
+    let body = r#"readlink /proc/$$/fd/$UNISONO_LIFELINE_FD >> "$0.fds"; ls -l /proc/$$/fd | awk '{print $1, $11}' >> "$0.fds";
+        echo $$ >> "$0.pids"; exec sleep 1000"#;
+    let stage = Stage::new(&format!("{READY} {JOIN}"), body);
+    let supervisor = stage.start();
+    stage.pids("worker", 2);
+    let seen = std::fs::read_to_string(stage.dir.path().join("worker.fds")).unwrap();
+    signal(supervisor.id() as i32, "KILL");
+    end(supervisor);
+    let lifeline = seen.lines().next().unwrap();
+    assert!(lifeline.starts_with("pipe:"), "{seen}");
+    let ends: Vec<&str> = seen.lines().filter(|l| l.ends_with(lifeline) && *l != lifeline).collect();
+    assert_eq!(ends.len(), 2, "one end for each of two workers: {seen}");
+    assert!(ends.iter().all(|l| l.starts_with("lr-")), "{seen}");
+}
