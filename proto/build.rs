@@ -6,6 +6,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("cargo:rerun-if-changed={file}");
     }
     let descriptors = protox::compile(files, ["."])?;
-    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    let mut build = tonic_prost_build::configure().bytes(".");
+    // What a ledger entry holds is also shown as JSON, under the names of its fields.
+    for message in [
+        "RunStarted",
+        "StepCommitted",
+        "Evaluated",
+        "Memory",
+        "CheckpointCommitted",
+        "Membership",
+        "Member",
+        "RunDone",
+        "Failure",
+    ] {
+        build = build.type_attribute(format!("unisono.v1.{message}"), "#[derive(serde::Serialize)]");
+    }
+    build
+        .field_attribute("unisono.v1.Failure.phase", "#[serde(serialize_with = \"crate::event::phase\")]")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The coordinator, the command line and the monitors. This crate never links libtorch or CUDA.
 
+pub mod checkpoint;
 pub mod cli;
 pub mod data;
 pub mod launch;

@@ -1,6 +1,7 @@
 //! The wire between coordinator, workers and monitors: generated from `unisono/v1/*.proto`, which are its documentation.
 
 pub mod dial;
+pub mod event;
 
 /// Version 1 of the protocol.
 #[allow(clippy::all, clippy::pedantic, missing_docs)]

@@ -1,1 +1,8 @@
 //! The pure heart: what the coordinator decides, as a state machine without clock, network or randomness of its own.
+
+pub mod assign;
+pub mod cost;
+pub mod deal;
+pub mod plan;
+pub mod schedule;
+pub mod units;

@@ -1,0 +1,3 @@
+//! Checkpoints as the coordinator sees them: which files there are and what they hold, committed by a manifest.
+
+pub mod manifest;

@@ -1,0 +1,121 @@
+//! Fixed units of work outside of training: validation and test rows of one task, or prompts to continue. Like
+//! micro-batches they are a pure function of rows and config, whoever computes them.
+
+use super::cost::CostModel;
+use super::plan::{fits, limits, Error, MicroBatch, Size, Worst};
+use unisono_configs::run::Train;
+
+/// Prompts continued side by side in one unit.
+const PROMPTS_PER_UNIT: usize = 16;
+
+/// The units of one suite, in the order in which their results are summed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Units {
+    units: Vec<Unit>,
+    worst: Worst,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    pub task: u32,
+    pub work: MicroBatch,
+}
+
+impl Units {
+    /// Evaluation rows: a unit holds consecutive rows of one task. Units are cut so that there are about
+    /// `train.micro_batches` at least, so that every worker finds some.
+    pub fn evaluation(suite: &'static str, sizes: &[Size], train: &Train, cost: CostModel) -> Result<Self, Error> {
+        let max = u64::from(limits(train)?);
+        fits(suite, sizes, train.max_tokens_per_micro_batch)?;
+        let total: u64 = sizes.iter().map(|s| u64::from(s.tokens)).sum();
+        let cap = total.div_ceil(train.micro_batches as u64).clamp(1, max);
+        let tasks = sizes.iter().map(|s| s.task).max().map_or(0, |t| t + 1);
+        let mut units = Units::default();
+        for task in 0..tasks {
+            let (mut rows, mut tokens) = (Vec::new(), 0);
+            for (row, size) in sizes.iter().enumerate().filter(|(_, s)| s.task == task) {
+                if !rows.is_empty() && tokens + u64::from(size.tokens) > cap {
+                    units.push(task, MicroBatch::new(sizes, std::mem::take(&mut rows), cost), sizes);
+                    tokens = 0;
+                }
+                rows.push(row as u32);
+                tokens += u64::from(size.tokens);
+            }
+            if !rows.is_empty() {
+                units.push(task, MicroBatch::new(sizes, rows, cost), sizes);
+            }
+        }
+        Ok(units)
+    }
+
+    /// Prompts, in their order. `max_new_tokens` counts towards the cost and the worst document.
+    pub fn prompts(lengths: &[u32], max_new_tokens: u32, cost: CostModel) -> Self {
+        let size = |&tokens: &u32| Size { tokens, targets: max_new_tokens, task: 0 };
+        let sizes: Vec<Size> = lengths.iter().map(size).collect();
+        let mut units = Units::default();
+        let rows: Vec<u32> = (0..lengths.len() as u32).collect();
+        for rows in rows.chunks(PROMPTS_PER_UNIT) {
+            units.push(0, MicroBatch::new(&sizes, rows.to_vec(), cost), &sizes);
+        }
+        units.worst.document += max_new_tokens;
+        units
+    }
+
+    fn push(&mut self, task: u32, work: MicroBatch, sizes: &[Size]) {
+        self.worst = self.worst.join(Worst {
+            tokens: work.tokens,
+            document: work.rows.iter().map(|&row| sizes[row as usize].tokens).max().unwrap_or(0),
+            micro_batches: 0,
+        });
+        self.units.push(Unit { task, work });
+    }
+
+    pub fn as_slice(&self) -> &[Unit] {
+        &self.units
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.units.is_empty()
+    }
+
+    pub fn worst(&self) -> Worst {
+        self.worst
+    }
+
+    pub fn costs(&self) -> Vec<u64> {
+        self.units.iter().map(|unit| unit.work.cost).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::plan::tests::{sizes, train, COST};
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_row_once_and_one_task_a_unit(rows in 0usize..200, bins in 1usize..10) {
+            let sizes = sizes(rows);
+            let units = Units::evaluation("validation", &sizes, &train(8, bins), COST).unwrap();
+            let mut seen: Vec<u32> = units.as_slice().iter().flat_map(|u| u.work.rows.clone()).collect();
+            seen.sort_unstable();
+            prop_assert_eq!(seen, (0..rows as u32).collect::<Vec<_>>());
+            for unit in units.as_slice() {
+                prop_assert!(unit.work.rows.iter().all(|&r| sizes[r as usize].task == unit.task));
+                prop_assert!(unit.work.tokens <= units.worst().tokens && unit.work.tokens <= 256);
+            }
+            let total: u64 = sizes.iter().map(|s| u64::from(s.tokens)).sum();
+            let cap = total.div_ceil(bins as u64).max(97);
+            prop_assert!(units.as_slice().iter().all(|u| u64::from(u.work.tokens) <= cap));
+        }
+    }
+
+    #[test]
+    fn prompts_keep_their_order() {
+        let units = Units::prompts(&[5; 40], 10, COST);
+        let rows: Vec<u32> = units.as_slice().iter().flat_map(|u| u.work.rows.clone()).collect();
+        assert_eq!(rows, (0..40).collect::<Vec<_>>());
+        assert_eq!(units.worst().document, 15);
+    }
+}
