@@ -1,0 +1,45 @@
+# What people type. `make` alone lists it. Every target does its own set-up; none needs root.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+CARGO ?= cargo
+
+# One job per core, but no more than one per 1.5 GiB of memory: the bindings to libtorch compile large C++ files.
+JOBS ?= $(shell jobs=$$(nproc); room=$$(awk '/MemAvailable/ { print int($$2 / 1572864) }' /proc/meminfo); \
+	[ $$room -lt 1 ] && room=1; echo $$(( jobs < room ? jobs : room )))
+
+.PHONY: help setup build demo test chaos lint clean
+
+help: ## Lists these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Finds libtorch 2.11.0, or installs it into ~/.cache/unisono
+	@scripts/setup
+
+build: setup ## Builds target/release/unisono and target/release/unisono-worker
+	$(CARGO) build --release --locked -j $(JOBS) -p unisono-coordinator -p unisono-worker --bins
+
+demo: build ## Trains a small model on small tasks with two workers and with one, and compares
+	$(CARGO_TARGET_DIR:%=%/)$(if $(CARGO_TARGET_DIR),,target/)release/unisono demo
+
+test: setup ## Runs all tests (with cargo-nextest if it is installed)
+	$(CARGO) build --workspace --bins --locked -j $(JOBS)
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		set -x; $(CARGO) nextest run --workspace --locked --build-jobs $(JOBS); \
+	else \
+		set -x; $(CARGO) test --workspace --locked -j $(JOBS) -- --test-threads $$(nproc); \
+	fi
+
+chaos: setup ## Runs the long tests too: the negative control builds a second worker
+	$(CARGO) build --workspace --bins --locked -j $(JOBS)
+	$(CARGO) test -p unisono-tests --locked -j $(JOBS) -- --ignored --test-threads 1
+
+lint: setup ## Formatting, clippy, and licences with cargo-deny if it is installed
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -j $(JOBS) -- -D warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then set -x; $(CARGO) deny --locked check licenses bans sources; \
+	else echo "cargo-deny is not installed: licences were not checked (cargo install cargo-deny)"; fi
+
+clean: ## Removes what was built here; libtorch stays in the cache
+	$(CARGO) clean
+	rm -f .libtorch
