@@ -1,5 +1,16 @@
 //! `RunConfig`: the TOML that describes a run, with every default written where the key is.
 
+mod error;
+mod names;
+mod read;
+mod resolve;
+mod section;
+#[cfg(test)]
+mod tests;
+mod tree;
+
+pub use error::Error;
+
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -64,6 +75,14 @@ pub struct Data {
     pub max_dropped: f64,
 }
 
+impl Data {
+    /// The name of the task.
+    pub fn task(&self) -> String {
+        let stem = || self.path.file_stem().map_or_else(|| "data".into(), |s| s.to_string_lossy().into_owned());
+        self.name.clone().unwrap_or_else(stem)
+    }
+}
+
 fn default_max_dropped() -> f64 {
     0.01
 }
@@ -120,7 +139,8 @@ pub struct Train {
     pub global_batch_size: usize,
     /// Micro-batches per step, at least; decides the bits, so never automatic.
     pub micro_batches: usize,
-    /// Longest example, tokens: a longer prompt is cut at its left end, a longer completion at its right end.
+    /// Longest example, tokens. A longer completion is cut at its right end and loses its end of text; a prompt that
+    /// fills the whole length makes a bad row.
     pub max_length: usize,
     pub max_tokens_per_micro_batch: usize,
     pub learning_rate: f64,

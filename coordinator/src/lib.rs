@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod data;
 pub mod launch;
+pub mod model;
 pub mod monitor;
 pub mod run;
 pub mod serve;

@@ -1,1 +1,223 @@
-//! From files to batches: read, render, tokenize, gate, split, shuffle, pack.
+//! From files of rows to examples of tokens: read, render, tokenize, gate, split, shuffle, pack. Everything here is a
+//! pure function of the files and the configuration.
+
+mod error;
+mod lines;
+mod pack;
+mod render;
+mod row;
+mod shuffle;
+mod split;
+mod table;
+#[cfg(test)]
+mod tests;
+mod tokenizer;
+
+pub use error::Error;
+pub use pack::{pack, Packed};
+pub use shuffle::order;
+pub use tokenizer::TextTokenizer;
+
+use split::{split, Part};
+use std::collections::HashSet;
+use std::path::PathBuf;
+use table::{Reading, Rows, Tokenized};
+use unisono_configs::model::ModelSpec;
+use unisono_configs::run::{Data, Held, RunConfig};
+
+/// One row as the model sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// Index into [`Dataset::tasks`].
+    pub task: u32,
+    /// Position among all source rows of all tables: names the row in the ledger.
+    pub row: u64,
+    /// Prompt, completion, end of text. A completion cut at `train.max_length` has no end of text.
+    pub tokens: Box<[u32]>,
+    /// First token of the completion.
+    pub prompt: u32,
+}
+
+impl Example {
+    /// Tokens fed to the model: all but the last.
+    pub fn inputs(&self) -> usize {
+        self.tokens.len() - 1
+    }
+
+    /// Index of the first token that the model is asked for: nothing precedes the very first one.
+    pub fn first_target(&self) -> usize {
+        (self.prompt as usize).max(1)
+    }
+
+    /// Tokens that the model is asked for.
+    pub fn targets(&self) -> usize {
+        self.tokens.len() - self.first_target()
+    }
+}
+
+/// All examples of a run. Tables in the order of the configuration, rows in the order of their files.
+#[derive(Debug)]
+pub struct Dataset {
+    /// Names of the data tables.
+    pub tasks: Vec<String>,
+    pub train: Vec<Example>,
+    pub validation: Vec<Example>,
+    pub test: Vec<Example>,
+    /// Token that ends a text.
+    pub eos: u32,
+    /// One for each task.
+    pub reports: Vec<Report>,
+}
+
+/// What became of one data table.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Report {
+    pub task: String,
+    pub path: PathBuf,
+    /// Source rows, files of held-out rows included.
+    pub rows: u64,
+    pub train: u64,
+    pub validation: u64,
+    pub test: u64,
+    /// Tokens of prompts, of all parts.
+    pub prompt_tokens: u64,
+    /// Tokens of completions with their end of text, of all parts.
+    pub completion_tokens: u64,
+    /// Tokens of the longest example.
+    pub longest: usize,
+    /// Completions cut at `train.max_length`.
+    pub truncated: u64,
+    /// Rows left out because of `on_bad_row = "drop"`.
+    pub dropped: u64,
+    /// Place and problem of the first three of them.
+    pub bad: Vec<String>,
+    /// Training rows whose source is also in a file of held-out rows.
+    pub leaked: u64,
+}
+
+/// Is told how far reading has come.
+pub trait Progress: Sync {
+    /// A file of `bytes` bytes is about to be read.
+    fn begin(&self, file: &str, bytes: u64);
+    /// `bytes` more bytes have become examples.
+    fn advance(&self, bytes: u64);
+}
+
+/// Nobody looks.
+impl Progress for () {
+    fn begin(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+}
+
+/// Reads every data table of a resolved configuration.
+pub fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Dataset, Error> {
+    let spec = ModelSpec::read(&config.model.path)?;
+    let tokenizer = TextTokenizer::read(&config.model.path, spec.vocab)?;
+    let mut dataset = Dataset {
+        tasks: Vec::new(),
+        train: Vec::new(),
+        validation: Vec::new(),
+        test: Vec::new(),
+        eos: tokenizer.eos(),
+        reports: Vec::new(),
+    };
+    let mut rows = 0;
+    for data in &config.data {
+        let table = data.task();
+        if dataset.tasks.contains(&table) {
+            return Err(Error::Table { table, problem: "two tables have this name; set data.name".into() });
+        }
+        let reading = Reading {
+            data,
+            table: &table,
+            tokenizer: &tokenizer,
+            vocab: spec.vocab,
+            max_length: config.train.max_length,
+            progress,
+        };
+        rows = add_table(&mut dataset, config, &reading, rows)?;
+        check_length(&dataset, &reading, spec.max_positions)?;
+    }
+    if dataset.train.is_empty() {
+        return Err(Error::Table {
+            table: dataset.tasks.join("\", \""),
+            problem: "no row is left to train on; add rows, or lower split.validation and split.test".into(),
+        });
+    }
+    Ok(dataset)
+}
+
+/// Adds one table to the data set; `rows` source rows precede it. Returns the source rows up to its end.
+fn add_table(dataset: &mut Dataset, config: &RunConfig, reading: &Reading<'_>, mut rows: u64) -> Result<u64, Error> {
+    let Data { path, validation, test, .. } = reading.data;
+    let task = dataset.tasks.len() as u32;
+    dataset.tasks.push(reading.table.to_owned());
+    let mut report = Report { task: reading.table.to_owned(), path: path.clone(), ..Report::default() };
+    let share = |held: &Option<Held>, default: f64| match held {
+        None => default,
+        Some(Held::Share(share)) => *share,
+        Some(Held::File(_)) => 0.0,
+    };
+    let main = reading.read(path, "data.path")?;
+    let hashes: Vec<u128> = main.good.iter().map(|r| r.hash).collect();
+    let parts = split(&hashes, share(validation, config.split.validation), share(test, config.split.test));
+    let mut held_out = HashSet::new();
+    let mut add = |found: Rows, part: &dyn Fn(usize) -> Part, report: &mut Report, dataset: &mut Dataset| {
+        report.rows += found.count;
+        report.dropped += found.dropped;
+        report.bad.extend(found.bad);
+        report.bad.truncate(3);
+        for (index, row) in found.good.into_iter().enumerate() {
+            let part = part(index);
+            report.count(&row, part);
+            let example = Example { task, row: rows + row.row, tokens: row.tokens, prompt: row.prompt };
+            match part {
+                Part::Train => dataset.train.push(example),
+                Part::Validation => dataset.validation.push(example),
+                Part::Test => dataset.test.push(example),
+            }
+        }
+        rows += found.count;
+    };
+    add(main, &|index| parts[index], &mut report, dataset);
+    for (held, key, part) in [(validation, "data.validation", Part::Validation), (test, "data.test", Part::Test)] {
+        if let Some(Held::File(path)) = held {
+            let found = reading.read(path, key)?;
+            held_out.extend(found.good.iter().map(|r| r.hash));
+            add(found, &|_| part, &mut report, dataset);
+        }
+    }
+    let trained = hashes.iter().zip(&parts).filter(|(_, &part)| part == Part::Train);
+    report.leaked = trained.filter(|(hash, _)| held_out.contains(hash)).count() as u64;
+    dataset.reports.push(report);
+    Ok(rows)
+}
+
+/// A model cannot be asked about positions that it never had.
+fn check_length(dataset: &Dataset, reading: &Reading<'_>, positions: usize) -> Result<(), Error> {
+    let longest = dataset.reports.last().map_or(0, |r| r.longest);
+    if longest > positions + 1 {
+        return Err(Error::Table {
+            table: reading.table.to_owned(),
+            problem: format!(
+                "its longest row has {longest} tokens, but config.json says max_position_embeddings = {positions}; \
+                 set train.max_length = {positions}"
+            ),
+        });
+    }
+    Ok(())
+}
+
+impl Report {
+    fn count(&mut self, row: &Tokenized, part: Part) {
+        *match part {
+            Part::Train => &mut self.train,
+            Part::Validation => &mut self.validation,
+            Part::Test => &mut self.test,
+        } += 1;
+        self.prompt_tokens += u64::from(row.prompt);
+        self.completion_tokens += row.tokens.len() as u64 - u64::from(row.prompt);
+        self.longest = self.longest.max(row.tokens.len());
+        self.truncated += u64::from(row.truncated);
+    }
+}

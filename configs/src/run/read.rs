@@ -1,0 +1,269 @@
+//! From a document to a `RunConfig`: every value checked for type and range, every key known.
+
+use super::section::Section;
+use super::tree::{Document, Node, Place, Value};
+use super::{names, Error};
+use super::{
+    Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Model, OnBadRow, RunConfig,
+    Schedule, Split, Train, ZeroStage,
+};
+use std::path::{Path, PathBuf};
+
+/// Tokens and targets of a micro-batch travel in one message of at most 1 MiB.
+const MOST_TOKENS: u64 = 130_000;
+
+impl RunConfig {
+    /// Reads a TOML file; `overrides` are `--set` options, `("train.epochs", "2")`.
+    pub fn read(path: &Path, overrides: &[(String, String)]) -> Result<Self, Error> {
+        let mut document = Document::read(path)?;
+        overrides.iter().try_for_each(|(key, value)| document.set(key, value))?;
+        config(&document, path.parent().unwrap_or(Path::new("")))
+    }
+
+    /// The configuration of `--model model --data files...`: everything else has its default.
+    pub fn for_files(model: &Path, files: &[PathBuf], overrides: &[(String, String)]) -> Result<Self, Error> {
+        let node = |option: &str, value| Node { value, place: Place::Option(option.into()) };
+        let text = |option: &str, path: &Path| node(option, Value::Text(path.display().to_string()));
+        let mut tables = Vec::new();
+        for file in files {
+            let table = vec![
+                ("name".to_owned(), node("--data", Value::Text(task_name(file, files)))),
+                ("path".to_owned(), text("--data", file)),
+            ];
+            tables.push(node("--data", Value::Table(table)));
+        }
+        let model = node("--model", Value::Table(vec![("path".into(), text("--model", model))]));
+        let root = vec![("model".to_owned(), model), ("data".to_owned(), node("--data", Value::Array(tables)))];
+        let mut document = Document { name: "command line".into(), root };
+        overrides.iter().try_for_each(|(key, value)| document.set(key, value))?;
+        config(&document, Path::new(""))
+    }
+
+    /// As TOML that [`RunConfig::read`] reads back.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("every value of a run configuration has a TOML form")
+    }
+}
+
+/// The file's stem, with its directory's name where two files share a stem.
+fn task_name(file: &Path, files: &[PathBuf]) -> String {
+    let stem = |path: &Path| path.file_stem().map_or("data".into(), |s| s.to_string_lossy().into_owned());
+    let own = stem(file);
+    let parent = file.parent().and_then(Path::file_name);
+    match (files.iter().filter(|other| stem(other) == own).count(), parent) {
+        (0 | 1, _) | (_, None) => own,
+        (_, Some(parent)) => format!("{}-{own}", parent.to_string_lossy()),
+    }
+}
+
+fn config(document: &Document, base: &Path) -> Result<RunConfig, Error> {
+    names::check(document)?;
+    let section = |name| Section::new(document, name, base);
+    let train = train(&section("train")?)?;
+    let split_section = section("split")?;
+    let split = Split {
+        validation: share(&split_section, "validation", Split::default().validation)?,
+        test: share(&split_section, "test", Split::default().test)?,
+    };
+    let data = Section::list(document, "data", base)?;
+    if data.is_empty() {
+        return Err(document.error(
+            &Place::Line(1),
+            "data",
+            "is missing; write a [[data]] table with the path of a .jsonl file",
+        ));
+    }
+    Ok(RunConfig {
+        model: model(&section("model")?)?,
+        data: data.iter().map(|s| table(s, &split)).collect::<Result<_, _>>()?,
+        split,
+        train,
+        cluster: cluster(&section("cluster")?)?,
+        eval: Eval { every: section("eval")?.whole("every", Eval::default().every, 0)? },
+        checkpoint: checkpoint(&section("checkpoint")?)?,
+    })
+}
+
+fn model(s: &Section<'_>) -> Result<Model, Error> {
+    let path = s.path("path")?;
+    Ok(Model {
+        path: path.ok_or_else(|| s.fail("path", "is missing; set it to a Hugging Face model directory"))?,
+        compute: s.choice(
+            "compute",
+            Compute::Auto,
+            &[("auto", Compute::Auto), ("bf16", Compute::Bf16), ("fp32", Compute::Fp32)],
+        )?,
+    })
+}
+
+fn table(s: &Section<'_>, split: &Split) -> Result<Data, Error> {
+    if let Some(Node { value: Value::Text(format), .. }) = s.node("format") {
+        if ["messages", "alpaca", "sharegpt"].contains(&format.as_str()) {
+            return Err(s.fail("format", format!("\"{format}\" is not supported yet; set data.template")));
+        }
+    }
+    let format = s.choice(
+        "format",
+        Format::Auto,
+        &[("auto", Format::Auto), ("prompt-completion", Format::PromptCompletion), ("text", Format::Text)],
+    )?;
+    let template = s.text("template")?;
+    if template.is_some() && format == Format::Text {
+        return Err(s.fail(
+            "format",
+            "\"text\" reads the column \"text\" and takes no template; remove data.format or data.template",
+        ));
+    }
+    let (validation, test) = (held(s, "validation")?, held(s, "test")?);
+    let of = |held: &Option<Held>, default: f64| match held {
+        None => default,
+        Some(Held::Share(share)) => *share,
+        Some(Held::File(_)) => 0.0,
+    };
+    let sum = of(&validation, split.validation) + of(&test, split.test);
+    if sum >= 1.0 {
+        let problem =
+            format!("the shares of validation and test add up to {sum} and leave nothing to train on; lower one");
+        return Err(s.fail("validation", problem));
+    }
+    let path = s.path("path")?;
+    Ok(Data {
+        name: s.text("name")?.map(str::to_owned),
+        path: path.ok_or_else(|| s.fail("path", "is missing; set it to a .jsonl file"))?,
+        format,
+        template: template.map(str::to_owned),
+        validation,
+        test,
+        on_bad_row: s.choice(
+            "on_bad_row",
+            OnBadRow::Refuse,
+            &[("refuse", OnBadRow::Refuse), ("drop", OnBadRow::Drop)],
+        )?,
+        max_dropped: s.real("max_dropped", 0.01, |x| (0.0..=1.0).contains(&x), "a share between 0 and 1")?,
+    })
+}
+
+fn share(s: &Section<'_>, key: &str, default: f64) -> Result<f64, Error> {
+    s.real(key, default, |x| (0.0..1.0).contains(&x), "a share of the rows from 0 to below 1")
+}
+
+fn held(s: &Section<'_>, key: &str) -> Result<Option<Held>, Error> {
+    Ok(match s.node(key) {
+        None => None,
+        Some(Node { value: Value::Text(_), .. }) => s.path(key)?.map(Held::File),
+        Some(_) => Some(Held::Share(s.real(
+            key,
+            0.0,
+            |x| (0.0..1.0).contains(&x),
+            "a share from 0 to below 1, or a .jsonl file",
+        )?)),
+    })
+}
+
+fn train(s: &Section<'_>) -> Result<Train, Error> {
+    let d = Train::default();
+    let schedules = [
+        ("cosine", Schedule::Cosine),
+        ("linear", Schedule::Linear),
+        ("constant", Schedule::Constant),
+        ("wsd", Schedule::Wsd),
+    ];
+    let train = Train {
+        epochs: s.whole("epochs", d.epochs, 1)?,
+        steps: s.node("steps").map(|_| s.whole("steps", 1, 1)).transpose()?,
+        global_batch_size: s.whole("global_batch_size", d.global_batch_size as u64, 1)? as usize,
+        micro_batches: s.whole("micro_batches", d.micro_batches as u64, 1)? as usize,
+        max_length: s.whole("max_length", d.max_length as u64, 2)? as usize,
+        max_tokens_per_micro_batch: s.whole("max_tokens_per_micro_batch", d.max_tokens_per_micro_batch as u64, 1)?
+            as usize,
+        learning_rate: s.real("learning_rate", d.learning_rate, |x| x >= 0.0, "a number of at least 0")?,
+        schedule: s.choice("schedule", d.schedule, &schedules)?,
+        warmup_steps: s.real(
+            "warmup_steps",
+            d.warmup_steps,
+            |x| (0.0..1.0).contains(&x) || x >= 1.0 && x.fract() == 0.0,
+            "a share of the steps below 1, or a whole number of steps",
+        )?,
+        weight_decay: s.real("weight_decay", d.weight_decay, |x| x >= 0.0, "a number of at least 0")?,
+        betas: betas(s, d.betas)?,
+        eps: s.real("eps", d.eps, |x| x > 0.0, "a number above 0")?,
+        max_grad_norm: s.real(
+            "max_grad_norm",
+            d.max_grad_norm,
+            |x| x >= 0.0,
+            "a number of at least 0 (0: no clipping)",
+        )?,
+        shuffle: s.flag("shuffle", d.shuffle)?,
+        seed: s.whole("seed", d.seed, 0)?,
+    };
+    let (length, tokens) = (train.max_length, train.max_tokens_per_micro_batch);
+    if tokens as u64 > MOST_TOKENS {
+        return Err(s.fail("max_tokens_per_micro_batch", format!("is {tokens} and must be at most {MOST_TOKENS}")));
+    }
+    if length > tokens {
+        let key =
+            if s.node("max_tokens_per_micro_batch").is_some() { "max_tokens_per_micro_batch" } else { "max_length" };
+        return Err(s.fail(
+            key,
+            format!("a row of train.max_length = {length} does not fit into train.max_tokens_per_micro_batch = {tokens}; set train.max_tokens_per_micro_batch = {length}"),
+        ));
+    }
+    if train.micro_batches > 4096 {
+        return Err(s.fail("micro_batches", format!("is {} and must be at most 4096", train.micro_batches)));
+    }
+    Ok(train)
+}
+
+fn betas(s: &Section<'_>, default: [f64; 2]) -> Result<[f64; 2], Error> {
+    let Some(node) = s.node("betas") else { return Ok(default) };
+    let numbers: Vec<f64> = match &node.value {
+        Value::Array(list) => list.iter().filter_map(Node::number).filter(|b| (0.0..1.0).contains(b)).collect(),
+        _ => Vec::new(),
+    };
+    match numbers.as_slice() {
+        [first, second] => Ok([*first, *second]),
+        _ => Err(s.fail("betas", "must be two numbers from 0 to below 1; for example [0.9, 0.999]")),
+    }
+}
+
+fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
+    let d = Cluster::default();
+    let auto = |key: &str| matches!(s.node(key), None | Some(Node { value: Value::Text(_), .. }));
+    let workers = match auto("workers") {
+        true => s.choice("workers", d.workers, &[("auto", Count::Auto)])?,
+        false => Count::Exactly(s.whole("workers", 1, 1)? as usize),
+    };
+    let zero_stage = match auto("zero_stage") {
+        true => s.choice("zero_stage", d.zero_stage, &[("auto", ZeroStage::Auto)])?,
+        false => match s.whole("zero_stage", 1, 1)? {
+            1 => ZeroStage::Stage(1),
+            2 | 3 => return Err(s.fail("zero_stage", "stages 2 and 3 are not supported yet; set \"auto\" or 1")),
+            n => return Err(s.fail("zero_stage", format!("is {n} and must be \"auto\", 1, 2 or 3"))),
+        },
+    };
+    Ok(Cluster {
+        workers,
+        threads_per_worker: s.whole("threads_per_worker", d.threads_per_worker as u64, 1)? as usize,
+        device: s.choice(
+            "device",
+            d.device,
+            &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)],
+        )?,
+        zero_stage,
+        assignment: s.choice(
+            "assignment",
+            d.assignment,
+            &[("balanced", Assignment::Balanced), ("shuffled", Assignment::Shuffled)],
+        )?,
+        peer_timeout: s.real("peer_timeout", d.peer_timeout, |x| x > 0.0, "a number of seconds above 0")?,
+    })
+}
+
+fn checkpoint(s: &Section<'_>) -> Result<Checkpoint, Error> {
+    let d = Checkpoint::default();
+    if let Some(node @ Node { value: Value::Text(_), .. }) = s.node("every") {
+        let problem = format!("is {}, but only a number of steps is supported yet; for example 500", node.show());
+        return Err(s.fail("every", problem));
+    }
+    Ok(Checkpoint { every: s.whole("every", d.every, 0)?, keep: s.whole("keep", d.keep as u64, 1)? as usize })
+}

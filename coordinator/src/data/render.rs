@@ -1,0 +1,234 @@
+//! A source row becomes prompt and completion: by its columns, or by a Jinja template that sees nothing but the row.
+
+use super::row::{Field, Row};
+use super::Error;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Object, Value};
+use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior};
+use std::borrow::Cow;
+use std::sync::Arc;
+use unisono_configs::run::{Data, Format};
+
+/// Stands for `|||` while a template is rendered, so that a row which contains `|||` is not cut there.
+const SEPARATOR: &str = "\u{10FFFD}";
+/// Instructions that a template may execute for one row.
+const FUEL: u64 = 1_000_000;
+/// Nested macro calls.
+const RECURSION: usize = 64;
+/// Bytes that a template may print for one row.
+const OUTPUT: usize = 16 << 20;
+
+/// Prompt and completion of one row.
+pub struct Rendered<'r> {
+    pub prompt: Cow<'r, str>,
+    pub completion: Cow<'r, str>,
+}
+
+/// How one data table is rendered.
+pub enum Renderer {
+    Columns,
+    Text,
+    Template(Box<Template>),
+}
+
+pub struct Template {
+    environment: Environment<'static>,
+    /// Names that the template takes from the row.
+    wanted: Vec<String>,
+}
+
+impl Renderer {
+    /// `first` is the table's first row: with `format = "auto"` it decides.
+    pub fn new(data: &Data, table: &str, first: &Row<'_>) -> Result<Self, Error> {
+        if let Some(source) = &data.template {
+            return Template::new(source, table).map(|t| Renderer::Template(Box::new(t)));
+        }
+        let has = |name: &str| first.get(name).is_some();
+        Ok(match data.format {
+            Format::Text => Renderer::Text,
+            Format::Auto if has("text") && !has("prompt") && !has("completion") => Renderer::Text,
+            Format::Auto | Format::PromptCompletion => Renderer::Columns,
+        })
+    }
+
+    /// Errors are what is wrong with the row, in words.
+    pub fn render<'r>(&self, row: &'r Row<'_>) -> Result<Rendered<'r>, String> {
+        match self {
+            Renderer::Columns => {
+                Ok(Rendered { prompt: column(row, "prompt")?, completion: column(row, "completion")? })
+            }
+            Renderer::Text => Ok(Rendered { prompt: "".into(), completion: column(row, "text")? }),
+            Renderer::Template(template) => template.render(row),
+        }
+    }
+}
+
+fn column<'r>(row: &'r Row<'_>, name: &str) -> Result<Cow<'r, str>, String> {
+    match row.get(name) {
+        Some(Field::Text(text)) => Ok(Cow::Borrowed(text)),
+        Some(other) => Err(format!("field \"{name}\" is {}, but must be a string", other.kind())),
+        None => Err(format!("field \"{name}\" is missing; the row has {}{}", row.names(), advice(row))),
+    }
+}
+
+/// What to do about a row without `prompt`, `completion` or `text`.
+fn advice(row: &Row<'_>) -> String {
+    if row.get("messages").is_some() || row.get("conversations").is_some() {
+        return ", and conversations are not supported yet".into();
+    }
+    let known = [
+        ("question", "answer"),
+        ("instruction", "output"),
+        ("input", "output"),
+        ("source", "target"),
+        ("problem", "solution"),
+    ];
+    let both = |(a, b): &(&str, &str)| row.get(a).is_some() && row.get(b).is_some();
+    match known.iter().find(|pair| both(pair)) {
+        Some((prompt, completion)) => {
+            format!("; set data.template, for example \"{{{{ {prompt} }}}}\\n|||{{{{ {completion} }}}}\"")
+        }
+        None => "; set data.template to make a prompt and a completion of them".into(),
+    }
+}
+
+impl Template {
+    fn new(source: &str, table: &str) -> Result<Self, Error> {
+        let refuse = |problem: String| Error::Template { table: table.into(), problem };
+        if !source.contains("|||") {
+            return Err(refuse("has no |||; put ||| between prompt and completion".into()));
+        }
+        let mut environment = Environment::new();
+        let mut syntax = SyntaxConfig::builder();
+        // An inline template is taken literally, its last line end too.
+        environment.set_syntax(syntax.keep_trailing_newline(true).build().map_err(|error| refuse(words(&error)))?);
+        environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        environment.set_auto_escape_callback(|_| AutoEscape::None);
+        environment.set_fuel(Some(FUEL));
+        environment.set_recursion_limit(RECURSION);
+        environment.set_formatter(|out, state, value| {
+            // Jinja would print null as the word "none".
+            if value.is_none() {
+                return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "prints a field that is null"));
+            }
+            minijinja::escape_formatter(out, state, value)
+        });
+        environment
+            .add_template_owned("template", source.replace("|||", SEPARATOR))
+            .map_err(|error| refuse(format!("is not valid Jinja: {}; correct data.template", words(&error))))?;
+        let template = environment.get_template("template").map_err(|error| refuse(words(&error)))?;
+        let mut wanted: Vec<String> = template.undeclared_variables(false).into_iter().collect();
+        wanted.sort();
+        Ok(Template { environment, wanted })
+    }
+
+    fn render(&self, row: &Row<'_>) -> Result<Rendered<'static>, String> {
+        let template = self.environment.get_template("template").map_err(|error| words(&error))?;
+        let fields: Vec<(Box<str>, Value)> = row.fields.iter().map(|(k, v)| (k.as_ref().into(), value(v))).collect();
+        let mut output = Bounded::default();
+        if let Err(error) = template.render_captured_to(Value::from_object(Fields(fields)), &mut output) {
+            return Err(self.sentence(&error, row, output.full));
+        }
+        let text = String::from_utf8(output.bytes).map_err(|_| "the template printed bytes that are not UTF-8")?;
+        let mut parts = text.split(SEPARATOR);
+        match (parts.next(), parts.next(), parts.next()) {
+            (Some(prompt), Some(completion), None) => {
+                Ok(Rendered { prompt: prompt.to_owned().into(), completion: completion.to_owned().into() })
+            }
+            (_, None, _) => Err("the template printed no ||| for this row".into()),
+            _ => Err("the template printed more than one ||| for this row".into()),
+        }
+    }
+
+    fn sentence(&self, error: &minijinja::Error, row: &Row<'_>, full: bool) -> String {
+        if full {
+            return format!("the template printed more than {} MiB for this row", OUTPUT >> 20);
+        }
+        let missing: Vec<&String> = self.wanted.iter().filter(|name| row.get(name).is_none()).collect();
+        match error.kind() {
+            ErrorKind::UndefinedError if !missing.is_empty() => {
+                let names: Vec<String> = missing.iter().map(|n| format!("\"{n}\"")).collect();
+                let (noun, verb) = if names.len() == 1 { ("field", "is") } else { ("fields", "are") };
+                format!("{noun} {} of the template {verb} missing; the row has {}", names.join(", "), row.names())
+            }
+            ErrorKind::OutOfFuel => "the template ran too long for this row".into(),
+            _ => {
+                let null = self
+                    .wanted
+                    .iter()
+                    .find(|name| matches!(row.get(name), Some(Field::Other(serde_json::Value::Null))));
+                match (error.detail(), null) {
+                    (Some(detail), Some(name)) if detail.contains("null") => {
+                        format!("field \"{name}\" of the template is null")
+                    }
+                    _ => format!("the template failed: {}", words(error)),
+                }
+            }
+        }
+    }
+}
+
+/// A Jinja error on one line.
+fn words(error: &minijinja::Error) -> String {
+    let line = error.line().map(|l| format!(" (template line {l})")).unwrap_or_default();
+    let detail = error.detail().map(str::to_owned).unwrap_or_else(|| error.kind().to_string());
+    format!("{}{line}", detail.replace('\n', " ").replace(SEPARATOR, "|||"))
+}
+
+/// The row as a template sees it.
+#[derive(Debug)]
+struct Fields(Vec<(Box<str>, Value)>);
+
+impl Object for Fields {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.get_value_by_str(key.as_str()?)
+    }
+
+    fn get_value_by_str(self: &Arc<Self>, key: &str) -> Option<Value> {
+        self.0.iter().find(|(name, _)| &**name == key).map(|(_, value)| value.clone())
+    }
+}
+
+fn value(field: &Field<'_>) -> Value {
+    match field {
+        Field::Text(text) => Value::from(text.as_ref()),
+        Field::Other(value) => json(value),
+    }
+}
+
+fn json(value: &serde_json::Value) -> Value {
+    match value {
+        serde_json::Value::Null => Value::from(()),
+        serde_json::Value::Bool(b) => Value::from(*b),
+        serde_json::Value::Number(n) => match (n.as_i64(), n.as_u64()) {
+            (Some(i), _) => Value::from(i),
+            (None, Some(u)) => Value::from(u),
+            (None, None) => Value::from(n.as_f64().unwrap_or(f64::NAN)),
+        },
+        serde_json::Value::String(s) => Value::from(s.as_str()),
+        serde_json::Value::Array(list) => Value::from(list.iter().map(json).collect::<Vec<_>>()),
+        serde_json::Value::Object(map) => map.iter().map(|(k, v)| (Value::from(k.as_str()), json(v))).collect(),
+    }
+}
+
+/// Takes at most [`OUTPUT`] bytes.
+#[derive(Default)]
+struct Bounded {
+    bytes: Vec<u8>,
+    full: bool,
+}
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, part: &[u8]) -> std::io::Result<usize> {
+        if self.bytes.len() + part.len() > OUTPUT {
+            self.full = true;
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.bytes.extend_from_slice(part);
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! Files in a temporary directory against a tiny word tokenizer: what comes out, and the sentence of each refusal.
+
+use super::*;
+use std::path::Path;
+use unisono_configs::run::{OnBadRow, RunConfig};
+
+/// Token of the end of text, and of the beginning where the tokenizer has one.
+const EOS: u32 = 0;
+const BOS: u32 = 1;
+
+/// A model directory whose tokenizer knows the words `w2` ... `w<vocab - 1>` and puts [`BOS`] before a text.
+pub(super) fn model(dir: &Path, vocab: usize) {
+    let words: Vec<String> = (2..vocab).map(|i| format!("\"w{i}\":{i}")).collect();
+    let special = |id: u32, text: &str| {
+        format!(
+            r#"{{"id":{id},"content":"{text}","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}}"#
+        )
+    };
+    let tokenizer = format!(
+        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{},{}],"normalizer":null,
+        "pre_tokenizer":{{"type":"WhitespaceSplit"}},
+        "post_processor":{{"type":"TemplateProcessing",
+            "single":[{{"SpecialToken":{{"id":"<s>","type_id":0}}}},{{"Sequence":{{"id":"A","type_id":0}}}},{{"SpecialToken":{{"id":"</s>","type_id":0}}}}],
+            "pair":[{{"Sequence":{{"id":"A","type_id":0}}}},{{"Sequence":{{"id":"B","type_id":1}}}}],
+            "special_tokens":{{"<s>":{{"id":"<s>","ids":[1],"tokens":["<s>"]}},"</s>":{{"id":"</s>","ids":[0],"tokens":["</s>"]}}}}}},
+        "decoder":null,"model":{{"type":"WordLevel","unk_token":"w2","vocab":{{"</s>":0,"<s>":1,{}}}}}}}"#,
+        special(0, "</s>"),
+        special(1, "<s>"),
+        words.join(",")
+    );
+    std::fs::write(dir.join("tokenizer.json"), tokenizer).unwrap();
+    let config = r#"{"model_type":"llama","vocab_size":VOCAB,"hidden_size":8,"intermediate_size":16,"num_hidden_layers":1,
+        "num_attention_heads":2,"num_key_value_heads":1,"max_position_embeddings":64,"eos_token_id":[0,5],"rms_norm_eps":1e-5}"#;
+    std::fs::write(dir.join("config.json"), config.replace("VOCAB", &vocab.to_string())).unwrap();
+}
+
+/// A configuration over one table with the given rows.
+fn setup(rows: &str) -> (tempfile::TempDir, RunConfig) {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path(), 100);
+    std::fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
+    let text = "[model]\npath = \".\"\n[[data]]\npath = \"rows.jsonl\"\n[split]\nvalidation = 0\ntest = 0\n[train]\nmax_length = 16\n";
+    std::fs::write(dir.path().join("run.toml"), text).unwrap();
+    let config = RunConfig::read(&dir.path().join("run.toml"), &[]).unwrap();
+    (dir, config)
+}
+
+fn sentence(rows: &str, change: impl Fn(&mut RunConfig)) -> String {
+    let (dir, mut config) = setup(rows);
+    change(&mut config);
+    let text = prepare(&config, &()).unwrap_err().to_string();
+    text.replace(&format!("{}/", dir.path().display()), "")
+}
+
+fn tokens(rows: &str, change: impl Fn(&mut RunConfig)) -> Vec<(Vec<u32>, u32)> {
+    let (_dir, mut config) = setup(rows);
+    change(&mut config);
+    prepare(&config, &()).unwrap().train.iter().map(|e| (e.tokens.to_vec(), e.prompt)).collect()
+}
+
+#[test]
+fn the_prompt_has_special_tokens_and_the_completion_one_end_of_text() {
+    let rows = "{\"prompt\": \"w5 w6\", \"completion\": \"w7\"}\r\n\n{\"completion\": \"w8 </s>\", \"prompt\": \"\"}";
+    assert_eq!(tokens(rows, |_| ()), [(vec![BOS, 5, 6, 7, EOS], 3), (vec![BOS, 8, EOS], 1)]);
+}
+
+#[test]
+fn a_text_is_all_completion() {
+    assert_eq!(tokens(r#"{"text": "w5 w6", "id": 3}"#, |_| ()), [(vec![BOS, 5, 6, EOS], 1)]);
+}
+
+#[test]
+fn a_template_cuts_at_its_own_separator_only() {
+    let template =
+        |c: &mut RunConfig| c.data[0].template = Some("{{ q }} w9 ||| {{ a }}{% if n > 1 %} w10{% endif %}\n".into());
+    let rows = r#"{"q": "w5 ||| w6", "a": "w7", "n": 2}"#;
+    assert_eq!(tokens(rows, template), [(vec![BOS, 5, 2, 6, 9, 7, 10, EOS], 5)]);
+}
+
+#[test]
+fn a_cut_completion_loses_its_end_of_text() {
+    let (_dir, mut config) = setup(r#"{"prompt": "w5 w6", "completion": "w7 w8 w9"}"#);
+    config.train.max_length = 5;
+    let dataset = prepare(&config, &()).unwrap();
+    assert_eq!(&*dataset.train[0].tokens, [BOS, 5, 6, 7, 8]);
+    assert_eq!((dataset.reports[0].truncated, dataset.train[0].targets(), dataset.train[0].inputs()), (1, 2, 4));
+}
+
+#[test]
+fn dropped_rows_are_counted_and_shown() {
+    let rows = "{\"prompt\":\"w5\",\"completion\":\"w6\"}\n{\"prompt\":\"w5\",\"completion\":\" \"}\nnonsense\n";
+    let (_dir, mut config) = setup(rows);
+    config.data[0].on_bad_row = OnBadRow::Drop;
+    config.data[0].max_dropped = 0.7;
+    let report = prepare(&config, &()).unwrap().reports.remove(0);
+    assert_eq!((report.rows, report.train, report.dropped, report.bad.len()), (3, 1, 2, 2));
+    assert!(report.bad[0].ends_with("rows.jsonl:2: the completion is empty"), "{}", report.bad[0]);
+    let refused = sentence(rows, |c| c.data[0].on_bad_row = OnBadRow::Drop);
+    assert!(
+        refused.starts_with("rows.jsonl: 2 of 3 rows cannot be used, more than data.max_dropped = 0.01"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn bad_rows_are_refused_in_a_sentence() {
+    let good = "{\"prompt\":\"w5\",\"completion\":\"w6\"}\n";
+    let remedy = "; correct the row, or set data.on_bad_row = \"drop\"";
+    let cases = [
+        ("{\"prompt\":\"w5\" \"completion\":\"w6\"}", "rows.jsonl:2:16: malformed JSON: expected `,` or `}`"),
+        ("{\"prompt\":\"w5\",", "rows.jsonl:2:15: malformed JSON: the line ends inside the object; write one whole object per line"),
+        ("[1]", "rows.jsonl:2: the row is not a JSON object; write one object per line"),
+        ("{\"prompt\":\"w5\",\"completion\":\"\"}", "rows.jsonl:2: the completion is empty"),
+        ("{\"prompt\":\"w5\",\"completion\":\"</s>\"}", "rows.jsonl:2: the completion has no token but the end of text"),
+        ("{\"prompt\":5,\"completion\":\"w6\"}", "rows.jsonl:2: field \"prompt\" is a number, but must be a string"),
+        (
+            "{\"question\":\"w5\",\"answer\":\"w6\"}",
+            "rows.jsonl:2: field \"prompt\" is missing; the row has \"question\", \"answer\"; set data.template, for example \"{{ question }}\\n|||{{ answer }}\"",
+        ),
+        (
+            "{\"prompt\":\"w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5\",\"completion\":\"w6\"}",
+            "rows.jsonl:2: the prompt fills the whole length (17 tokens, train.max_length = 16) and leaves no completion token",
+        ),
+    ];
+    for (row, expected) in cases {
+        assert_eq!(sentence(&format!("{good}{row}\n{good}"), |_| ()), format!("{expected}{remedy}"));
+    }
+    let three = sentence(&"{}\n".repeat(3), |_| ());
+    assert!(three.contains("(3 rows are bad, lines 2 and 3 among them)"), "{three}");
+}
+
+#[test]
+fn templates_are_refused_in_a_sentence() {
+    let row = "{\"q\": \"w5\", \"a\": null, \"n\": 3}";
+    let with = |template: &str| sentence(row, |c| c.data[0].template = Some(template.into()));
+    let remedy = "; correct the row, or set data.on_bad_row = \"drop\"";
+    assert_eq!(with("{{ q }}"), "data table \"rows\": the template has no |||; put ||| between prompt and completion");
+    let syntax = with("{{ q }|||x");
+    assert!(syntax.starts_with("data table \"rows\": the template is not valid Jinja: "), "{syntax}");
+    assert_eq!(
+        with("{{ q }}|||{{ answer }}"),
+        format!("rows.jsonl:1: field \"answer\" of the template is missing; the row has \"q\", \"a\", \"n\"{remedy}")
+    );
+    assert_eq!(with("{{ q }}|||{{ a }}"), format!("rows.jsonl:1: field \"a\" of the template is null{remedy}"));
+    assert_eq!(
+        with("{% if n == 2 %}|||{% endif %}w5"),
+        format!("rows.jsonl:1: the template printed no ||| for this row{remedy}")
+    );
+    assert_eq!(
+        with("w5|||w6|||w7"),
+        format!("rows.jsonl:1: the template printed more than one ||| for this row{remedy}")
+    );
+    let endless = with("|||{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}");
+    assert_eq!(endless, format!("rows.jsonl:1: the template ran too long for this row{remedy}"));
+    let wide = with("|||{% for i in range(5000) %}{{ 'a' * 9000 }}{% endfor %}");
+    assert_eq!(wide, format!("rows.jsonl:1: the template printed more than 16 MiB for this row{remedy}"));
+}
+
+#[test]
+fn files_are_refused_in_a_sentence() {
+    let row = "{\"prompt\":\"w5\",\"completion\":\"w6\"}\n";
+    assert_eq!(sentence("\n \n", |_| ()), "rows.jsonl: has no rows; write one JSON object per line");
+    assert!(sentence("[{}]", |_| ()).starts_with("rows.jsonl: is one JSON list, which is not supported yet"));
+    assert!(sentence("PAR1", |_| ()).starts_with("rows.jsonl: is a Parquet file"));
+    let missing = sentence(row, |c| c.data[0].path.set_file_name("absent.jsonl"));
+    assert_eq!(
+        missing,
+        "absent.jsonl: cannot be read (No such file or directory (os error 2)); set data.path to an existing file"
+    );
+    let twice = sentence(row, |c| c.data.push(c.data[0].clone()));
+    assert_eq!(twice, "data table \"rows\": two tables have this name; set data.name");
+    let all = sentence(
+        &(0..12).map(|i| format!("{{\"prompt\":\"w{i}\",\"completion\":\"w6\"}}\n")).collect::<String>(),
+        |c| c.split.test = 1.0,
+    );
+    assert!(all.contains("no row is left to train on"), "{all}");
+}
+
+#[test]
+fn a_vocabulary_that_does_not_match_is_refused() {
+    let (dir, config) = setup("{\"prompt\":\"w5\",\"completion\":\"w6\"}\n");
+    let path = dir.path().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("\"vocab_size\":100", "\"vocab_size\":50")).unwrap();
+    let sentence = prepare(&config, &()).unwrap_err().to_string();
+    assert!(sentence.contains("the tokenizer has 100 tokens, but config.json says vocab_size = 50"), "{sentence}");
+}
+
+#[test]
+fn rows_are_numbered_over_all_tables_and_held_out_files_count() {
+    let rows = |from: usize| -> String {
+        (from..from + 20).map(|i| format!("{{\"prompt\":\"w{i}\",\"completion\":\"w6\"}}\n")).collect()
+    };
+    let (dir, mut config) = setup(&rows(10));
+    std::fs::write(dir.path().join("held.jsonl"), rows(25)).unwrap();
+    std::fs::write(dir.path().join("second.jsonl"), rows(50)).unwrap();
+    config.data[0].validation = Some(Held::File(dir.path().join("held.jsonl")));
+    let mut second = config.data[0].clone();
+    second.path = dir.path().join("second.jsonl");
+    second.validation = Some(Held::Share(0.2));
+    config.data.push(second);
+    let dataset = prepare(&config, &()).unwrap();
+    assert_eq!(dataset.tasks, ["rows", "second"]);
+    let (first, second) = (&dataset.reports[0], &dataset.reports[1]);
+    assert_eq!((first.rows, first.train, first.validation, first.leaked), (40, 20, 20, 5));
+    assert!(second.validation >= 1 && second.train + second.validation == 20);
+    let mut all: Vec<u64> = dataset.train.iter().chain(&dataset.validation).map(|e| e.row).collect();
+    all.sort_unstable();
+    assert!(all.iter().copied().eq(0..60));
+    assert!(dataset.train.iter().filter(|e| e.task == 1).all(|e| e.row >= 40));
+}
+
+#[test]
+fn the_result_does_not_depend_on_the_number_of_threads() {
+    let rows: String =
+        (0..5000).map(|i| format!("{{\"prompt\":\"w{} w7\",\"completion\":\"w{}\"}}\n", i % 89, i % 83)).collect();
+    let (_dir, mut config) = setup(&rows);
+    config.split.validation = 0.1;
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| prepare(&config, &()).unwrap())
+    };
+    let (one, three) = (on(1), on(3));
+    assert_eq!((one.train, one.validation, one.reports), (three.train, three.validation, three.reports));
+}

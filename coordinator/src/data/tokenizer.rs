@@ -1,0 +1,142 @@
+//! Text to token ids and back: a Hugging Face tokenizer.json and the token that ends a text.
+
+use super::Error;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use tokenizers::Tokenizer;
+
+/// A model directory's tokenizer. Cheap to share between threads.
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    path: PathBuf,
+    eos: u32,
+    /// Special tokens that the tokenizer would append to a text: they would stand between prompt and completion.
+    appended: usize,
+}
+
+impl TextTokenizer {
+    /// Reads `dir/tokenizer.json` and finds the end-of-text token. `vocab` is the model's `vocab_size`.
+    pub fn read(dir: &Path, vocab: usize) -> Result<Self, Error> {
+        let path = dir.join("tokenizer.json");
+        let refuse = |problem: String| Error::Tokenizer { path: path.clone(), problem };
+        let bytes = std::fs::read(&path).map_err(|error| {
+            refuse(format!(
+                "cannot be read ({error}); save it with AutoTokenizer.from_pretrained(...).save_pretrained(\"{}\")",
+                dir.display()
+            ))
+        })?;
+        let mut tokenizer = Tokenizer::from_bytes(bytes)
+            .map_err(|error| refuse(format!("not a tokenizer ({error}); download the model's tokenizer.json again")))?;
+        // Both would change lengths behind the back of `max_length`.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|error| refuse(format!("truncation cannot be switched off ({error})")))?;
+        let base = tokenizer.get_vocab_size(false);
+        if base > vocab {
+            return Err(refuse(format!(
+                "the tokenizer has {base} tokens, but config.json says vocab_size = {vocab}; \
+                 the tokenizer belongs to another model: copy both from the same one"
+            )));
+        }
+        let eos = end_of_text(dir, &tokenizer)?;
+        if eos as usize >= vocab {
+            return Err(refuse(format!(
+                "the end-of-text token is {eos}, but config.json says vocab_size = {vocab}; \
+                 the tokenizer belongs to another model: copy both from the same one"
+            )));
+        }
+        let mut this = TextTokenizer { tokenizer, path, eos, appended: 0 };
+        let (bare, special) = (this.encode("a", false)?, this.encode("a", true)?);
+        if let Some(begin) = special.windows(bare.len().max(1)).position(|w| w == bare) {
+            this.appended = special.len() - begin - bare.len();
+        }
+        Ok(this)
+    }
+
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Error> {
+        match self.tokenizer.encode_fast(text, special) {
+            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+            Err(error) => {
+                Err(Error::Tokenizer { path: self.path.clone(), problem: format!("cannot encode a text ({error})") })
+            }
+        }
+    }
+
+    /// With the special tokens that the tokenizer puts in front of a text.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let mut ids = self.encode(text, true)?;
+        ids.truncate(ids.len() - self.appended.min(ids.len()));
+        Ok(ids)
+    }
+
+    /// Without special tokens; the end-of-text token is not appended.
+    pub fn encode_completion(&self, text: &str) -> Result<Vec<u32>, Error> {
+        self.encode(text, false)
+    }
+
+    /// The text of `ids`, special tokens left out.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids, true).unwrap_or_default()
+    }
+
+    /// The text of each token, special tokens included. A token that ends inside a character is empty, and the token
+    /// that completes the character carries it.
+    pub fn pieces(&self, ids: &[u32]) -> Vec<String> {
+        let mut stream = self.tokenizer.decode_stream(false);
+        ids.iter().map(|&id| stream.step(id).ok().flatten().unwrap_or_default()).collect()
+    }
+
+    /// Refuses a token that the model has no row for.
+    pub fn beyond(&self, id: u32, vocab: usize) -> Error {
+        let count = self.tokenizer.get_vocab_size(true);
+        Error::Tokenizer {
+            path: self.path.clone(),
+            problem: format!(
+                "token {id} occurs in the data, but config.json says vocab_size = {vocab} (the tokenizer has {count} \
+                 tokens); the tokenizer belongs to another model: copy both from the same one"
+            ),
+        }
+    }
+
+    /// The token that ends a text.
+    pub fn eos(&self) -> u32 {
+        self.eos
+    }
+}
+
+/// The first `eos_token_id` of generation_config.json or config.json, else tokenizer_config.json's `eos_token`.
+fn end_of_text(dir: &Path, tokenizer: &Tokenizer) -> Result<u32, Error> {
+    let json = |name: &str| -> Result<Value, Error> {
+        let path = dir.join(name);
+        match std::fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| Error::Tokenizer {
+                path,
+                problem: format!("not valid JSON ({error}); download the model's {name} again"),
+            }),
+            Err(_) => Ok(Value::Null),
+        }
+    };
+    for name in ["generation_config.json", "config.json"] {
+        let value = json(name)?;
+        let id = &value["eos_token_id"];
+        if let Some(id) = id.get(0).unwrap_or(id).as_u64() {
+            return Ok(id as u32);
+        }
+    }
+    let name = "tokenizer_config.json";
+    let value = json(name)?;
+    let token = &value["eos_token"];
+    let token = token.get("content").unwrap_or(token).as_str();
+    match token.map(|t| (t, tokenizer.token_to_id(t))) {
+        Some((_, Some(id))) => Ok(id),
+        Some((token, None)) => Err(Error::Tokenizer {
+            path: dir.join(name),
+            problem: format!("eos_token \"{token}\" is not in tokenizer.json; copy both from the same model"),
+        }),
+        None => Err(Error::Tokenizer {
+            path: dir.join("config.json"),
+            problem: "no end-of-text token is known; set \"eos_token_id\" in config.json, or \"eos_token\" in tokenizer_config.json".into(),
+        }),
+    }
+}

@@ -1,0 +1,1 @@
+//! A model directory as the coordinator knows it: checked without libtorch, made from nothing.
