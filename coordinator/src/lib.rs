@@ -3,6 +3,8 @@
 pub mod checkpoint;
 pub mod cli;
 pub mod data;
+pub mod digest;
+pub mod export;
 pub mod launch;
 pub mod model;
 pub mod monitor;

@@ -1,3 +1,4 @@
 //! Checkpoints as the coordinator sees them: which files there are and what they hold, committed by a manifest.
 
 pub mod manifest;
+pub mod state;
