@@ -1,10 +1,18 @@
 //! The model: weights in flat buckets, hand-written forward and backward, loss and decoding.
 
+mod attention;
+mod block;
+mod decode;
+mod head;
+mod linear;
+mod pass;
 pub mod weights;
 
+use crate::ops::buffer::Pool;
+use crate::ops::heads::Rotation;
 use crate::ops::view;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 use unisono_configs::model::{Layout, ModelSpec};
 use weights::Weights;
@@ -70,6 +78,8 @@ pub struct Model {
     device: Device,
     /// One flat tensor per bucket: `[elements]`, of kind `compute`.
     buckets: Vec<Tensor>,
+    pool: Pool,
+    rotation: Mutex<Option<Arc<Rotation>>>,
 }
 
 impl Model {
@@ -77,7 +87,7 @@ impl Model {
     pub fn new(spec: ModelSpec, compute: Kind, device: Device) -> Self {
         let layout = Arc::new(Layout::new(&spec));
         let buckets = layout.buckets.iter().map(|b| Tensor::zeros([b.elements as i64], (compute, device))).collect();
-        Model { spec, layout, compute, device, buckets }
+        Model { spec, layout, compute, device, buckets, pool: Pool::new(device), rotation: Mutex::default() }
     }
 
     /// A model with the weights of a Hugging Face directory, rounded to `compute`.
@@ -124,24 +134,24 @@ impl Model {
 
     /// Loss and gradient of one micro-batch. `scale` (1 / the step's target tokens) multiplies the gradient of every
     /// logit, so that leaves add up to the gradient of the step's mean loss. Leaves come in the order in which they are
-    /// found: head, blocks from last to first, embedding.
-    pub fn forward_backward(&self, _batch: &Batch, _scale: f64, _leaves: &mut dyn Leaves) -> Result<Loss, Error> {
-        Err(Error::Batch("forward_backward has not landed yet".into()))
+    /// found: head, blocks from last to first, embedding. A batch without targets has none.
+    pub fn forward_backward(&self, batch: &Batch, scale: f64, leaves: &mut dyn Leaves) -> Result<Loss, Error> {
+        tch::no_grad(|| self.forward_backward_pass(batch, scale, leaves))
     }
 
     /// Loss and first choices (lowest id wins a tie) of a batch.
-    pub fn evaluate(&self, _batch: &Batch) -> Result<Loss, Error> {
-        Err(Error::Batch("evaluate has not landed yet".into()))
+    pub fn evaluate(&self, batch: &Batch) -> Result<Loss, Error> {
+        tch::no_grad(|| self.evaluate_pass(batch))
+    }
+
+    /// Logits after each of the tokens `at` of a batch: `[at.len(), V]`, of the compute kind.
+    pub fn logits(&self, batch: &Batch, at: &[u32]) -> Result<Tensor, Error> {
+        tch::no_grad(|| self.logits_pass(batch, at))
     }
 
     /// Greedy continuation of each prompt, at most `max_new` tokens. The flag says whether one of `ends` was met (it is
     /// not part of the result). What a prompt yields does not depend on the other prompts.
-    pub fn generate(
-        &self,
-        _prompts: &[Vec<u32>],
-        _max_new: usize,
-        _ends: &[u32],
-    ) -> Result<Vec<(Vec<u32>, bool)>, Error> {
-        Err(Error::Batch("generate has not landed yet".into()))
+    pub fn generate(&self, prompts: &[Vec<u32>], max_new: usize, ends: &[u32]) -> Result<Vec<(Vec<u32>, bool)>, Error> {
+        tch::no_grad(|| self.generate_pass(prompts, max_new, ends))
     }
 }

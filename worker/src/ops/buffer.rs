@@ -1,0 +1,96 @@
+//! Scratch and saved tensors that are used again from one micro-batch to the next: the system hands out and takes back
+//! megabytes page by page, which costs more than most loops over them.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
+use tch::{Device, Kind, Tensor};
+
+/// Free memory, to be taken and given back. Clones share it.
+#[derive(Clone)]
+pub struct Pool {
+    device: Device,
+    free: Arc<Mutex<Vec<Tensor>>>,
+}
+
+/// A contiguous tensor of undefined content whose memory goes back to its pool when dropped.
+pub struct Buffer {
+    tensor: Tensor,
+    flat: Option<Tensor>,
+    pool: Pool,
+}
+
+impl Pool {
+    pub fn new(device: Device) -> Self {
+        Pool { device, free: Arc::default() }
+    }
+
+    /// Undefined content.
+    pub fn take(&self, kind: Kind, shape: &[usize]) -> Buffer {
+        let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+        let bytes = shape.iter().product::<i64>() * kind.elt_size_in_bytes() as i64;
+        let flat = self.smallest(bytes).unwrap_or_else(|| Tensor::empty([bytes], (Kind::Uint8, self.device)));
+        let tensor = flat.narrow(0, 0, bytes).view_dtype(kind).view(shape.as_slice());
+        Buffer { tensor, flat: Some(flat), pool: self.clone() }
+    }
+
+    pub fn take_zero(&self, kind: Kind, shape: &[usize]) -> Buffer {
+        let mut buffer = self.take(kind, shape);
+        let _ = buffer.zero_();
+        buffer
+    }
+
+    /// The smallest free tensor of at least `bytes`, unless all are far too large.
+    fn smallest(&self, bytes: i64) -> Option<Tensor> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let size = |t: &Tensor| t.size()[0];
+        let fits = |t: &&Tensor| size(t) >= bytes && size(t) <= 4 * bytes + 4096;
+        let best = free.iter().filter(fits).map(size).min()?;
+        let index = free.iter().position(|t| size(t) == best)?;
+        Some(free.swap_remove(index))
+    }
+
+    /// Bytes that lie free at the moment.
+    pub fn free_bytes(&self) -> usize {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.iter().map(|t| t.size()[0] as usize).sum()
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(flat) = self.flat.take() {
+            self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).push(flat);
+        }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = Tensor;
+    fn deref(&self) -> &Tensor {
+        &self.tensor
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut Tensor {
+        &mut self.tensor
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_comes_back_and_fits_other_shapes() {
+        let pool = Pool::new(Device::Cpu);
+        let first = pool.take(Kind::Float, &[8, 16]);
+        let address = first.data_ptr();
+        drop(first);
+        assert_eq!(pool.free_bytes(), 512);
+        let second = pool.take_zero(Kind::BFloat16, &[3, 80]);
+        assert_eq!((second.data_ptr(), pool.free_bytes()), (address, 0));
+        assert_eq!(second.size(), [3, 80]);
+        assert_ne!(pool.take(Kind::Float, &[4]).data_ptr(), address);
+    }
+}

@@ -1,0 +1,75 @@
+//! Cross-entropy over rows of logits, its gradient in place, and first choices.
+//!
+//! Logits are `[R, V]` of the compute kind; rows past the targets carry no loss.
+
+use super::simd::{max, vectorised, Narrow};
+use super::softmax::exponentials;
+use super::view::elements_mut;
+use half::bf16;
+use tch::{Kind, Tensor};
+
+/// The sum over rows of -log p(target), in nats. Replaces the logits by the gradient of `scale` times that sum; rows
+/// past `targets` become zero.
+pub fn loss_and_gradient(logits: &mut Tensor, targets: &[u32], scale: f64) -> f64 {
+    let vocab = logits.size()[1] as usize;
+    match logits.kind() {
+        Kind::Float => gradient_rows::<f32>(elements_mut(logits), vocab, targets, scale as f32),
+        Kind::BFloat16 => gradient_rows::<bf16>(elements_mut(logits), vocab, targets, scale as f32),
+        _ => loss_and_gradient_slow(logits, targets, scale),
+    }
+}
+
+vectorised! {
+    fn gradient_rows<C: Narrow>(logits: &mut [C], vocab: usize, targets: &[u32], scale: f32) -> f64 {
+        let mut wide = vec![0.0f32; vocab];
+        let mut loss = 0.0f64;
+        let (real, padding) = logits.split_at_mut(targets.len() * vocab);
+        padding.fill(C::default());
+        for (row, &target) in real.chunks_exact_mut(vocab).zip(targets) {
+            let most = max(row);
+            let chosen = row[target as usize].load();
+            let sum = exponentials(row, 1.0, most, &mut wide);
+            loss += most as f64 + (sum as f64).ln() - chosen as f64;
+            let share = scale / sum;
+            for (l, w) in row.iter_mut().zip(&wide) {
+                *l = C::store(*w * share);
+            }
+            row[target as usize] = C::store(wide[target as usize] * share - scale);
+        }
+        loss
+    }
+}
+
+/// As [`loss_and_gradient`], in ATen calls of any kind.
+pub fn loss_and_gradient_slow(logits: &mut Tensor, targets: &[u32], scale: f64) -> f64 {
+    let real = logits.narrow(0, 0, targets.len() as i64);
+    let wide = if real.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let at = Tensor::from_slice(&targets.iter().map(|&t| t as i64).collect::<Vec<_>>()).unsqueeze(-1);
+    let log_p = real.log_softmax(-1, wide);
+    let loss = -log_p.gather(-1, &at, false).to_kind(Kind::Double).sum(Kind::Double).double_value(&[]);
+    let ones = Tensor::ones(at.size().as_slice(), (wide, at.device()));
+    let gradient = (log_p.exp().scatter_add(-1, &at, &-ones)) * scale;
+    let _ = logits.zero_();
+    logits.narrow(0, 0, targets.len() as i64).copy_(&gradient);
+    loss
+}
+
+/// The sum over rows of -log p(target), and how many targets are the first choice (the lowest id wins a tie).
+pub fn loss_and_correct(logits: &mut Tensor, targets: &[u32]) -> (f64, u64) {
+    let correct = first_choices(logits).iter().zip(targets).filter(|(choice, target)| choice == target).count();
+    (loss_and_gradient(logits, targets, 1.0), correct as u64)
+}
+
+/// The id of the largest logit of each row; the lowest wins a tie.
+pub fn first_choices(logits: &mut Tensor) -> Vec<u32> {
+    fn choose<T: Copy + PartialOrd>(logits: &[T], vocab: usize) -> Vec<u32> {
+        let best = |row: &[T]| (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32;
+        logits.chunks_exact(vocab).map(best).collect()
+    }
+    let vocab = logits.size()[1] as usize;
+    match logits.kind() {
+        Kind::Float => choose::<f32>(elements_mut(logits), vocab),
+        Kind::BFloat16 => choose::<bf16>(elements_mut(logits), vocab),
+        _ => choose::<f64>(elements_mut(logits), vocab),
+    }
+}
