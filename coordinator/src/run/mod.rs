@@ -3,6 +3,11 @@
 pub mod assign;
 pub mod cost;
 pub mod deal;
+pub mod event;
+pub mod phases;
 pub mod plan;
+pub mod program;
+pub mod roster;
 pub mod schedule;
+pub mod settle;
 pub mod units;

@@ -1,0 +1,240 @@
+//! What a run does, as a sequence of items, and each item as the directive that tells the workers.
+
+use super::assign::assign;
+use super::plan::{Plan, StepPlan, Worst};
+use super::schedule::LearningRate;
+use super::units::Units;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use unisono_configs::run::Assignment;
+use unisono_proto::v1::directive::Body;
+use unisono_proto::v1::{Checkpoint, Evaluate, Finish, Generate, Pass, Step, Suite};
+
+/// The work of a run.
+#[derive(Clone)]
+pub enum Program {
+    Train(Training),
+    /// One pass over the units of each suite.
+    Evaluate(Vec<(Suite, Units)>),
+    Generate {
+        units: Units,
+        max_new_tokens: u32,
+        end_tokens: Vec<u32>,
+    },
+}
+
+#[derive(Clone)]
+pub struct Training {
+    pub plan: Arc<Plan>,
+    pub rate: LearningRate,
+    pub validation: Units,
+    pub test: Units,
+    /// Steps between validations; 0: only at the end.
+    pub eval_every: u64,
+    /// Steps between checkpoints; 0: only at the end.
+    pub checkpoint_every: u64,
+    /// Steps that are committed already.
+    pub start: u64,
+}
+
+/// One thing to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Item {
+    Step(u64),
+    /// After `step` committed steps.
+    Evaluate {
+        suite: Suite,
+        step: u64,
+    },
+    Checkpoint(u64),
+    Generate,
+    Finish,
+}
+
+/// What an item's answers must add up to.
+#[derive(Debug, Clone)]
+pub struct Expected {
+    /// Rank that computes each micro-batch.
+    pub owners: Vec<u32>,
+    /// Targets in each micro-batch.
+    pub targets: Vec<u64>,
+    /// Tokens in each micro-batch.
+    pub tokens: Vec<u64>,
+    /// Task of each unit; empty for a step.
+    pub tasks: Vec<u32>,
+    /// Prompts in each unit; empty unless prompts are continued.
+    pub prompts: Vec<usize>,
+    pub examples: u64,
+    pub learning_rate: f64,
+}
+
+impl Program {
+    /// The largest that any item brings.
+    pub fn worst(&self) -> Worst {
+        match self {
+            Program::Train(t) => t.plan.worst().join(t.validation.worst()).join(t.test.worst()),
+            Program::Evaluate(suites) => suites.iter().fold(Worst::default(), |w, (_, units)| w.join(units.worst())),
+            Program::Generate { units, .. } => units.worst(),
+        }
+    }
+
+    /// Steps planned in all; 0 where nothing is trained.
+    pub fn steps(&self) -> u64 {
+        match self {
+            Program::Train(training) => training.plan.steps(),
+            _ => 0,
+        }
+    }
+
+    /// Steps that are committed before the run starts.
+    pub fn start(&self) -> u64 {
+        match self {
+            Program::Train(training) => training.start,
+            _ => 0,
+        }
+    }
+
+    fn units(&self, suite: Suite) -> &Units {
+        match self {
+            Program::Train(training) if suite == Suite::Test => &training.test,
+            Program::Train(training) => &training.validation,
+            Program::Evaluate(suites) => {
+                &suites.iter().find(|(s, _)| *s == suite).expect("the agenda names suites of the program").1
+            }
+            Program::Generate { units, .. } => units,
+        }
+    }
+
+    /// The directive for `item` in a world of `world`, and what must come back. `path` is the checkpoint's directory.
+    pub fn directive(&self, item: Item, world: u32, assignment: Assignment, seed: u64, path: &str) -> (Body, Expected) {
+        match item {
+            Item::Step(step) => {
+                let Program::Train(training) = self else { unreachable!("only a training program has steps") };
+                let dealt = training.plan.step(step);
+                let costs: Vec<u64> = dealt.micro_batches.iter().map(|m| m.cost).collect();
+                let passes = assign(assignment, &costs, world, step, seed);
+                let expected = Expected::of_step(&dealt, &passes, training.rate.at(step));
+                let (learning_rate, target_tokens) = (expected.learning_rate, dealt.target_tokens);
+                (Body::Step(Step { step, learning_rate, target_tokens, passes }), expected)
+            }
+            Item::Evaluate { suite, step } => {
+                let units = self.units(suite);
+                let passes = assign(assignment, &units.costs(), world, step, seed);
+                let expected = Expected::of_units(units, &passes);
+                (Body::Evaluate(Evaluate { suite: suite.into(), passes }), expected)
+            }
+            Item::Generate => {
+                let Program::Generate { units, max_new_tokens, end_tokens } = self else {
+                    unreachable!("only a generating program has prompts")
+                };
+                let passes = assign(assignment, &units.costs(), world, 0, seed);
+                let mut expected = Expected::of_units(units, &passes);
+                expected.prompts = units.as_slice().iter().map(|u| u.work.rows.len()).collect();
+                let (max_new_tokens, end_tokens) = (*max_new_tokens, end_tokens.clone());
+                (Body::Generate(Generate { passes, max_new_tokens, end_tokens }), expected)
+            }
+            Item::Checkpoint(step) => {
+                let body = Body::Checkpoint(Checkpoint { step, path: path.into(), attempt: 1 });
+                (body, Expected::nothing())
+            }
+            Item::Finish => (Body::Finish(Finish {}), Expected::nothing()),
+        }
+    }
+}
+
+impl Expected {
+    fn nothing() -> Self {
+        Expected {
+            owners: Vec::new(),
+            targets: Vec::new(),
+            tokens: Vec::new(),
+            tasks: Vec::new(),
+            prompts: Vec::new(),
+            examples: 0,
+            learning_rate: 0.0,
+        }
+    }
+
+    fn of_step(step: &StepPlan, passes: &[Pass], learning_rate: f64) -> Self {
+        Expected {
+            owners: owners(passes, step.micro_batches.len()),
+            targets: step.micro_batches.iter().map(|m| u64::from(m.targets)).collect(),
+            tokens: step.micro_batches.iter().map(|m| u64::from(m.tokens)).collect(),
+            examples: step.examples.len() as u64,
+            learning_rate,
+            ..Expected::nothing()
+        }
+    }
+
+    fn of_units(units: &Units, passes: &[Pass]) -> Self {
+        let units = units.as_slice();
+        Expected {
+            owners: owners(passes, units.len()),
+            targets: units.iter().map(|u| u64::from(u.work.targets)).collect(),
+            tokens: units.iter().map(|u| u64::from(u.work.tokens)).collect(),
+            tasks: units.iter().map(|u| u.task).collect(),
+            examples: units.iter().map(|u| u.work.rows.len() as u64).sum(),
+            ..Expected::nothing()
+        }
+    }
+}
+
+fn owners(passes: &[Pass], count: usize) -> Vec<u32> {
+    let mut owners = vec![0; count];
+    passes.iter().flat_map(|p| &p.shares).for_each(|s| owners[s.micro_batch as usize] = s.rank);
+    owners
+}
+
+/// The items of a program, one after another.
+#[derive(Debug, Clone)]
+pub struct Agenda {
+    due: VecDeque<Item>,
+    /// Steps whose items have been put into `due`.
+    planned: u64,
+}
+
+impl Agenda {
+    pub fn new(program: &Program) -> Self {
+        let due = match program {
+            Program::Train(_) => VecDeque::new(),
+            Program::Evaluate(suites) => {
+                let items = suites.iter().filter(|(_, units)| !units.is_empty());
+                items.map(|&(suite, _)| Item::Evaluate { suite, step: 0 }).chain([Item::Finish]).collect()
+            }
+            Program::Generate { .. } => VecDeque::from([Item::Generate, Item::Finish]),
+        };
+        Agenda { due, planned: program.start() }
+    }
+
+    /// The next item; `None` after [`Item::Finish`].
+    pub fn next(&mut self, program: &Program) -> Option<Item> {
+        if let (true, Program::Train(training)) = (self.due.is_empty(), program) {
+            let steps = training.plan.steps();
+            if self.planned < steps {
+                self.planned += 1;
+                self.due.extend(after(training, self.planned));
+            }
+        }
+        self.due.pop_front()
+    }
+}
+
+/// Everything that belongs to `step`.
+fn after(training: &Training, step: u64) -> Vec<Item> {
+    let last = step == training.plan.steps();
+    let due = |every: u64| last || (every > 0 && step.is_multiple_of(every));
+    let mut items = vec![Item::Step(step)];
+    if due(training.eval_every) && !training.validation.is_empty() {
+        items.push(Item::Evaluate { suite: Suite::Validation, step });
+    }
+    if due(training.checkpoint_every) {
+        items.push(Item::Checkpoint(step));
+    }
+    if last {
+        if !training.test.is_empty() {
+            items.push(Item::Evaluate { suite: Suite::Test, step });
+        }
+        items.push(Item::Finish);
+    }
+    items
+}

@@ -1,0 +1,169 @@
+//! The work of a run: its program for the machine, and the micro-batches that its workers ask for.
+
+use crate::data::{order, pack, Dataset, Example};
+use crate::run::cost::CostModel;
+use crate::run::plan::{Error, Plan, Size};
+use crate::run::program::{Program, Training};
+use crate::run::schedule::LearningRate;
+use crate::run::units::Units;
+use std::sync::Arc;
+use unisono_configs::model::ModelSpec;
+use unisono_configs::run::{RunConfig, Train};
+use unisono_proto::put_u32s;
+use unisono_proto::v1::{BatchKey, MicroBatch, Suite};
+
+/// What a run does. Cheap to clone.
+#[derive(Clone)]
+pub struct Work {
+    pub(super) program: Program,
+    content: Content,
+}
+
+#[derive(Clone)]
+enum Content {
+    Rows(Arc<Dataset>),
+    Prompts(Arc<Vec<Vec<u32>>>),
+}
+
+impl Work {
+    /// Trains on `dataset.train`, validates, and tests once at the end. Walks the whole plan once: about a second for
+    /// a million rows.
+    pub fn train(dataset: Arc<Dataset>, config: &RunConfig, spec: &ModelSpec) -> Result<Self, Error> {
+        let (train, cost) = (&config.train, CostModel::of(spec));
+        let (seed, rows, shuffle) = (train.seed, dataset.train.len(), train.shuffle);
+        let order = Arc::new(move |epoch| order(seed, epoch, rows, shuffle));
+        let plan = Plan::new(sizes(&dataset.train), order, train, cost)?;
+        let program = Program::Train(Training {
+            rate: LearningRate::new(train, plan.steps()),
+            plan: Arc::new(plan),
+            validation: evaluation(Suite::Validation, &dataset, train, cost)?,
+            test: evaluation(Suite::Test, &dataset, train, cost)?,
+            eval_every: config.eval.every,
+            checkpoint_every: config.checkpoint.every,
+            start: 0,
+        });
+        Ok(Work { program, content: Content::Rows(dataset) })
+    }
+
+    /// Evaluates the model as it is on `dataset.validation` or `dataset.test` or both, in the order of `suites`.
+    pub fn evaluate(
+        dataset: Arc<Dataset>,
+        suites: &[Suite],
+        config: &RunConfig,
+        spec: &ModelSpec,
+    ) -> Result<Self, Error> {
+        let cost = CostModel::of(spec);
+        let units = |&suite: &Suite| Ok((suite, evaluation(suite, &dataset, &config.train, cost)?));
+        let program = Program::Evaluate(suites.iter().map(units).collect::<Result<_, Error>>()?);
+        Ok(Work { program, content: Content::Rows(dataset) })
+    }
+
+    /// Continues `prompts` (token ids, none empty) greedily by at most `max_new_tokens` or up to one of `end_tokens`.
+    pub fn generate(prompts: Vec<Vec<u32>>, max_new_tokens: u32, end_tokens: Vec<u32>, spec: &ModelSpec) -> Self {
+        let lengths: Vec<u32> = prompts.iter().map(|p| p.len() as u32).collect();
+        let units = Units::prompts(&lengths, max_new_tokens, CostModel::of(spec));
+        let program = Program::Generate { units, max_new_tokens, end_tokens };
+        Work { program, content: Content::Prompts(Arc::new(prompts)) }
+    }
+
+    /// The plan of a training run.
+    pub fn plan(&self) -> Option<&Plan> {
+        match &self.program {
+            Program::Train(training) => Some(&training.plan),
+            _ => None,
+        }
+    }
+
+    /// What the program asks of the workers.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// Names of the tasks, by index.
+    pub(super) fn tasks(&self) -> Vec<String> {
+        match &self.content {
+            Content::Rows(dataset) => dataset.tasks.clone(),
+            Content::Prompts(_) => Vec::new(),
+        }
+    }
+
+    /// Rows for training, validation and test.
+    pub(super) fn rows(&self) -> [u64; 3] {
+        match (&self.content, &self.program) {
+            (Content::Rows(dataset), program) => {
+                let train = if matches!(program, Program::Train(_)) { dataset.train.len() } else { 0 };
+                [train, dataset.validation.len(), dataset.test.len()].map(|n| n as u64)
+            }
+            (Content::Prompts(_), _) => [0; 3],
+        }
+    }
+
+    /// Source rows that `steps` steps train on, in the order in which they do.
+    pub(super) fn samples(&self, steps: u64) -> Vec<u64> {
+        match (&self.content, self.plan()) {
+            (Content::Rows(dataset), Some(plan)) => {
+                plan.committed_rows(steps).into_iter().map(|row| dataset.train[row as usize].row).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The micro-batch of `key`, always the same; `None` where the program has no such.
+    pub fn micro_batch(&self, key: BatchKey) -> Option<MicroBatch> {
+        let rows = self.rows_of(key)?;
+        match &self.content {
+            Content::Rows(dataset) => {
+                let from = match key.suite() {
+                    Suite::Train => &dataset.train,
+                    Suite::Validation => &dataset.validation,
+                    Suite::Test => &dataset.test,
+                    _ => return None,
+                };
+                let examples: Vec<&Example> = rows.iter().map(|&row| &from[row as usize]).collect();
+                Some(pack(&examples).into_micro_batch(key))
+            }
+            Content::Prompts(prompts) => {
+                let (mut tokens, mut starts, mut start) = (Vec::new(), Vec::new(), 0);
+                for prompt in rows.iter().map(|&row| &prompts[row as usize]) {
+                    put_u32s(&mut tokens, prompt);
+                    put_u32s(&mut starts, &[start]);
+                    start += prompt.len() as u32;
+                }
+                let (tokens, starts) = (tokens.into(), starts.into());
+                Some(MicroBatch { key: Some(key), tokens, targets: Default::default(), starts })
+            }
+        }
+    }
+
+    fn rows_of(&self, key: BatchKey) -> Option<Vec<u32>> {
+        let index = key.micro_batch as usize;
+        let unit = |units: &Units| Some(units.as_slice().get(index)?.work.rows.clone());
+        match (&self.program, key.suite()) {
+            (Program::Train(training), Suite::Train) => {
+                if !(1..=training.plan.steps()).contains(&key.step) {
+                    return None;
+                }
+                let mut dealt = training.plan.step(key.step).micro_batches;
+                (index < dealt.len()).then(|| dealt.swap_remove(index).rows)
+            }
+            (Program::Train(training), Suite::Validation) => unit(&training.validation),
+            (Program::Train(training), Suite::Test) => unit(&training.test),
+            (Program::Evaluate(suites), suite) => unit(&suites.iter().find(|(s, _)| *s == suite)?.1),
+            (Program::Generate { units, .. }, Suite::Generate) => unit(units),
+            _ => None,
+        }
+    }
+}
+
+fn evaluation(suite: Suite, dataset: &Dataset, train: &Train, cost: CostModel) -> Result<Units, Error> {
+    let (name, rows) = match suite {
+        Suite::Test => ("test", &dataset.test),
+        _ => ("validation", &dataset.validation),
+    };
+    Units::evaluation(name, &sizes(rows), train, cost)
+}
+
+fn sizes(examples: &[Example]) -> Vec<Size> {
+    let size = |e: &Example| Size { tokens: e.inputs() as u32, targets: e.targets() as u32, task: e.task };
+    examples.iter().map(size).collect()
+}
