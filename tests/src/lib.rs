@@ -1,1 +1,11 @@
 //! The whole system under test: real binaries as processes, and what their tests share.
+//!
+//! The tests under `tests/` start `unisono` and `unisono-worker` from the target directory that they were built into;
+//! `make test` builds them first. Every run carries a mark in its environment, by which a test finds whatever the run
+//! left behind, however it was orphaned.
+
+pub mod binaries;
+pub mod corpus;
+pub mod fixture;
+pub mod processes;
+pub mod train;

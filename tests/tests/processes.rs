@@ -1,0 +1,79 @@
+//! Whoever is killed, the run ends with a sentence, and nothing is left behind.
+
+use std::time::Duration;
+use unisono_tests::processes::{kill, wait_until_gone};
+use unisono_tests::train::Live;
+use unisono_tests::{fixture, train::Train};
+
+/// A run of two workers that would go on for long, after its second step.
+fn under_way(dir: &std::path::Path) -> Live {
+    let tiny = fixture::tiny();
+    let mut live = Train::new(&tiny.model, &tiny.data, dir).workers(2).set("train.steps", 5000).start();
+    live.wait_for("step");
+    live.wait_for("step");
+    assert_eq!(live.workers().len(), 2);
+    live
+}
+
+#[test]
+fn a_killed_worker_ends_the_run_with_its_rank_and_phase() {
+    let dir = tempfile::tempdir().unwrap();
+    let live = under_way(dir.path());
+    let rank = 1;
+    let pid = {
+        let membership = live_membership(&live);
+        membership[rank]
+    };
+    kill(pid);
+    let ended = live.finish();
+    wait_until_gone(&ended.mark, Duration::from_secs(2));
+    assert_eq!(ended.code(), Some(3), "{}", ended.stderr);
+    let last = ended.stderr.lines().last().unwrap_or_default();
+    assert!(last.contains("rank 1") && last.contains("phase"), "the sentence names rank and phase: {last}");
+    assert!(!ended.stderr.contains("panicked"), "{}", ended.stderr);
+    let failed = ended.events("failed");
+    assert_eq!(failed.len(), 1, "{:?}", ended.events);
+    assert_eq!(failed[0]["rank"], 1, "{}", failed[0]);
+    assert_ne!(failed[0]["phase"], "unknown", "{}", failed[0]);
+}
+
+/// Pids of the workers in rank order.
+fn live_membership(live: &Live) -> Vec<u32> {
+    let membership = live.seen("membership");
+    let members = membership["members"].as_array().unwrap();
+    members.iter().map(|member| member["pid"].as_u64().unwrap() as u32).collect()
+}
+
+#[test]
+fn a_killed_coordinator_ends_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let live = under_way(dir.path());
+    kill(live.coordinator().pid);
+    let ended = live.finish();
+    wait_until_gone(&ended.mark, Duration::from_secs(2));
+    assert_eq!(ended.code(), Some(3), "{}", ended.stderr);
+    let last = ended.stderr.lines().last().unwrap_or_default();
+    assert!(last.contains("coordinator") && last.contains("step"), "the sentence says who and where: {last}");
+    assert!(!ended.stderr.contains("panicked"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_killed_supervisor_leaves_no_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let live = under_way(dir.path());
+    let mark = live.mark.clone();
+    kill(live.pid());
+    wait_until_gone(&mark, Duration::from_secs(3));
+}
+
+#[test]
+fn a_terminated_supervisor_ends_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let live = under_way(dir.path());
+    let pid = live.pid().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let ended = live.finish();
+    wait_until_gone(&ended.mark, Duration::from_secs(2));
+    assert_ne!(ended.code(), Some(0), "{}", ended.stderr);
+    assert!(!ended.stderr.contains("panicked"), "{}", ended.stderr);
+}
