@@ -1,1 +1,171 @@
-//! Shard files of a checkpoint: masters and moments as safetensors in global coordinates.
+//! Writes the own shard of the optimizer state: one safetensors file in global coordinates, so that any number of workers
+//! can read what any number wrote. The file is on disk when this says so: flushed and synced, and its directory too.
+
+use crate::optim::Optimizer;
+use serde_json::{json, Map, Value};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use unisono_proto::v1::{CheckpointFile, Epoch, TensorRange};
+
+/// Why a shard could not be written. Nothing refers to a file that failed: the next attempt writes another.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{path}: the checkpoint cannot be written ({source}); make room, or check that every worker may write to the run directory")]
+    Write { path: PathBuf, source: io::Error },
+}
+
+/// The moments' and the master's names in the file.
+const FIELDS: [&str; 3] = ["master", "m", "v"];
+
+/// Writes masters and moments of the own shard into `dir`, which exists. Tensors are named
+/// `<parameter>/<master|m|v>/<begin>-<end>`: F32 `[end - begin]`, elements of the parameter in row-major order.
+pub fn write(dir: &Path, optimizer: &Optimizer, epoch: &Epoch, attempt: u32) -> Result<CheckpointFile, Error> {
+    let shard = optimizer.shard();
+    let (rank, world) = (shard.rank, shard.world);
+    let name = format!("shard-{rank}of{world}-{}-{}-{attempt}.safetensors", epoch.term, epoch.generation);
+    let path = dir.join(&name);
+    let failed = |source| Error::Write { path: path.clone(), source };
+    let (bytes, hash) = write_file(&path, optimizer).map_err(failed)?;
+    // A new file's name is durable once its directory is.
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|source| Error::Write { path: dir.into(), source })?;
+    let ranges = shard.pieces(optimizer.layout()).map(|piece| TensorRange {
+        tensor: piece.tensor.name.clone(),
+        begin: piece.of_tensor.start as u64,
+        end: piece.of_tensor.end as u64,
+    });
+    let blake3 = hash.as_bytes().to_vec().into();
+    Ok(CheckpointFile { name, bytes, blake3, ranges: ranges.collect() })
+}
+
+fn write_file(path: &Path, optimizer: &Optimizer) -> io::Result<(u64, blake3::Hash)> {
+    // Never over an existing file: a name belongs to one attempt.
+    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    let mut out = Hashing { inner: BufWriter::with_capacity(1 << 20, file), hasher: blake3::Hasher::new(), bytes: 0 };
+    let header = header(optimizer);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    let mut scratch = Vec::new();
+    for piece in optimizer.shard().pieces(optimizer.layout()) {
+        let state = optimizer.state(piece.bucket);
+        for values in [&state.master, &state.m, &state.v] {
+            for part in values[piece.of_shard.clone()].chunks(1 << 16) {
+                scratch.clear();
+                scratch.extend(part.iter().flat_map(|x| x.to_le_bytes()));
+                out.write_all(&scratch)?;
+            }
+        }
+    }
+    let Hashing { inner, hasher, bytes } = out;
+    let file = inner.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.sync_all()?;
+    Ok((bytes, hasher.finalize()))
+}
+
+/// The safetensors header, padded with spaces so that the data starts at a multiple of 8 bytes.
+fn header(optimizer: &Optimizer) -> Vec<u8> {
+    let mut entries: Map<String, Value> = Map::new();
+    let mut offset = 0;
+    for piece in optimizer.shard().pieces(optimizer.layout()) {
+        let (begin, end) = (piece.of_tensor.start, piece.of_tensor.end);
+        for field in FIELDS {
+            let next = offset + 4 * (end - begin);
+            let entry = json!({"dtype": "F32", "shape": [end - begin], "data_offsets": [offset, next]});
+            entries.insert(format!("{}/{field}/{begin}-{end}", piece.tensor.name), entry);
+            offset = next;
+        }
+    }
+    let mut header = Value::Object(entries).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    header
+}
+
+struct Hashing<W> {
+    inner: W,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(buffer)?;
+        self.hasher.update(&buffer[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::adamw::Settings;
+    use safetensors::SafeTensors;
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+    use unisono_configs::model::{Bucket, Layout, TensorSlot};
+
+    fn layout() -> Arc<Layout> {
+        let slot = |name: &str, shape: &[usize], offset| TensorSlot { name: name.into(), shape: shape.into(), offset };
+        let tensors = vec![slot("norm", &[100], 0), slot("matrix", &[1000, 200], 100)];
+        Arc::new(Layout { buckets: vec![Bucket { name: "block.0".into(), tensors, elements: 200_100 }] })
+    }
+
+    fn optimizer(rank: usize, world: usize) -> Optimizer {
+        let settings = Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
+        let mut optimizer = Optimizer::new(layout(), rank, world, settings, 1);
+        let fill = |name: &str, range: std::ops::Range<usize>, to: &mut [f32]| -> Result<(), ()> {
+            to.iter_mut().zip(range).for_each(|(x, i)| *x = i as f32 + if name == "norm" { 0.5 } else { 0.25 });
+            Ok(())
+        };
+        optimizer.load_masters(fill).unwrap();
+        optimizer
+    }
+
+    #[test]
+    fn the_files_of_all_ranks_hold_every_element_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let epoch = Epoch { term: 2, generation: 3 };
+        let mut masters: BTreeMap<String, Vec<Option<f32>>> =
+            [("norm".to_owned(), vec![None; 100]), ("matrix".to_owned(), vec![None; 200_000])].into();
+        for rank in 0..3 {
+            let report = write(dir.path(), &optimizer(rank, 3), &epoch, 1).unwrap();
+            assert_eq!(report.name, format!("shard-{rank}of3-2-3-1.safetensors"));
+            let data = std::fs::read(dir.path().join(&report.name)).unwrap();
+            assert_eq!(data.len() as u64, report.bytes);
+            assert_eq!(blake3::hash(&data).as_bytes()[..], report.blake3[..]);
+            let file = SafeTensors::deserialize(&data).unwrap();
+            assert_eq!(file.len(), 3 * report.ranges.len());
+            for range in &report.ranges {
+                let read = |field: &str| {
+                    let name = format!("{}/{field}/{}-{}", range.tensor, range.begin, range.end);
+                    let bytes = file.tensor(&name).unwrap().data().to_vec();
+                    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
+                };
+                assert!(read("m").iter().chain(&read("v")).all(|&x| x == 0.0));
+                let whole = masters.get_mut(&range.tensor).unwrap();
+                for (i, x) in (range.begin..range.end).zip(read("master")) {
+                    assert_eq!(whole[i as usize].replace(x), None, "element {i} occurs once");
+                }
+            }
+        }
+        for (name, values) in &masters {
+            let fraction = if name == "norm" { 0.5 } else { 0.25 };
+            assert!(values.iter().enumerate().all(|(i, x)| *x == Some(i as f32 + fraction)), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_never_written_twice_and_a_missing_directory_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let epoch = Epoch { term: 1, generation: 1 };
+        write(dir.path(), &optimizer(0, 1), &epoch, 1).unwrap();
+        let again = write(dir.path(), &optimizer(0, 1), &epoch, 1).unwrap_err().to_string();
+        assert!(again.contains("shard-0of1-1-1-1.safetensors"), "{again}");
+        write(dir.path(), &optimizer(0, 1), &epoch, 2).unwrap();
+        assert!(write(&dir.path().join("gone"), &optimizer(0, 1), &epoch, 1).is_err());
+    }
+}

@@ -3,6 +3,8 @@
 
 pub mod checkpoint;
 pub mod collective;
+pub mod fingerprint;
+pub mod lifeline;
 pub mod link;
 pub mod memory;
 pub mod model;

@@ -1,1 +1,299 @@
-//! gRPC client to the coordinator: one connection for control, one for data.
+//! The worker's end of the wire. Everything asynchronous lives on a thread of its own: reading directives, fetching
+//! micro-batches ahead, a heartbeat each second. The compute thread sees plain blocking calls.
+
+mod tasks;
+
+use crate::collective::tcp::Stopper;
+use crate::model::Batch;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{mpsc as plain, Arc, Mutex, OnceLock};
+use std::time::Duration;
+use tasks::{attend, beat, fetch, lock, Shared};
+use tokio::sync::{mpsc, Semaphore};
+use tonic::transport::Channel;
+use unisono_proto::dial::{self, Token};
+use unisono_proto::get_u32s;
+use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
+use unisono_proto::v1::worker_message::Body as ToCoordinator;
+use unisono_proto::v1::{
+    directive, Assign, BatchKey, Directive, Drained, Epoch, Failure, Join, MicroBatch, Pass, Phase, Suite,
+};
+
+/// Micro-batches asked for ahead of the one under way.
+const CREDIT: usize = 4;
+/// Reports that may wait for the wire before the compute thread does.
+const OUTGOING: usize = 256;
+/// How long a last message may take to leave.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Why the link is of no more use.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Dial(#[from] dial::Error),
+    #[error("the coordinator refused this worker: {0}")]
+    Refused(String),
+    #[error("lost the coordinator: {0}; its own log, or `unisono status`, says why")]
+    Lost(String),
+    #[error("{}", .0.message)]
+    Aborted(Box<Failure>),
+    #[error("the coordinator {0}: coordinator and worker must be of the same build")]
+    Protocol(String),
+}
+
+/// What the worker is doing now: written by the compute thread, told by the heartbeat and by errors.
+#[derive(Debug, Default)]
+pub struct Progress {
+    phase: AtomicI32,
+    /// 0 outside of steps.
+    step: AtomicU64,
+}
+
+impl Progress {
+    pub fn enter(&self, phase: Phase) {
+        self.phase.store(phase as i32, Ordering::Relaxed);
+    }
+
+    pub fn set_step(&self, step: Option<u64>) {
+        self.step.store(step.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    pub fn phase(&self) -> Phase {
+        Phase::try_from(self.phase.load(Ordering::Relaxed)).unwrap_or_default()
+    }
+
+    pub fn step(&self) -> Option<u64> {
+        Some(self.step.load(Ordering::Relaxed)).filter(|&s| s > 0)
+    }
+}
+
+/// Two connections to the coordinator; authorized by `token` where there is one (tests have none).
+pub struct Connections {
+    pub control: Channel,
+    pub data: Channel,
+    pub token: Option<Token>,
+}
+
+/// The worker's view of the coordinator.
+pub struct Link {
+    shared: Arc<Shared>,
+    incoming: plain::Receiver<FromCoordinator>,
+    batches: plain::Receiver<MicroBatch>,
+    /// Batches that came before their turn.
+    early: Mutex<BTreeMap<(i32, u64, u32), MicroBatch>>,
+    credit: Arc<Semaphore>,
+    closed: plain::Receiver<()>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Link {
+    /// Connects, asks to join and starts the heartbeat. `on_end` is called once, from the link's thread, when the
+    /// coordinator aborts or is lost.
+    pub fn open(
+        address: &str,
+        token: Token,
+        join: Join,
+        on_end: impl Fn(&Error) + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
+        let runtime = runtime()?;
+        let connections = runtime.block_on(async {
+            let control = dial::dial(address, &token).await?;
+            let data = dial::dial(address, &token).await?;
+            Ok::<_, Error>(Connections { control, data, token: Some(token) })
+        })?;
+        Ok(Self::over(runtime, connections, join, on_end))
+    }
+
+    /// The same over connections that exist already.
+    pub fn over(
+        runtime: tokio::runtime::Runtime,
+        connections: Connections,
+        join: Join,
+        on_end: impl Fn(&Error) + Send + Sync + 'static,
+    ) -> Self {
+        let (outgoing, reports) = mpsc::channel(OUTGOING);
+        let shared = Arc::new(Shared {
+            progress: Progress::default(),
+            stopper: Stopper::default(),
+            epoch: Mutex::new(None),
+            rank: OnceLock::new(),
+            ended: OnceLock::new(),
+            leaving: AtomicBool::new(false),
+            outgoing: Mutex::new(Some(outgoing)),
+            on_end: Box::new(on_end),
+        });
+        if let Some(outgoing) = &*lock(&shared.outgoing) {
+            outgoing.try_send(shared.message(ToCoordinator::Join(join))).expect("an empty channel has room");
+        }
+        let credit = Arc::new(Semaphore::new(CREDIT));
+        let (to_compute, incoming) = plain::channel();
+        let (to_batches, batches) = plain::channel();
+        let (keys, wanted) = mpsc::unbounded_channel();
+        let (close, closed) = plain::channel();
+        let Connections { control, data, token } = connections;
+        let token = Arc::new(token);
+        runtime.spawn(beat(shared.clone()));
+        runtime.spawn(attend(shared.clone(), control, token.clone(), reports, to_compute, keys, close));
+        runtime.spawn(fetch(shared.clone(), data, token, wanted, credit.clone(), to_batches));
+        Link { shared, incoming, batches, early: Mutex::default(), credit, closed, runtime }
+    }
+
+    pub fn progress(&self) -> &Progress {
+        &self.shared.progress
+    }
+
+    /// Ends blocked collectives when the link ends.
+    pub fn stopper(&self) -> &Stopper {
+        &self.shared.stopper
+    }
+
+    pub fn rank(&self) -> Option<u32> {
+        self.shared.rank.get().copied()
+    }
+
+    /// Why the link ended, if it did.
+    pub fn ended(&self) -> Option<&Error> {
+        self.shared.ended.get()
+    }
+
+    fn why(&self) -> Error {
+        self.ended().cloned().unwrap_or_else(|| Error::Lost("the connection closed".into()))
+    }
+
+    /// Waits for the link's thread; the end of either connection ends the wait.
+    fn wait<T>(&self, from: &plain::Receiver<T>) -> Result<T, Error> {
+        loop {
+            match from.recv_timeout(Duration::from_millis(100)) {
+                Ok(value) => return Ok(value),
+                Err(plain::RecvTimeoutError::Timeout) if self.ended().is_none() => {}
+                Err(_) => return Err(self.why()),
+            }
+        }
+    }
+
+    /// Waits for the assignment and the epoch it belongs to.
+    pub fn assignment(&self) -> Result<(Assign, Epoch), Error> {
+        match self.wait(&self.incoming)? {
+            FromCoordinator::Assign(assign) => {
+                let epoch = self.shared.epoch().ok_or_else(|| Error::Protocol("sent Assign without epoch".into()))?;
+                Ok((assign, epoch))
+            }
+            other => Err(unexpected(&other, "Assign")),
+        }
+    }
+
+    /// Waits until all workers are ready.
+    pub fn go(&self) -> Result<(), Error> {
+        match self.wait(&self.incoming)? {
+            FromCoordinator::Go(_) => Ok(()),
+            other => Err(unexpected(&other, "Go")),
+        }
+    }
+
+    /// Waits for the next directive.
+    pub fn directive(&self) -> Result<Directive, Error> {
+        match self.wait(&self.incoming)? {
+            FromCoordinator::Directive(directive) => Ok(directive),
+            other => Err(unexpected(&other, "a directive")),
+        }
+    }
+
+    /// Waits for a micro-batch, asked for when its directive arrived.
+    pub fn batch(&self, key: &BatchKey) -> Result<Batch, Error> {
+        let order = |key: &BatchKey| (key.suite, key.step, key.micro_batch);
+        let mut early = lock(&self.early);
+        let found = loop {
+            if let Some(batch) = early.remove(&order(key)) {
+                break batch;
+            }
+            let batch = self.wait(&self.batches)?;
+            let named = batch.key.ok_or_else(|| Error::Protocol("sent a micro-batch without key".into()))?;
+            early.insert(order(&named), batch);
+        };
+        self.credit.add_permits(1);
+        decode(&found).ok_or_else(|| Error::Protocol(format!("sent a malformed micro-batch ({key:?})")))
+    }
+
+    /// Sends a report; waits only when the coordinator has not taken many earlier ones.
+    pub fn report(&self, body: ToCoordinator) -> Result<(), Error> {
+        let sender = lock(&self.shared.outgoing).clone();
+        let message = self.shared.message(body);
+        sender.ok_or_else(|| self.why())?.blocking_send(message).map_err(|_| self.why())
+    }
+
+    /// Says that all is done and waits until the coordinator has heard it.
+    pub fn drained(&self) -> Result<(), Error> {
+        self.farewell(ToCoordinator::Drained(Drained {}))
+    }
+
+    /// Says why this worker cannot go on, if anybody still listens.
+    pub fn fail(&self, failure: Failure) -> Result<(), Error> {
+        self.farewell(ToCoordinator::Failure(failure))
+    }
+
+    fn farewell(&self, body: ToCoordinator) -> Result<(), Error> {
+        self.shared.leaving.store(true, Ordering::SeqCst);
+        // Dropping the sender after the last message closes our half of the stream; the coordinator answers by closing
+        // its own.
+        let sender = lock(&self.shared.outgoing).take().ok_or_else(|| self.why())?;
+        sender.blocking_send(self.shared.message(body)).map_err(|_| self.why())?;
+        drop(sender);
+        match self.closed.recv_timeout(FAREWELL) {
+            Err(plain::RecvTimeoutError::Timeout) => Err(Error::Lost("it did not take the last message".into())),
+            Ok(()) | Err(plain::RecvTimeoutError::Disconnected) => Ok(()),
+        }
+    }
+
+    /// Leaves no thread behind.
+    pub fn close(self) {
+        self.runtime.shutdown_timeout(Duration::from_millis(200));
+    }
+}
+
+/// One thread for everything asynchronous.
+pub fn runtime() -> Result<tokio::runtime::Runtime, Error> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("link")
+        .enable_all()
+        .build()
+        .map_err(|e| Error::Lost(format!("no thread for the connection ({e})")))
+}
+
+fn unexpected(body: &FromCoordinator, due: &str) -> Error {
+    let found = match body {
+        FromCoordinator::Assign(_) => "Assign",
+        FromCoordinator::Go(_) => "Go",
+        FromCoordinator::Directive(_) => "a directive",
+        FromCoordinator::Acknowledge(_) => "Acknowledge",
+        FromCoordinator::Abort(_) => "Abort",
+    };
+    Error::Protocol(format!("sent {found} where {due} was due"))
+}
+
+fn decode(batch: &MicroBatch) -> Option<Batch> {
+    let (tokens, targets) = (get_u32s(&batch.tokens)?, get_u32s(&batch.targets)?);
+    let starts = get_u32s(&batch.starts)?;
+    let asked = targets.len() == tokens.len() || targets.is_empty();
+    let ascending = starts.first() == Some(&0) && starts.windows(2).all(|w| w[0] < w[1]);
+    let inside = starts.last().is_some_and(|&s| (s as usize) < tokens.len());
+    (asked && ascending && inside).then_some(Batch { tokens, targets, starts })
+}
+
+/// The micro-batches of `directive` that `rank` computes, in order of computation.
+pub fn keys(directive: &Directive, rank: u32) -> Vec<BatchKey> {
+    let (passes, suite, step): (&[Pass], i32, u64) = match &directive.body {
+        Some(directive::Body::Step(s)) => (&s.passes, Suite::Train as i32, s.step),
+        Some(directive::Body::Evaluate(e)) => (&e.passes, e.suite, 0),
+        Some(directive::Body::Generate(g)) => (&g.passes, Suite::Generate as i32, 0),
+        Some(directive::Body::Checkpoint(_) | directive::Body::Finish(_)) | None => (&[], 0, 0),
+    };
+    let shares = passes.iter().flat_map(|pass| &pass.shares).filter(|share| share.rank == rank);
+    shares.map(|share| BatchKey { suite, step, micro_batch: share.micro_batch }).collect()
+}
+
+#[cfg(test)]
+pub mod fake;
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,169 @@
-use tch as _;
-fn main() {
-    println!("{}", tch::Tensor::from(1f32));
+//! `unisono-worker`: maps arguments to a session and its outcome to an exit code.
+
+use clap::{Parser, Subcommand};
+use std::net::UdpSocket;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::Duration;
+use unisono_proto::dial::Token;
+use unisono_proto::v1::{Failure, Join, Phase};
+use unisono_worker::collective::tcp;
+use unisono_worker::link::{self, Link};
+use unisono_worker::{fingerprint, lifeline, session};
+
+/// The user's input is at fault.
+const BAD_INPUT: u8 = 2;
+/// The run is at fault, or somebody else in it.
+const RUN_FAILED: u8 = 3;
+/// How long the compute thread may take to notice that the link ended.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// Computes micro-batches for a Unisono coordinator and owns a shard of the optimizer state.
+#[derive(Parser)]
+#[command(name = "unisono-worker", version, after_help = "Exit codes: 0 done, 2 bad input, 3 the run failed.")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Take part in the run of the coordinator at ADDR.
+    ///
+    /// The token comes from UNISONO_TOKEN or from the file that UNISONO_TOKEN_FILE names.
+    #[command(after_help = "Example: UNISONO_TOKEN_FILE=worker.token unisono-worker join 10.0.0.1:7070")]
+    Join {
+        /// The coordinator, host:port.
+        #[arg(value_name = "ADDR")]
+        address: String,
+        /// Address on which other workers reach this one; by default the one that leads to the coordinator.
+        #[arg(long, value_name = "HOST")]
+        listen: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    // Before libtorch's first operation: it keeps a compiled kernel for each shape, bounded by these.
+    for (variable, value) in [("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"), ("LRU_CACHE_CAPACITY", "1024")] {
+        if std::env::var_os(variable).is_none() {
+            std::env::set_var(variable, value);
+        }
+    }
+    lifeline::keep_heap();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("UNISONO_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let Command::Join { address, listen } = Arguments::parse().command;
+    if let Err(problem) = lifeline::watch(i32::from(RUN_FAILED)) {
+        return complain(&problem, BAD_INPUT);
+    }
+    std::panic::set_hook(Box::new(|info| {
+        let panic = PANIC.lock();
+        if let Ok(mut panic) = panic {
+            *panic = Some(info.to_string().replace('\n', " "));
+        }
+    }));
+    join(&address, listen)
+}
+
+/// What the last panic said.
+static PANIC: Mutex<Option<String>> = Mutex::new(None);
+
+fn join(address: &str, listen: Option<String>) -> ExitCode {
+    let token = match Token::from_environment() {
+        Ok(token) => token,
+        Err(e) => return complain(&e, BAD_INPUT),
+    };
+    let host = match listen.map_or_else(|| local_address(address), Ok) {
+        Ok(host) => host,
+        Err(problem) => return complain(&problem, BAD_INPUT),
+    };
+    let (listener, listen) = match tcp::listen(&host) {
+        Ok(listening) => listening,
+        Err(e) => return complain(&e, BAD_INPUT),
+    };
+    let fingerprint = match fingerprint::fingerprint() {
+        Ok(fingerprint) => fingerprint,
+        Err(e) => return complain(&format!("this program's own file cannot be read ({e})"), RUN_FAILED),
+    };
+    let join = Join { listen, host: host_name(), pid: std::process::id(), fingerprint: Some(fingerprint) };
+    let link = match Link::open(address, token, join, leave_soon) {
+        Ok(link) => link,
+        Err(e) => return complain(&e, BAD_INPUT),
+    };
+    let outcome = catch_unwind(AssertUnwindSafe(|| session::run(&link, listener)));
+    let code = match outcome {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => fail(&link, &error.to_string(), error.bad_input()),
+        Err(_) => {
+            let said = PANIC.lock().ok().and_then(|mut p| p.take()).unwrap_or_default();
+            fail(&link, &format!("an internal error, please report it: {said}"), false)
+        }
+    };
+    link.close();
+    code
+}
+
+/// Tells the user and the coordinator why this worker cannot go on.
+fn fail(link: &Link, message: &str, bad_input: bool) -> ExitCode {
+    // When the link ended first, whatever failed since is a consequence.
+    if let Some(error) = link.ended() {
+        return complain(&at(link.rank(), None, None, error), code(error));
+    }
+    let (phase, step) = (link.progress().phase(), link.progress().step());
+    let failure =
+        Failure { rank: link.rank(), host: host_name(), phase: phase as i32, step, message: message.into(), bad_input };
+    let place = at(link.rank(), Some(phase), step, &message);
+    // Nobody may be listening any more; the user reads it here in any case.
+    let _ = link.fail(failure);
+    complain(&place, if bad_input { BAD_INPUT } else { RUN_FAILED })
+}
+
+fn at(rank: Option<u32>, phase: Option<Phase>, step: Option<u64>, message: &dyn std::fmt::Display) -> String {
+    let rank = rank.map_or("a worker without rank".to_owned(), |rank| format!("rank {rank}"));
+    let phase = phase
+        .map_or(String::new(), |p| format!(", {}", p.as_str_name().trim_start_matches("PHASE_").to_ascii_lowercase()));
+    let step = step.map_or(String::new(), |step| format!(", step {step}"));
+    format!("{rank} on {}{phase}{step}: {message}", host_name())
+}
+
+fn code(error: &link::Error) -> u8 {
+    match error {
+        link::Error::Aborted(failure) if failure.bad_input => BAD_INPUT,
+        link::Error::Refused(_) | link::Error::Dial(_) => BAD_INPUT,
+        _ => RUN_FAILED,
+    }
+}
+
+/// Called from the link's thread when it ends: the compute thread usually notices by itself; if it computes for longer,
+/// the process ends under it.
+fn leave_soon(error: &link::Error) {
+    let (code, sentence) = (code(error), error.to_string());
+    std::thread::spawn(move || {
+        std::thread::sleep(GRACE);
+        complain(&at(None, None, None, &sentence), code);
+        lifeline::leave(i32::from(code));
+    });
+}
+
+fn complain(message: &dyn std::fmt::Display, code: u8) -> ExitCode {
+    eprintln!("unisono-worker: {message}");
+    ExitCode::from(code)
+}
+
+/// The local address towards the coordinator. Nothing is sent.
+fn local_address(coordinator: &str) -> Result<String, String> {
+    let find = || {
+        use std::net::ToSocketAddrs;
+        let target = coordinator.to_socket_addrs()?.next().ok_or(std::io::ErrorKind::NotFound)?;
+        let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = UdpSocket::bind(any)?;
+        socket.connect(target)?;
+        Ok::<_, std::io::Error>(socket.local_addr()?.ip().to_string())
+    };
+    find().map_err(|e| format!("\"{coordinator}\" does not lead to a coordinator ({e}); give host:port"))
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
 }

@@ -1,1 +1,310 @@
-//! A worker's life, one struct per state: join, load, train, drain.
+//! A worker's life: joining -> loading -> training -> draining, one struct per state; `run` returns the next.
+
+use crate::collective;
+use crate::collective::tcp::{Membership, Mesh};
+use crate::link::{self, Link};
+use crate::memory::{self, Available, Demand, Plan};
+use crate::model::weights::{self, Weights};
+use crate::model::{self, Batch, Model};
+use crate::optim::adamw::Settings;
+use crate::optim::Optimizer;
+use crate::train::{self, Trainer};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::time::Duration;
+use tch::{Device, Kind};
+use unisono_configs::model::{spec, ModelSpec};
+use unisono_proto::v1::worker_message::Body;
+use unisono_proto::v1::{directive, Assign, Compute, Epoch, Phase, Ready};
+use unisono_proto::NO_TARGET;
+
+/// Why a worker's life ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Link(#[from] link::Error),
+    #[error(transparent)]
+    Collective(#[from] collective::Error),
+    #[error(transparent)]
+    Spec(#[from] spec::Error),
+    #[error(transparent)]
+    Weights(#[from] weights::Error),
+    #[error("{path}: {source}", path = path.display())]
+    Model { path: PathBuf, source: model::Error },
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error(transparent)]
+    Train(#[from] train::Error),
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+impl Error {
+    /// Whether the user's input is at fault rather than the run.
+    pub fn bad_input(&self) -> bool {
+        match self {
+            Error::Spec(_) | Error::Weights(_) | Error::Model { .. } | Error::Memory(_) | Error::Unsupported(_) => true,
+            Error::Link(link::Error::Aborted(failure)) => failure.bad_input,
+            Error::Link(link::Error::Refused(_) | link::Error::Dial(_)) => true,
+            Error::Link(_) | Error::Collective(_) | Error::Train(_) => false,
+        }
+    }
+}
+
+/// Runs a worker from joining to the end.
+pub fn run(link: &Link, listener: TcpListener) -> Result<(), Error> {
+    Joining::new(link, listener).run()?.run()?.run()?.run()
+}
+
+/// Has asked to take part.
+pub struct Joining<'l> {
+    link: &'l Link,
+    listener: TcpListener,
+    /// Before any worker loads anything.
+    available: Available,
+    baseline: u64,
+}
+
+impl<'l> Joining<'l> {
+    pub fn new(link: &'l Link, listener: TcpListener) -> Self {
+        link.progress().enter(Phase::Join);
+        Joining { link, listener, available: memory::available(), baseline: memory::resident() }
+    }
+
+    pub fn run(self) -> Result<Loading<'l>, Error> {
+        let (assign, epoch) = self.link.assignment()?;
+        tracing::info!(rank = assign.rank, world = assign.world, ?epoch, "assigned");
+        let Joining { link, listener, available, baseline } = self;
+        Ok(Loading { link, listener, assign, epoch, available, baseline })
+    }
+}
+
+/// Knows its rank: meets its peers, loads the model and tries the worst micro-batch.
+pub struct Loading<'l> {
+    link: &'l Link,
+    listener: TcpListener,
+    assign: Assign,
+    epoch: Epoch,
+    available: Available,
+    baseline: u64,
+}
+
+impl<'l> Loading<'l> {
+    pub fn run(self) -> Result<Training<'l>, Error> {
+        let Loading { link, assign, epoch, .. } = &self;
+        link.progress().enter(Phase::Load);
+        let membership = self.membership()?;
+        // Everybody is assigned at the same moment, so peers are met before loading makes some later than others.
+        let peers = Mesh::meet(&self.listener, &membership, link.stopper())?;
+        let (path, compute) = self.source()?;
+        let spec = ModelSpec::read(&path)?;
+        use_threads(assign.threads);
+        let layout = unisono_configs::model::Layout::new(&spec);
+        let (rank, world) = (assign.rank as usize, assign.world as usize);
+        let owned = layout.shard_elements(rank, world).iter().map(|r| r.len()).sum();
+        let demand = Demand {
+            spec: &spec,
+            parameters: layout.parameters(),
+            owned,
+            largest: layout.tensors().map(|(_, t)| t.elements()).max().unwrap_or(0),
+            width: compute.elt_size_in_bytes(),
+            tokens: assign.worst_tokens as usize,
+            document: assign.worst_document as usize,
+            trains: assign.trains,
+            baseline: self.baseline,
+        };
+        let plan = Plan::new(&demand);
+        plan.check(&self.available, neighbours(&assign.peers, rank))?;
+
+        let weights = Weights::open(&path)?;
+        weights.check(&layout)?;
+        let tied = spec.tied;
+        let failed = |source| Error::Model { path: path.clone(), source };
+        let model = Model::load(&path, spec, compute, Device::Cpu).map_err(failed)?;
+        let mut optimizer = None;
+        if assign.trains {
+            // A tied embedding receives two leaves from each micro-batch.
+            let leaves = assign.micro_batches as usize * if tied { 2 } else { 1 };
+            let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(), leaves);
+            new.load_masters(|name, range, out| weights.read_f32(name, range, out))?;
+            optimizer = Some(new);
+        }
+        drop(weights);
+        try_worst(assign, &model, optimizer.as_mut()).map_err(failed)?;
+
+        let (link, epoch) = (*link, *epoch);
+        let trainer = Trainer { link, model, optimizer, peers: Box::new(peers), planned_bytes: plan.total() };
+        link.report(Body::Ready(Ready { memory: Some(trainer.memory()) }))?;
+        link.go()?;
+        Ok(Training { trainer, epoch })
+    }
+
+    fn membership(&self) -> Result<Membership, Error> {
+        let Assign { rank, world, peers, peer_key, peer_timeout, .. } = &self.assign;
+        let malformed = |what: &str| link::Error::Protocol(format!("sent {what}"));
+        let key = peer_key[..].try_into().map_err(|_| malformed("a peer key that is not 32 bytes long"))?;
+        if peers.len() != *world as usize || rank >= world {
+            return Err(malformed("an assignment with another number of peers than workers").into());
+        }
+        if !(peer_timeout.is_finite() && *peer_timeout > 0.0) {
+            return Err(Error::Unsupported("cluster.peer_timeout must be a positive number of seconds".into()));
+        }
+        Ok(Membership {
+            rank: *rank as usize,
+            addresses: peers.clone(),
+            key,
+            term: self.epoch.term,
+            generation: self.epoch.generation,
+            timeout: Duration::from_secs_f64(*peer_timeout),
+        })
+    }
+
+    /// The model's directory and the kind to compute in; refuses what this worker cannot do.
+    fn source(&self) -> Result<(PathBuf, Kind), Error> {
+        let assign = &self.assign;
+        let model = assign.model.as_ref().ok_or_else(|| link::Error::Protocol("assigned no model".into()))?;
+        let compute = match model.compute() {
+            Compute::Fp32 => Kind::Float,
+            Compute::Bf16 => Kind::BFloat16,
+            Compute::Unspecified => return Err(link::Error::Protocol("assigned no precision".into()).into()),
+        };
+        if assign.device != "cpu" {
+            let sentence = format!("device \"{}\" is not supported yet; set cluster.device = \"cpu\"", assign.device);
+            return Err(Error::Unsupported(sentence));
+        }
+        if let Some(resume) = &assign.resume {
+            let sentence = format!("{}: resuming from a checkpoint is not supported yet; start a new run", resume.path);
+            return Err(Error::Unsupported(sentence));
+        }
+        Ok((PathBuf::from(&model.path), compute))
+    }
+
+    fn settings(&self) -> Settings {
+        let optimizer = self.assign.optimizer.unwrap_or_default();
+        Settings {
+            beta1: optimizer.beta1,
+            beta2: optimizer.beta2,
+            eps: optimizer.eps,
+            weight_decay: optimizer.weight_decay,
+            max_grad_norm: optimizer.max_grad_norm,
+        }
+    }
+}
+
+/// How many of the workers share `rank`'s machine, itself included.
+fn neighbours(addresses: &[String], rank: usize) -> usize {
+    let host = |address: &String| address.rsplit_once(':').map(|(host, _)| host.to_owned());
+    addresses.iter().filter(|a| host(a) == host(&addresses[rank])).count()
+}
+
+/// Sets the threads within an operation. Threads between operations cannot be set twice in a process, and one is right.
+fn use_threads(threads: u32) {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| tch::set_num_interop_threads(1));
+    tch::set_num_threads(threads.max(1) as i32);
+}
+
+/// Really runs the largest micro-batch of the plan, with a target everywhere, and forgets its gradients: what does not
+/// fit fails here and not in the middle of the night.
+fn try_worst(assign: &Assign, model: &Model, optimizer: Option<&mut Optimizer>) -> Result<(), model::Error> {
+    let batch = worst(assign.worst_tokens, assign.worst_document, model.spec().vocab);
+    let Some(batch) = batch else { return Ok(()) };
+    match optimizer {
+        Some(optimizer) => {
+            model.forward_backward(&batch, 1.0 / batch.tokens.len() as f64, &mut optimizer.sums)?;
+            optimizer.sums.clear();
+        }
+        None => drop(model.evaluate(&batch)?),
+    }
+    Ok(())
+}
+
+/// `tokens` tokens in documents of `document` tokens, predicting the next token wherever there is one.
+fn worst(tokens: u32, document: u32, vocab: usize) -> Option<Batch> {
+    if tokens == 0 || vocab == 0 {
+        return None;
+    }
+    let document = document.clamp(1, tokens);
+    let token = |i: u32| (i as usize % vocab) as u32;
+    let last = |i: u32| (i + 1) % document == 0 || i + 1 == tokens;
+    Some(Batch {
+        tokens: (0..tokens).map(token).collect(),
+        targets: (0..tokens).map(|i| if last(i) { NO_TARGET } else { token(i + 1) }).collect(),
+        starts: (0..tokens).step_by(document as usize).collect(),
+    })
+}
+
+/// Carries out directives until the last.
+pub struct Training<'l> {
+    trainer: Trainer<'l>,
+    epoch: Epoch,
+}
+
+impl<'l> Training<'l> {
+    pub fn run(mut self) -> Result<Draining<'l>, Error> {
+        let link = self.trainer.link;
+        let rank = self.trainer.peers.rank() as u32;
+        for due in 1.. {
+            let directive = link.directive()?;
+            if directive.id != due {
+                let sentence = format!("sent directive {} where {due} was due", directive.id);
+                return Err(link::Error::Protocol(sentence).into());
+            }
+            let keys = link::keys(&directive, rank);
+            let report = match directive.body {
+                Some(directive::Body::Step(step)) => {
+                    link.progress().set_step(Some(step.step));
+                    let report = self.trainer.step(&step, &keys)?;
+                    link.progress().set_step(None);
+                    Body::Step(report)
+                }
+                Some(directive::Body::Evaluate(_)) => Body::Evaluate(self.trainer.evaluate(directive.id, &keys)?),
+                Some(directive::Body::Generate(generate)) => {
+                    Body::Generate(self.trainer.generate(directive.id, &generate, &keys)?)
+                }
+                Some(directive::Body::Checkpoint(checkpoint)) => {
+                    Body::Checkpoint(self.trainer.checkpoint(&checkpoint, &self.epoch)?)
+                }
+                Some(directive::Body::Finish(_)) => break,
+                None => {
+                    return Err(link::Error::Protocol("sent a directive that this worker does not know".into()).into())
+                }
+            };
+            link.report(report)?;
+        }
+        Ok(Draining { link })
+    }
+}
+
+/// Has carried out everything; memory and peers are given back.
+pub struct Draining<'l> {
+    link: &'l Link,
+}
+
+impl Draining<'_> {
+    pub fn run(self) -> Result<(), Error> {
+        self.link.progress().enter(Phase::Drain);
+        Ok(self.link.drained()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_batch_is_packed_full() {
+        let batch = worst(10, 4, 7).unwrap();
+        assert_eq!(batch.tokens, [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]);
+        assert_eq!(batch.starts, [0, 4, 8]);
+        let n = NO_TARGET;
+        assert_eq!(batch.targets, [1, 2, 3, n, 5, 6, 0, n, 2, n]);
+        assert_eq!(worst(0, 0, 7), None);
+    }
+
+    #[test]
+    fn neighbours_share_a_host() {
+        let addresses = ["10.0.0.1:5", "10.0.0.2:5", "10.0.0.1:6", "[::1]:7"].map(String::from);
+        assert_eq!([0, 1, 2, 3].map(|rank| neighbours(&addresses, rank)), [2, 1, 2, 1]);
+    }
+}

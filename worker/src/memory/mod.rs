@@ -1,1 +1,163 @@
-//! What a worker will need and what it has used, bytes.
+//! Memory before step 0: what a worker will need, what the machine has, and what was really used.
+
+mod machine;
+
+pub use machine::{available, peak, resident, Available};
+
+use std::fmt;
+use unisono_configs::model::ModelSpec;
+
+/// What decides how much memory a worker needs.
+#[derive(Debug, Clone, Copy)]
+pub struct Demand<'a> {
+    pub spec: &'a ModelSpec,
+    /// Elements of the model and of the own shard.
+    pub parameters: usize,
+    pub owned: usize,
+    /// Elements of the largest parameter tensor: its gradient exists whole for a moment.
+    pub largest: usize,
+    /// Bytes of a parameter as the model computes with it.
+    pub width: usize,
+    /// Tokens of the largest micro-batch, and of its longest document.
+    pub tokens: usize,
+    pub document: usize,
+    /// False for evaluation and generation only.
+    pub trains: bool,
+    /// Resident bytes before anything is loaded: the binary, libtorch and its threads.
+    pub baseline: u64,
+}
+
+/// Predicted peak resident memory by purpose, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    pub baseline: u64,
+    pub parameters: u64,
+    /// Integer accumulators of the exact sum.
+    pub sums: u64,
+    /// Masters and moments of the own shard.
+    pub optimizer: u64,
+    /// Saved for the backward pass of the largest micro-batch, and its temporaries.
+    pub activations: u64,
+}
+
+/// Rows of logits that exist at a time.
+const HEAD_ROWS: usize = 512;
+
+impl Plan {
+    pub fn new(demand: &Demand<'_>) -> Self {
+        let (spec, width, tokens) = (demand.spec, demand.width, demand.tokens);
+        let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        // Per token and layer: both norms' outputs, q, k, v, attention's output, gate, up and their product as operands;
+        // the residual stream twice in fp32.
+        let layer = width * (2 * spec.hidden + 2 * q + 2 * kv + 3 * spec.intermediate) + 8 * spec.hidden;
+        let saved = tokens * (layer * if demand.trains { spec.layers } else { 1 } + 8 * spec.hidden);
+        // One block's temporaries in fp32, the probabilities of its longest documents, and the head's logits twice.
+        let block = tokens * 4 * (2 * spec.hidden + q + 2 * kv + 3 * spec.intermediate);
+        let scores = 2 * spec.heads * demand.document * demand.document * 4 * tokens.div_ceil(demand.document.max(1));
+        let logits = 2 * 4 * tokens.min(HEAD_ROWS) * spec.vocab;
+        let gradient = if demand.trains { 4 * demand.largest } else { 0 };
+        Plan {
+            baseline: demand.baseline,
+            parameters: (demand.parameters * width) as u64,
+            sums: if demand.trains { 8 * demand.parameters as u64 } else { 0 },
+            optimizer: if demand.trains { 12 * demand.owned as u64 } else { 0 },
+            activations: (saved + block + scores + logits + gradient) as u64,
+        }
+    }
+
+    pub fn total(&self) -> u64 {
+        self.baseline + self.parameters + self.sums + self.optimizer + self.activations
+    }
+
+    /// Refuses what cannot fit: `workers` such workers share the machine.
+    pub fn check(&self, available: &Available, workers: usize) -> Result<(), Error> {
+        let needed = self.total() * workers.max(1) as u64;
+        if needed <= available.bytes {
+            return Ok(());
+        }
+        let short = needed - available.bytes;
+        let workers = workers.max(1);
+        // The cheapest change is the one that costs least and is enough by itself.
+        let remedy = if self.activations * workers as u64 / 2 >= short {
+            "halve train.max_tokens_per_micro_batch (and train.max_length, if it is longer)".to_owned()
+        } else if workers > 1 {
+            format!("use fewer workers on this machine (cluster.workers = {})", workers - 1)
+        } else {
+            "use a smaller model or a machine with more memory".to_owned()
+        };
+        Err(Error::TooLittle { plan: *self, workers, available: available.clone(), remedy })
+    }
+}
+
+/// Why a run is refused before its first step.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("this needs {needed} for {workers} worker(s) on this machine ({plan}), and {source_of} leaves {left}: {remedy}",
+        needed = Bytes(plan.total() * *workers as u64), source_of = available.source, left = Bytes(available.bytes))]
+    TooLittle { plan: Plan, workers: usize, available: Available, remedy: String },
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "each: parameters {}, gradient sums {}, optimizer {}, activations {}, program {}",
+            Bytes(self.parameters),
+            Bytes(self.sums),
+            Bytes(self.optimizer),
+            Bytes(self.activations),
+            Bytes(self.baseline)
+        )
+    }
+}
+
+/// Bytes as a person reads them.
+#[derive(Debug, Clone, Copy)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0..1_000_000 => write!(f, "{} B", self.0),
+            1_000_000..1_000_000_000 => write!(f, "{:.0} MB", self.0 as f64 / 1e6),
+            _ => write!(f, "{:.2} GB", self.0 as f64 / 1e9),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(activations: u64) -> Plan {
+        Plan { baseline: 100, parameters: 200, sums: 800, optimizer: 1200, activations }
+    }
+
+    fn left(bytes: u64) -> Available {
+        Available { bytes, source: "the cgroup".into() }
+    }
+
+    #[test]
+    fn a_plan_that_fits_passes_and_one_byte_less_does_not() {
+        let plan = plan(700);
+        assert!(plan.check(&left(3000), 1).is_ok());
+        assert!(plan.check(&left(2999), 1).is_err());
+        assert!(plan.check(&left(6000), 2).is_ok());
+        assert!(plan.check(&left(5999), 2).is_err());
+    }
+
+    #[test]
+    fn the_remedy_is_one_that_is_enough() {
+        let remedy =
+            |activations, bytes, workers| plan(activations).check(&left(bytes), workers).unwrap_err().to_string();
+        assert!(remedy(10_000, 8_000, 1).contains("max_tokens_per_micro_batch"));
+        assert!(remedy(100, 4_000, 2).contains("cluster.workers = 1"));
+        assert!(remedy(100, 2_000, 1).contains("smaller model"));
+    }
+
+    #[test]
+    fn bytes_read_well() {
+        let shown: Vec<_> = [999, 2_400_000, 5_210_000_000].map(|b| Bytes(b).to_string()).into();
+        assert_eq!(shown, ["999 B", "2 MB", "5.21 GB"]);
+    }
+}

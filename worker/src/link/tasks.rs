@@ -1,0 +1,196 @@
+//! What the link's own thread does: heartbeats, reading the coordinator's messages, fetching micro-batches.
+
+use super::{keys, Error, Progress, CREDIT};
+use crate::collective::tcp::Stopper;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{mpsc as plain, Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, Semaphore};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+use unisono_proto::dial::{self, Token};
+use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
+use unisono_proto::v1::worker_message::Body as ToCoordinator;
+use unisono_proto::v1::{BatchKey, BatchRequest, CoordinatorMessage, Epoch, Heartbeat, MicroBatch, WorkerMessage};
+
+/// Nobody panics while holding one of the link's locks in a way that matters.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What asynchronous tasks and the compute thread share.
+pub(super) struct Shared {
+    pub progress: Progress,
+    /// Ends blocked collectives when the link ends.
+    pub stopper: Stopper,
+    pub epoch: Mutex<Option<Epoch>>,
+    pub rank: OnceLock<u32>,
+    /// Why the link ended; set once, before the channels to the compute thread close.
+    pub ended: OnceLock<Error>,
+    /// The last message is out: the stream may end without anybody's fault.
+    pub leaving: AtomicBool,
+    /// Absent once the last message is on its way.
+    pub outgoing: Mutex<Option<mpsc::Sender<WorkerMessage>>>,
+    pub on_end: Box<dyn Fn(&Error) + Send + Sync>,
+}
+
+impl Shared {
+    pub fn end(&self, error: Error) {
+        if self.leaving.load(Ordering::SeqCst) || self.ended.set(error).is_err() {
+            return;
+        }
+        self.stopper.stop();
+        if let Some(error) = self.ended.get() {
+            (self.on_end)(error);
+        }
+    }
+
+    pub fn epoch(&self) -> Option<Epoch> {
+        *lock(&self.epoch)
+    }
+
+    pub fn message(&self, body: ToCoordinator) -> WorkerMessage {
+        WorkerMessage { epoch: self.epoch(), body: Some(body) }
+    }
+}
+
+fn authorized<T>(message: T, token: &Option<Token>) -> Request<T> {
+    let mut request = Request::new(message);
+    if let Some(token) = token {
+        token.authorize(&mut request);
+    }
+    request
+}
+
+fn status(status: &Status) -> Error {
+    match status.code() {
+        Code::Unauthenticated | Code::PermissionDenied | Code::FailedPrecondition | Code::InvalidArgument => {
+            Error::Refused(status.message().into())
+        }
+        _ if status.message().is_empty() => Error::Lost(format!("{:?}", status.code())),
+        _ => Error::Lost(status.message().into()),
+    }
+}
+
+/// A heartbeat each second for as long as the compute thread holds the other end.
+pub(super) async fn beat(shared: Arc<Shared>) {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let heartbeat = Heartbeat { phase: shared.progress.phase() as i32, step: shared.progress.step() };
+        // A full channel means that other messages are under way: those are signs of life too.
+        // The lock keeps a heartbeat from following the last message.
+        match &*lock(&shared.outgoing) {
+            Some(outgoing) => drop(outgoing.try_send(shared.message(ToCoordinator::Heartbeat(heartbeat)))),
+            None => return,
+        }
+    }
+}
+
+/// Reads what the coordinator says until it ends or aborts.
+pub(super) async fn attend(
+    shared: Arc<Shared>,
+    channel: Channel,
+    token: Arc<Option<Token>>,
+    reports: mpsc::Receiver<WorkerMessage>,
+    to_compute: plain::Sender<FromCoordinator>,
+    keys: mpsc::UnboundedSender<BatchKey>,
+    close: plain::Sender<()>,
+) {
+    let mut client = dial::training(channel);
+    let error = match client.attend(authorized(ReceiverStream::new(reports), &token)).await {
+        Err(s) => status(&s),
+        Ok(response) => {
+            let mut stream = response.into_inner();
+            loop {
+                match stream.message().await {
+                    Ok(Some(message)) => match take(&shared, message, &to_compute, &keys) {
+                        Ok(()) => {}
+                        Err(error) => break error,
+                    },
+                    Ok(None) => break Error::Lost("it closed the connection".into()),
+                    Err(s) => break status(&s),
+                }
+            }
+        }
+    };
+    shared.end(error);
+    let _ = close.send(());
+}
+
+fn take(
+    shared: &Shared,
+    message: CoordinatorMessage,
+    to_compute: &plain::Sender<FromCoordinator>,
+    keys_wanted: &mpsc::UnboundedSender<BatchKey>,
+) -> Result<(), Error> {
+    let Some(body) = message.body else { return Ok(()) };
+    if let (Some(told), Some(known)) = (message.epoch, shared.epoch()) {
+        if told.term < known.term || told.generation < known.generation {
+            tracing::warn!(?told, ?known, "dropped a message of the past");
+            return Ok(());
+        }
+    }
+    match &body {
+        FromCoordinator::Abort(abort) => {
+            let failure = abort.failure.clone().unwrap_or_default();
+            return Err(Error::Aborted(Box::new(failure)));
+        }
+        FromCoordinator::Acknowledge(_) => return Ok(()),
+        FromCoordinator::Assign(assign) => {
+            *lock(&shared.epoch) = message.epoch;
+            if shared.rank.set(assign.rank).is_err() {
+                return Err(Error::Protocol("assigned a second time".into()));
+            }
+        }
+        FromCoordinator::Directive(directive) => {
+            let rank = shared.rank.get().copied().ok_or_else(|| Error::Protocol("directed before Assign".into()))?;
+            for key in keys(directive, rank) {
+                // Nobody fetches any more once the link has ended.
+                let _ = keys_wanted.send(key);
+            }
+        }
+        FromCoordinator::Go(_) => {}
+    }
+    // The compute thread is gone only when the worker is leaving.
+    let _ = to_compute.send(body);
+    Ok(())
+}
+
+/// Asks for the wanted micro-batches, a few ahead, and hands them over as they come.
+pub(super) async fn fetch(
+    shared: Arc<Shared>,
+    channel: Channel,
+    token: Arc<Option<Token>>,
+    mut wanted: mpsc::UnboundedReceiver<BatchKey>,
+    credit: Arc<Semaphore>,
+    to_compute: plain::Sender<MicroBatch>,
+) {
+    let (requests, outgoing) = mpsc::channel(CREDIT);
+    tokio::spawn(async move {
+        while let Some(key) = wanted.recv().await {
+            let Ok(permit) = credit.acquire().await else { return };
+            permit.forget();
+            if requests.send(BatchRequest { key: Some(key) }).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut client = dial::training(channel);
+    let outcome = async {
+        let mut stream = client.batches(authorized(ReceiverStream::new(outgoing), &token)).await?.into_inner();
+        while let Some(batch) = stream.message().await? {
+            if to_compute.send(batch).is_err() {
+                break;
+            }
+        }
+        Ok::<_, Status>(())
+    };
+    let error = match outcome.await {
+        Ok(()) => Error::Lost("it closed the data connection".into()),
+        Err(s) => status(&s),
+    };
+    shared.end(error);
+}
