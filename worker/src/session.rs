@@ -226,7 +226,7 @@ fn worst(tokens: u32, document: u32, vocab: usize) -> Option<Batch> {
     }
     let document = document.clamp(1, tokens);
     let token = |i: u32| (i as usize % vocab) as u32;
-    let last = |i: u32| (i + 1) % document == 0 || i + 1 == tokens;
+    let last = |i: u32| (i + 1).is_multiple_of(document) || i + 1 == tokens;
     Some(Batch {
         tokens: (0..tokens).map(token).collect(),
         targets: (0..tokens).map(|i| if last(i) { NO_TARGET } else { token(i + 1) }).collect(),
