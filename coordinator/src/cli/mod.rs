@@ -1,1 +1,126 @@
 //! Thin commands: each reads its arguments, calls the room that does the work and prints.
+#![allow(clippy::print_stdout)]
+
+pub mod checkpoints;
+pub mod config;
+pub mod run_dir;
+pub mod screen;
+pub mod watch;
+
+use clap::{Parser, Subcommand};
+use std::fmt::Display;
+use std::process::ExitCode;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  2    bad input: one sentence on standard error says what to change
+  3    the run failed: rank, phase and step are named
+  130  interrupted by Ctrl-C (143: by SIGTERM)";
+
+const EXAMPLES: &str = "\
+Examples:
+  unisono train --model models/tiny --data rows.jsonl
+  unisono train recipe.toml --workers 2 --set train.learning_rate=1e-4
+  unisono monitor runs/recipe-001
+  unisono generate runs/recipe-001 --prompt \"Question: what is 2 + 3?\\nAnswer:\"";
+
+/// Fine-tunes language models on instructions; the result is the same, bit for bit, for any number of workers.
+#[derive(Debug, Parser)]
+#[command(name = "unisono", version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"), max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Follow a run from its first step until it ends.
+    Monitor(watch::MonitorArgs),
+    /// Show on one screen where a run is.
+    Status(watch::StatusArgs),
+    /// Print the digest of a run's state: equal digests, equal runs.
+    Digest(checkpoints::DigestArgs),
+    /// Write a run's weights as a Hugging Face directory.
+    Export(checkpoints::ExportArgs),
+}
+
+/// How a command ends when it does not end well.
+#[derive(Debug)]
+pub enum Error {
+    /// The user's input is at fault: exit code 2.
+    BadInput(String),
+    /// The run is at fault: exit code 3.
+    Failed(String),
+    /// Everything has been said.
+    Code(u8),
+}
+
+impl Error {
+    pub fn bad_input(sentence: impl Display) -> Self {
+        Error::BadInput(sentence.to_string())
+    }
+
+    pub fn failed(sentence: impl Display) -> Self {
+        Error::Failed(sentence.to_string())
+    }
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Runs the command line's command.
+pub fn main() -> ExitCode {
+    // Before anything else: a process whose supervisor has died must not live on.
+    crate::launch::child::hold_lifeline();
+    let cli = Cli::parse();
+    trace();
+    let ended = match cli.command {
+        Command::Monitor(args) => watch::monitor(args),
+        Command::Status(args) => watch::status(args),
+        Command::Digest(args) => checkpoints::digest(args),
+        Command::Export(args) => checkpoints::export(args),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Error::Code(code)) => ExitCode::from(code),
+        Err(Error::BadInput(sentence)) => {
+            eprintln!("unisono: {sentence}");
+            ExitCode::from(2)
+        }
+        Err(Error::Failed(sentence)) => {
+            eprintln!("unisono: {sentence}");
+            ExitCode::from(3)
+        }
+    }
+}
+
+/// Logs go to standard error; `UNISONO_LOG=unisono=debug` shows more.
+fn trace() {
+    let filter = std::env::var("UNISONO_LOG").unwrap_or_else(|_| "warn".into());
+    // A filter that does not parse is not worth a refused run.
+    let filter = tracing_subscriber::EnvFilter::new(filter);
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+/// Writes to standard output; a reader that has left (`| head`) is no error.
+pub(crate) fn print(text: &str) {
+    use std::io::Write;
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    let _ = std::io::stdout().flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_command_has_an_example() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands() {
+            let help = sub.get_after_help().map(|h| h.to_string()).unwrap_or_default();
+            assert!(help.contains("unisono"), "{} has no example", sub.get_name());
+        }
+    }
+}

@@ -4,6 +4,7 @@
 //! coordinator's own display and `unisono monitor` are the same code at the two ends of the `Watch` stream.
 
 pub mod bar;
+pub mod conn;
 pub mod json;
 pub mod plain;
 pub mod state;

@@ -1,6 +1,5 @@
 //! One line per event: the form for logs and terminals without cursor control.
 
-use super::json::phase;
 use super::state::RunState;
 use super::View;
 use std::io::{self, Write};
@@ -133,7 +132,7 @@ pub fn failure(f: &Failure) -> String {
             place.push(if f.host.is_empty() { named } else { format!("{named} on {}", f.host) });
         }
     }
-    let named = phase(f.phase());
+    let named = f.phase().word();
     if f.phase != 0 && !f.message.contains(named) {
         place.push(format!("phase {named}"));
     }

@@ -1,0 +1,139 @@
+//! The options that name or change a run configuration, shared by every command that takes one.
+
+use super::{Error, Result};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use unisono_configs::model::ModelSpec;
+use unisono_configs::run::{Count, Device, RunConfig};
+
+/// Where the run's configuration comes from.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ConfigArgs {
+    /// Run configuration (TOML); instead of it: --model and --data
+    #[arg(value_name = "CONFIG", conflicts_with_all = ["model", "data"], required_unless_present_all = ["model", "data"])]
+    config: Option<PathBuf>,
+    /// Hugging Face model directory
+    #[arg(long, value_name = "DIR", requires = "data")]
+    model: Option<PathBuf>,
+    /// JSON Lines file of prompts and completions; several make several tasks
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "model")]
+    data: Vec<PathBuf>,
+    /// Number of workers; default: one per core, at most train.micro_batches
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    /// Set a key of the configuration, for example train.epochs=3; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = assignment)]
+    set: Vec<(String, String)>,
+}
+
+fn assignment(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.trim().is_empty() => Ok((key.trim().into(), value.trim().into())),
+        _ => Err("write it as key=value, for example train.epochs=3".into()),
+    }
+}
+
+impl ConfigArgs {
+    /// The configuration, every "auto" replaced by its value on this machine, and the model that it names.
+    pub fn load(&self) -> Result<(RunConfig, ModelSpec)> {
+        let mut overrides = self.set.clone();
+        overrides.extend(self.workers.map(|n| ("cluster.workers".to_owned(), n.to_string())));
+        let read = match (&self.config, &self.model) {
+            (Some(path), _) => RunConfig::read(path, &overrides),
+            (None, Some(model)) => RunConfig::for_files(model, &self.data, &overrides),
+            (None, None) => return Err(Error::bad_input("give a run configuration, or --model DIR --data FILE")),
+        };
+        let mut config = read.map_err(Error::bad_input)?;
+        resolve(&mut config)?;
+        let spec = ModelSpec::read(&config.model.path).map_err(Error::bad_input)?;
+        Ok((config, spec))
+    }
+
+    /// What a run of this configuration is called.
+    pub fn name(&self) -> String {
+        let stem = |path: &Path| path.file_stem().map(|s| s.to_string_lossy().into_owned());
+        let directory =
+            |path: &Path| std::path::absolute(path).ok()?.file_name().map(|s| s.to_string_lossy().into_owned());
+        let name = self.config.as_deref().and_then(stem).or_else(|| self.model.as_deref().and_then(directory));
+        name.filter(|n| !n.is_empty()).unwrap_or_else(|| "run".into())
+    }
+
+    /// The same options as arguments of another command.
+    pub fn arguments(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let mut option = |name: &str, value: OsString| arguments.extend([name.into(), value]);
+        if let Some(model) = &self.model {
+            option("--model", model.into());
+        }
+        self.data.iter().for_each(|file| option("--data", file.into()));
+        if let Some(workers) = self.workers {
+            option("--workers", workers.to_string().into());
+        }
+        self.set.iter().for_each(|(key, value)| option("--set", format!("{key}={value}").into()));
+        if let Some(config) = &self.config {
+            arguments.extend(["--".into(), config.into()]);
+        }
+        arguments
+    }
+}
+
+/// Replaces every "auto" by its value on this machine.
+pub fn resolve(config: &mut RunConfig) -> Result<()> {
+    if config.cluster.device == Device::Cuda {
+        let sentence = "cluster.device = \"cuda\" is not supported yet; set \"auto\" or \"cpu\"";
+        return Err(Error::bad_input(sentence));
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    // Workers compute on the processor only, so GPUs are not counted.
+    config.resolve(cores, 0, cpu_has_bf16()).map_err(Error::bad_input)
+}
+
+/// The number of workers of a resolved configuration.
+pub fn workers(config: &RunConfig) -> usize {
+    match config.cluster.workers {
+        Count::Exactly(workers) => workers,
+        Count::Auto => 1,
+    }
+}
+
+/// Whether bf16 GEMMs are faster than fp32 ones here: the instruction sets that oneDNN has bf16 kernels for.
+fn cpu_has_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bf16");
+    #[cfg(target_arch = "aarch64")]
+    return std::arch::is_aarch64_feature_detected!("bf16");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    return false;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{Args, Command, FromArgMatches};
+
+    fn parse(arguments: &[&str]) -> ConfigArgs {
+        let command = ConfigArgs::augment_args(Command::new("test").no_binary_name(true));
+        ConfigArgs::from_arg_matches(&command.try_get_matches_from(arguments).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn arguments_survive_being_passed_on() {
+        let cases: [&[&str]; 3] = [
+            &["a.toml", "--set", "train.epochs=3", "--set", "data.0.name = x=y"],
+            &["--model", "m", "--data", "a.jsonl", "b.jsonl", "--workers", "3"],
+            &["--", "-odd.toml"],
+        ];
+        for arguments in cases {
+            let first = parse(arguments);
+            let passed: Vec<String> = first.arguments().into_iter().map(|a| a.into_string().unwrap()).collect();
+            let second = parse(&passed.iter().map(String::as_str).collect::<Vec<_>>());
+            assert_eq!(format!("{first:?}"), format!("{second:?}"));
+        }
+    }
+
+    #[test]
+    fn a_run_is_named_after_its_recipe_or_model() {
+        assert_eq!(parse(&["recipes/gsm8k.toml"]).name(), "gsm8k");
+        assert_eq!(parse(&["--model", "models/tiny/", "--data", "a.jsonl"]).name(), "tiny");
+    }
+}

@@ -1,0 +1,145 @@
+//! `coordinator`: reads the data, serves the run to its workers and leaves digest and export behind.
+
+use super::config::{workers, ConfigArgs};
+use super::screen::{data_lines, Reading, Screen};
+use super::{print, run_dir, Error, Result};
+use crate::launch::report::Reporter;
+use crate::launch::{child, LISTEN_FD};
+use crate::monitor::plain::failure;
+use crate::monitor::state::RunState;
+use crate::monitor::summary::summary;
+use crate::run::event::{Conclusion, Outcome};
+use crate::serve::setup::{Conclude, Setup};
+use crate::serve::work::Work;
+use crate::{data, digest, export};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::Arc;
+use tokio::signal::unix::{signal, SignalKind};
+use unisono_configs::run::RunConfig;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  unisono coordinator recipe.toml --workers 2 --listen 10.0.0.1:7070
+  # on each worker's machine, with the worker token from the run's control.json in worker.token:
+  UNISONO_TOKEN_FILE=worker.token unisono-worker join 10.0.0.1:7070
+
+Exit codes: 0 done, 2 bad input, 3 the run failed, 130 interrupted by Ctrl-C, 143 by SIGTERM.")]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Address to listen on; port 0 takes a free one
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+    /// Address that workers dial, where it is not the one listened on
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Directory of the run, which must not exist; default: runs/<name>-<number>
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// One JSON object per event on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let reporter = Reporter::from_environment();
+    // Bound before the data is read: an address that is taken is known at once.
+    let listener = listener(args.listen.as_deref())?;
+    let (config, spec) = args.config.load()?;
+    let dataset = data::prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
+    dataset.reports.iter().for_each(|report| eprint!("{}", data_lines(report)));
+    let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
+    // Last, so that a refused run leaves no directory.
+    let run_dir = run_dir::create(args.run_dir.as_deref(), &args.config.name())?;
+    run_dir::record(&run_dir, &config)?;
+    let screen = Arc::new(Screen::new(reporter, workers(&config), args.json, false));
+    let conclude = conclude(config.clone(), run_dir.clone());
+    let setup = Setup {
+        listener,
+        advertise: args.advertise,
+        run_dir: run_dir.clone(),
+        config,
+        spec,
+        work,
+        observer: screen.clone(),
+        conclude: Some(conclude),
+    };
+    serve(setup, &screen)?;
+    let text = last_screen(&screen.finish(), &run_dir);
+    match args.json {
+        true => eprint!("{text}"),
+        false => print(&text),
+    }
+    Ok(())
+}
+
+/// The socket that the supervisor holds, else one of our own.
+pub fn listener(address: Option<&str>) -> Result<TcpListener> {
+    if let Some(fd) = child::inherited(LISTEN_FD) {
+        return Ok(fd.into());
+    }
+    let Some(address) = address else {
+        return Err(Error::bad_input("--listen HOST:PORT is missing; for example --listen 0.0.0.0:7070"));
+    };
+    TcpListener::bind(address).map_err(|error| {
+        Error::BadInput(format!("--listen {address}: {error}; choose a free host:port of this machine"))
+    })
+}
+
+/// Serves to the end. A failed or interrupted run is an error.
+pub fn serve(setup: Setup, screen: &Screen) -> Result<Outcome> {
+    let supervised = screen.supervised();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::failed)?;
+    let caught = Arc::new(AtomicI32::new(0));
+    let outcome = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).map_err(Error::failed)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::failed)?;
+        let caught = caught.clone();
+        let shutdown = async move {
+            let number = tokio::select! {
+                _ = terminate.recv() => libc::SIGTERM,
+                // A supervisor gets Ctrl-C too, and decides.
+                _ = interrupt.recv(), if !supervised => libc::SIGINT,
+            };
+            caught.store(number, Ordering::SeqCst);
+        };
+        crate::serve::serve(setup, shutdown).await.map_err(Error::failed)
+    })?;
+    match (&outcome.failure, caught.load(Ordering::SeqCst)) {
+        (None, _) => Ok(outcome),
+        (Some(_), number) if number != 0 => {
+            screen.finish();
+            Err(Error::Code(128 + u8::try_from(number).unwrap_or(0)))
+        }
+        (Some(failed), _) => {
+            screen.finish();
+            let sentence = failure(failed);
+            Err(if failed.bad_input { Error::BadInput(sentence) } else { Error::Failed(sentence) })
+        }
+    }
+}
+
+/// What a finished training run leaves behind: its digest, and a Hugging Face directory.
+fn conclude(config: RunConfig, run_dir: PathBuf) -> Conclude {
+    Box::new(move |checkpoint: &Path| {
+        let digest = digest::digest(checkpoint).map_err(|error| error.to_string())?;
+        let out = run_dir.join("export");
+        let request = export::Request { config: &config, checkpoint, out: &out, digest: &digest };
+        let exported = export::export(request).map_err(|error| error.to_string())?;
+        Ok(Conclusion { export: exported.path.display().to_string(), digest })
+    })
+}
+
+fn last_screen(state: &RunState, run_dir: &Path) -> String {
+    let run = run_dir.display();
+    let mut out = format!("\n{}", summary(state));
+    out += &format!("\nrun         {run}\n");
+    if let Some(done) = state.done.as_ref().filter(|d| !d.export.is_empty()) {
+        out += &format!("export      {}\n", done.export);
+    }
+    out += &format!("\nNext:\n  unisono generate {run} --prompt \"...\"\n  unisono digest {run}\n");
+    out
+}

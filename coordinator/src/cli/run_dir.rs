@@ -1,0 +1,70 @@
+//! Where a run lives: `runs/<name>-<nnn>`, or the directory of `--run-dir`.
+
+use super::{Error, Result};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use unisono_configs::run::RunConfig;
+
+/// Makes the run's directory. One that exists is refused: it belongs to another run.
+pub fn create(wanted: Option<&Path>, name: &str) -> Result<PathBuf> {
+    match wanted {
+        Some(path) => match make(path) {
+            Ok(()) => Ok(path.into()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(Error::BadInput(format!("{} exists; choose another --run-dir, or remove it", path.display())))
+            }
+            Err(error) => Err(cannot(path, &error)),
+        },
+        None => numbered(Path::new("runs"), name),
+    }
+}
+
+/// The first free number. Creating a directory is atomic, so two runs that start at once get two numbers.
+fn numbered(runs: &Path, name: &str) -> Result<PathBuf> {
+    for number in 1.. {
+        let path = runs.join(format!("{name}-{number:03}"));
+        match make(&path) {
+            Ok(()) => return Ok(path),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(cannot(&path, &error)),
+        }
+    }
+    Err(Error::failed("no number is left for a run"))
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        fs::create_dir_all(parent)?;
+    }
+    fs::create_dir(path)
+}
+
+fn cannot(path: &Path, error: &io::Error) -> Error {
+    Error::BadInput(format!("{}: cannot be created ({error}); choose a --run-dir that you may write", path.display()))
+}
+
+/// Records the resolved configuration.
+pub fn record(run_dir: &Path, config: &RunConfig) -> Result<()> {
+    let path = run_dir.join("config.toml");
+    fs::write(&path, config.to_toml()).map_err(|error| cannot(&path, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_count_up_and_an_existing_directory_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(numbered(dir.path(), "a").unwrap().ends_with("a-001"));
+        assert!(numbered(dir.path(), "a").unwrap().ends_with("a-002"));
+        assert!(numbered(dir.path(), "b").unwrap().ends_with("b-001"));
+        let path = dir.path().join("deep/own");
+        create(Some(&path), "a").unwrap();
+        match create(Some(&path), "a") {
+            Err(Error::BadInput(sentence)) => assert!(sentence.contains("choose another --run-dir"), "{sentence}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}

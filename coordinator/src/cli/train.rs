@@ -1,0 +1,80 @@
+//! `train`: the supervisor of a run on this machine, or with `--dry-run` a look at what it would do.
+
+use super::config::{workers, ConfigArgs};
+use super::screen::{data_lines, Reading};
+use super::{print, Error, Result};
+use crate::launch::local::{self, Ended, Launch};
+use crate::monitor::plain::grouped;
+use crate::serve::work::Work;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  unisono train --model models/tiny --data rows.jsonl
+  unisono train recipe.toml --workers 2 --set train.epochs=3 --set train.learning_rate=1e-4
+  unisono train recipe.toml --json > events.jsonl
+
+Exit codes: 0 done, 2 bad input, 3 the run failed, 130 interrupted by Ctrl-C, 143 by SIGTERM.")]
+pub struct Args {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Directory of the run, which must not exist; default: runs/<name>-<number>
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// One JSON object per event on standard output
+    #[arg(long)]
+    json: bool,
+    /// Read the data, say what would be done, and stop
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    if args.dry_run {
+        return dry_run(&args);
+    }
+    let mut arguments: Vec<OsString> = vec!["coordinator".into()];
+    if let Some(run_dir) = &args.run_dir {
+        arguments.extend(["--run-dir".into(), run_dir.into()]);
+    }
+    if args.json {
+        arguments.push("--json".into());
+    }
+    arguments.extend(args.config.arguments());
+    supervise(arguments)
+}
+
+/// Runs this program again as a coordinator with `arguments`, and the workers it asks for, to their end.
+pub fn supervise(arguments: Vec<OsString>) -> Result<()> {
+    let program = std::env::current_exe().map_err(Error::failed)?;
+    let worker = local::worker_binary(&program).map_err(Error::bad_input)?;
+    match local::run(Launch { program, arguments, worker }) {
+        Ok(Ended::Code(0)) => Ok(()),
+        Ok(Ended::Code(code)) => Err(Error::Code(code)),
+        Ok(Ended::Interrupted(signal)) => Err(Error::Code(128 + u8::try_from(signal).unwrap_or(0))),
+        Err(error) if error.bad_input() => Err(Error::bad_input(error)),
+        Err(error) => Err(Error::failed(error)),
+    }
+}
+
+fn dry_run(args: &Args) -> Result<()> {
+    let (config, spec) = args.config.load()?;
+    let dataset = crate::data::prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
+    dataset.reports.iter().for_each(|report| print(&data_lines(report)));
+    let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
+    if let Some(plan) = work.plan() {
+        let totals = plan.totals();
+        print(&format!(
+            "plan: {} steps over {} examples, {} tokens, {} of them targets; {} workers\n",
+            grouped(plan.steps()),
+            grouped(totals.examples),
+            grouped(totals.tokens),
+            grouped(totals.target_tokens),
+            workers(&config)
+        ));
+    }
+    Ok(())
+}
