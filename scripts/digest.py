@@ -147,7 +147,7 @@ def main():
         for r in file.get("ranges", []):
             parts = []
             for part in ("master", "m", "v"):
-                entry = tensors[f"{r['tensor']}@{r['begin']}:{r['end']}/{part}"]
+                entry = tensors[f"{r['tensor']}/{part}/{r['begin']}-{r['end']}"]
                 assert entry["dtype"] == "F32", entry
                 parts.append((path, *(data + offset for offset in entry["data_offsets"])))
             ranges.setdefault(r["tensor"], []).append((r["begin"], r["end"], parts))

@@ -1,7 +1,7 @@
 //! `MANIFEST.json`: what a checkpoint consists of. The checkpoint exists when this file does.
 //!
 //! A state file is safetensors. For each range of a parameter tensor that it holds there are three F32 tensors of
-//! `end - begin` elements, named `<parameter>@<begin>:<end>/master`, `.../m` and `.../v`: the master weights and
+//! `end - begin` elements, named `<parameter>/<part>/<begin>-<end>`, the part being master, m or v: the master weights and
 //! AdamW's moments, row-major, `begin` and `end` counting elements of the whole parameter. Ranges of all state files
 //! tile every parameter exactly. The one samples file holds the U64 tensor `samples`: the training rows of all committed
 //! steps, in the order in which they were trained on.
@@ -98,7 +98,7 @@ pub struct Range {
 impl Range {
     /// Name of one of the range's tensors in its file; `part` is `master`, `m` or `v`.
     pub fn key(&self, part: &str) -> String {
-        format!("{}@{}:{}/{part}", self.tensor, self.begin, self.end)
+        format!("{}/{part}/{}-{}", self.tensor, self.begin, self.end)
     }
 }
 
