@@ -1,4 +1,5 @@
 //! Checkpoints as the coordinator sees them: which files there are and what they hold, committed by a manifest.
 
+pub mod commit;
 pub mod manifest;
 pub mod state;

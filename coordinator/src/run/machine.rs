@@ -18,7 +18,7 @@ use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
-    self as wire, Acknowledge, Assign, CoordinatorMessage, Directive, Epoch, Failure, Go, Join, Memory, Membership,
+    self as wire, Acknowledge, Assign, CoordinatorMessage, Directive, Epoch, Failure, Go, Join, Membership, Memory,
     RunDone, RunStarted, StepCommitted, Suite, WorkerMessage,
 };
 

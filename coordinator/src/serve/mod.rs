@@ -1,10 +1,218 @@
 //! The loop that owns the machine, the gRPC services around it and the ledger.
 
+mod accept;
+mod access;
+mod commit;
 pub mod control;
 mod filesystem;
 pub mod ledger;
 pub mod setup;
+mod steering;
+mod tls;
+mod training;
+mod viewing;
 pub mod work;
 
 pub use setup::{Conclude, Error, Observer, Setup};
 pub use work::Work;
+
+use crate::run::event::Outcome;
+use crate::run::machine::{Machine, Settings};
+use crate::run::program::Program;
+use access::Access;
+use commit::{Archive, Committer};
+use control::{Control, Tokens, CONTROL};
+use ledger::Ledger;
+use rustls::crypto::ring;
+use std::future::Future;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use steering::{Command, Handle, Steering};
+use tokio::sync::{oneshot, watch};
+use tonic::service::interceptor::InterceptedService;
+use training::TrainingService;
+use unisono_configs::model::Layout;
+use unisono_configs::run::{Compute, Count, Device, RunConfig, ZeroStage};
+use unisono_proto::dial::{Role, Token};
+use unisono_proto::v1::monitor_server::MonitorServer;
+use unisono_proto::v1::training_server::TrainingServer;
+use unisono_proto::v1::{self as wire, Assign, ModelSource, Optimizer, RunStarted};
+use unisono_proto::MAX_MESSAGE_BYTES;
+use viewing::{Progress, ViewingService};
+
+/// Seconds of silence after which a worker is lost. Heartbeats come every second.
+const SILENCE: f64 = 10.0;
+
+/// After the run's end, streams that are still open get this long to close.
+const LINGER: Duration = Duration::from_secs(3);
+
+/// Serves a run until it is finished or has failed. `shutdown` ends it early; its output says why, as a sentence.
+pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Result<Outcome, Error> {
+    let workers = check(&setup)?;
+    let file =
+        |path: &std::path::Path, error: std::io::Error| Error::File { path: path.into(), problem: error.to_string() };
+    let run_dir = setup.run_dir.canonicalize().map_err(|error| file(&setup.run_dir, error))?;
+    let ledger = Ledger::open(&run_dir)?;
+    let (term, reader) = (ledger.term(), ledger.reader()?);
+    let identity = tls::Identity::generate()?;
+    let tokens = Role::ALL.map(|role| Token::generate(role, &identity.authority));
+    setup.listener.set_nonblocking(true).map_err(Error::Socket)?;
+    let address = match setup.advertise {
+        Some(address) => address,
+        None => setup.listener.local_addr().map_err(Error::Socket)?.to_string(),
+    };
+    let listener = tokio::net::TcpListener::from_std(setup.listener).map_err(Error::Socket)?;
+
+    let layout = Layout::new(&setup.spec);
+    let program = setup.work.program().clone();
+    let settings = Settings {
+        run_dir: run_dir.clone(),
+        term,
+        world: workers,
+        assignment: setup.config.cluster.assignment,
+        seed: setup.config.train.seed,
+        assign: assignment(&setup.config, &program)?,
+        peer_secret: secret(),
+        started: started(&setup.config, &run_dir, &layout, &setup.work),
+        tasks: setup.work.tasks(),
+        silence: SILENCE,
+    };
+    let archive = Archive {
+        run_dir: run_dir.clone(),
+        config: fingerprint(&setup.config),
+        layout,
+        work: setup.work.clone(),
+        keep: setup.config.checkpoint.keep,
+    };
+
+    let (commands, queue) = std::sync::mpsc::channel();
+    let handle = Handle::new(commands);
+    let (progress, seen) = watch::channel(Progress { sequence: 0, over: false });
+    let committer = Committer::spawn(archive, handle.clone(), setup.conclude).map_err(Error::Socket)?;
+    let machine = Machine::new(settings, program);
+    let observer = setup.observer.clone();
+    let steering = Steering::new(machine, ledger, run_dir.clone(), setup.observer, progress, committer, handle.clone());
+    let (ended, mut end) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("steering".into());
+    // Fails only when `serve` itself was dropped.
+    thread.spawn(move || ended.send(steering.run(queue)).ok()).map_err(Error::Socket)?;
+
+    let text = |role: Role| tokens.iter().find(|t| t.role() == role).map(Token::reveal).unwrap_or_default();
+    let texts = Tokens { worker: text(Role::Worker), monitor: text(Role::Monitor), operator: text(Role::Operator) };
+    let control = Control { address, pid: std::process::id(), term, ca: identity.pem, tokens: texts };
+    let (incoming, accepting) = accept::accept(listener, identity.server);
+    let tokens = Arc::new(tokens.to_vec());
+    let training = TrainingServer::new(TrainingService { handle: handle.clone(), work: setup.work })
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let viewing = ViewingService { handle: handle.clone(), reader: Arc::new(Mutex::new(reader)), progress: seen };
+    let viewing = MonitorServer::new(viewing)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let (close, closing) = oneshot::channel::<()>();
+    let server = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(5)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .max_concurrent_streams(Some(64))
+        .add_service(InterceptedService::new(training, Access::new(tokens.clone(), &[Role::Worker])))
+        .add_service(InterceptedService::new(viewing, Access::new(tokens, &[Role::Monitor, Role::Operator])))
+        .serve_with_incoming_shutdown(incoming, async move { drop(closing.await) });
+    let mut server = tokio::spawn(server);
+    control.write(&run_dir)?;
+    observer.listening(&control);
+
+    let lost = || Error::Loop("it panicked".into());
+    let outcome = tokio::select! {
+        outcome = &mut end => outcome.map_err(|_| lost()),
+        reason = shutdown => {
+            handle.send(Command::Stop { reason });
+            end.await.map_err(|_| lost())
+        }
+    };
+    // The address and the secrets in it lead nowhere any more.
+    std::fs::remove_file(run_dir.join(CONTROL)).ok();
+    accepting.abort();
+    drop(close);
+    if tokio::time::timeout(LINGER, &mut server).await.is_err() {
+        server.abort();
+    }
+    outcome?
+}
+
+/// The number of workers, if the configuration is one that can be served.
+fn check(setup: &Setup) -> Result<u32, Error> {
+    let Count::Exactly(workers) = setup.config.cluster.workers else {
+        return Err(Error::Unresolved { key: "cluster.workers" });
+    };
+    let micro_batches = setup.config.train.micro_batches;
+    if workers > micro_batches && setup.work.plan().is_some() {
+        return Err(Error::TooManyWorkers { workers, micro_batches });
+    }
+    u32::try_from(workers.max(1)).map_err(|_| Error::TooManyWorkers { workers, micro_batches })
+}
+
+/// What every rank is assigned alike.
+fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
+    let compute = match config.model.compute {
+        Compute::Bf16 => wire::Compute::Bf16,
+        Compute::Fp32 => wire::Compute::Fp32,
+        Compute::Auto => return Err(Error::Unresolved { key: "model.compute" }),
+    };
+    let device = match config.cluster.device {
+        Device::Cpu => "cpu",
+        Device::Cuda => "cuda",
+        Device::Auto => return Err(Error::Unresolved { key: "cluster.device" }),
+    };
+    let zero_stage = match config.cluster.zero_stage {
+        ZeroStage::Stage(stage) => stage,
+        ZeroStage::Auto => return Err(Error::Unresolved { key: "cluster.zero_stage" }),
+    };
+    let path = &config.model.path;
+    let path = path.canonicalize().map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
+    let (train, worst) = (&config.train, program.worst());
+    Ok(Assign {
+        model: Some(ModelSource { path: path.display().to_string(), compute: compute.into() }),
+        optimizer: Some(Optimizer {
+            beta1: train.betas[0],
+            beta2: train.betas[1],
+            eps: train.eps,
+            weight_decay: train.weight_decay,
+            max_grad_norm: train.max_grad_norm,
+        }),
+        threads: config.cluster.threads_per_worker as u32,
+        device: device.into(),
+        worst_tokens: worst.tokens,
+        worst_document: worst.document,
+        micro_batches: worst.micro_batches.max(1),
+        zero_stage,
+        peer_timeout: config.cluster.peer_timeout,
+        trains: matches!(program, Program::Train(_)),
+        ..Assign::default()
+    })
+}
+
+fn started(config: &RunConfig, run_dir: &std::path::Path, layout: &Layout, work: &Work) -> RunStarted {
+    let [train_rows, validation_rows, test_rows] = work.rows();
+    RunStarted {
+        run_dir: run_dir.display().to_string(),
+        model: config.model.path.display().to_string(),
+        parameters: layout.parameters() as u64,
+        steps: work.program().steps(),
+        train_rows,
+        validation_rows,
+        test_rows,
+    }
+}
+
+/// Hash of everything in the configuration that reaches the result.
+fn fingerprint(config: &RunConfig) -> String {
+    let parts = (&config.model, &config.data, &config.split, &config.train);
+    let text = serde_json::to_vec(&parts).expect("a configuration serializes");
+    blake3::hash(&text).to_hex().to_string()
+}
+
+fn secret() -> [u8; 32] {
+    let mut secret = [0; 32];
+    ring::default_provider().secure_random.fill(&mut secret).expect("the system has a source of randomness");
+    secret
+}

@@ -1,0 +1,286 @@
+//! Committing a checkpoint: the ranks' files are checked to tile every parameter exactly, the committed rows are written
+//! beside them, and the manifest is created if it is absent. Nothing is ever renamed over.
+
+use super::manifest::{self, Cursor, File, Kind, Manifest, Parent, Range, Tensor, Writer, MANIFEST, VERSION};
+use crate::run::event::PendingCheckpoint;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use unisono_configs::model::Layout;
+
+/// Why a checkpoint is not committed. Each is one sentence for a person.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("rank {rank} wrote {name}, which is not a plain file name of its own; run the unisono-worker that belongs to this coordinator")]
+    Name { rank: usize, name: String },
+    #[error("{path}: has {found} bytes on this machine where rank {rank} wrote {bytes}; the run directory must be one and the same for coordinator and workers")]
+    Size { path: PathBuf, rank: usize, bytes: u64, found: String },
+    #[error("the files of the checkpoint after step {step} do not tile {tensor}: {problem}; run the unisono-worker that belongs to this coordinator")]
+    Tiling { step: u64, tensor: String, problem: String },
+    #[error("{path}: cannot be written ({source}); check the space left on the disk")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("{path}: exists already; another coordinator wrote this checkpoint, so end one of them")]
+    Exists { path: PathBuf },
+}
+
+/// What the manifest says besides the ranks' files.
+pub struct Facts<'a> {
+    pub run_dir: &'a Path,
+    pub cursor: Cursor,
+    /// Hash of the configuration.
+    pub config: &'a str,
+    pub layout: &'a Layout,
+    /// Source rows of all committed steps, in training order.
+    pub samples: &'a [u64],
+}
+
+/// Commits the checkpoint and returns its manifest. When this returns, it is on the disk.
+pub fn commit(pending: &PendingCheckpoint, facts: &Facts<'_>) -> Result<Manifest, Error> {
+    let directory = manifest::directory(facts.run_dir, pending.step);
+    let mut files = state_files(pending, &directory)?;
+    check_tiling(pending.step, &files, facts.layout)?;
+    files.push(write_samples(&directory, pending, facts.samples)?);
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    let tensor =
+        |slot: &unisono_configs::model::TensorSlot| Tensor { name: slot.name.clone(), shape: slot.shape.clone() };
+    let manifest = Manifest {
+        version: VERSION,
+        step: pending.step,
+        cursor: facts.cursor,
+        writer: Writer {
+            term: pending.term,
+            generation: pending.generation,
+            attempt: pending.attempt,
+            workers: pending.files.len() as u32,
+        },
+        config: facts.config.into(),
+        parent: parent(facts.run_dir, pending.step),
+        tensors: facts.layout.tensors().map(|(_, slot)| tensor(slot)).collect(),
+        files,
+    };
+    create(&directory, &manifest)?;
+    Ok(manifest)
+}
+
+/// Creates the directory of the checkpoint after `step`.
+pub fn prepare(run_dir: &Path, step: u64) -> Result<PathBuf, Error> {
+    let directory = manifest::directory(run_dir, step);
+    let write = || {
+        fs::create_dir_all(&directory)?;
+        sync(&run_dir.join("checkpoints"))?;
+        sync(run_dir)
+    };
+    write().map_err(|source| Error::Write { path: directory.clone(), source })?;
+    Ok(directory)
+}
+
+/// Deletes all but the newest `keep` checkpoints, the manifest first, so that no half of one is ever taken for whole.
+pub fn retain(run_dir: &Path, keep: usize) -> Result<(), Error> {
+    let found = manifest::list(run_dir);
+    for (_, directory) in found.iter().take(found.len().saturating_sub(keep.max(1))) {
+        let remove = || {
+            fs::remove_file(directory.join(MANIFEST))?;
+            sync(directory)?;
+            fs::remove_dir_all(directory)
+        };
+        remove().map_err(|source| Error::Write { path: directory.clone(), source })?;
+    }
+    Ok(())
+}
+
+fn state_files(pending: &PendingCheckpoint, directory: &Path) -> Result<Vec<File>, Error> {
+    let (mut files, mut names) = (Vec::new(), BTreeSet::new());
+    for (rank, written) in pending.files.iter().enumerate() {
+        for file in written {
+            let name = &file.name;
+            let plain = !name.is_empty() && !name.contains('/') && !name.starts_with('.') && name != MANIFEST;
+            let Ok(hash) = <[u8; 32]>::try_from(&file.blake3[..]) else {
+                return Err(Error::Name { rank, name: name.clone() });
+            };
+            if !plain || !names.insert(name.clone()) {
+                return Err(Error::Name { rank, name: name.clone() });
+            }
+            let path = directory.join(name);
+            let found = fs::metadata(&path).map(|m| m.len());
+            if found.as_ref().ok() != Some(&file.bytes) {
+                let found = found.map_or("no".into(), |n| n.to_string());
+                return Err(Error::Size { path, rank, bytes: file.bytes, found });
+            }
+            let range =
+                |r: &unisono_proto::v1::TensorRange| Range { tensor: r.tensor.clone(), begin: r.begin, end: r.end };
+            files.push(File {
+                name: name.clone(),
+                kind: Kind::State,
+                bytes: file.bytes,
+                blake3: blake3::Hash::from_bytes(hash).to_hex().to_string(),
+                ranges: file.ranges.iter().map(range).collect(),
+            });
+        }
+    }
+    Ok(files)
+}
+
+/// Every element of every parameter exactly once.
+fn check_tiling(step: u64, files: &[File], layout: &Layout) -> Result<(), Error> {
+    let mut ranges: BTreeMap<&str, Vec<(u64, u64)>> = BTreeMap::new();
+    for range in files.iter().flat_map(|f| &f.ranges) {
+        ranges.entry(&range.tensor).or_default().push((range.begin, range.end));
+    }
+    let fail = |tensor: &str, problem: String| Err(Error::Tiling { step, tensor: tensor.into(), problem });
+    for (_, slot) in layout.tensors() {
+        let mut parts = ranges.remove(slot.name.as_str()).unwrap_or_default();
+        parts.sort_unstable();
+        let mut next = 0;
+        for (begin, end) in parts {
+            if begin != next || end <= begin {
+                return fail(&slot.name, format!("elements {next} follow, but a range goes from {begin} to {end}"));
+            }
+            next = end;
+        }
+        if next != slot.elements() as u64 {
+            return fail(&slot.name, format!("{next} elements of {} are there", slot.elements()));
+        }
+    }
+    match ranges.keys().next() {
+        Some(name) => fail(name, "the model has no such parameter".into()),
+        None => Ok(()),
+    }
+}
+
+/// A safetensors file with the one U64 tensor `samples`.
+fn write_samples(directory: &Path, pending: &PendingCheckpoint, samples: &[u64]) -> Result<File, Error> {
+    let name = format!("samples-{}-{}.safetensors", pending.term, pending.attempt);
+    let bytes = samples.len() * 8;
+    let mut header =
+        format!(r#"{{"samples":{{"dtype":"U64","shape":[{}],"data_offsets":[0,{bytes}]}}}}"#, samples.len());
+    while header.len() % 8 != 0 {
+        header.push(' ');
+    }
+    let mut content = Vec::with_capacity(8 + header.len() + bytes);
+    content.extend((header.len() as u64).to_le_bytes());
+    content.extend(header.as_bytes());
+    content.extend(samples.iter().flat_map(|s| s.to_le_bytes()));
+    let path = directory.join(&name);
+    write_new(&path, &content).map_err(|source| Error::Write { path, source })?;
+    let blake3 = blake3::hash(&content).to_hex().to_string();
+    Ok(File { name, kind: Kind::Samples, bytes: content.len() as u64, blake3, ranges: Vec::new() })
+}
+
+fn parent(run_dir: &Path, step: u64) -> Option<Parent> {
+    let before = manifest::list(run_dir).into_iter().rfind(|(s, _)| *s < step)?;
+    let bytes = fs::read(before.1.join(MANIFEST)).ok()?;
+    Some(Parent { step: before.0, blake3: blake3::hash(&bytes).to_hex().to_string() })
+}
+
+/// The commit: the whole manifest appears under its name at once, and only where there was none.
+fn create(directory: &Path, manifest: &Manifest) -> Result<(), Error> {
+    let Writer { term, attempt, .. } = manifest.writer;
+    let (path, draft) = (directory.join(MANIFEST), directory.join(format!(".{MANIFEST}.{term}-{attempt}")));
+    let mut content = serde_json::to_vec_pretty(manifest).expect("strings and numbers serialize");
+    content.push(b'\n');
+    let fail = |source: io::Error| match source.kind() {
+        io::ErrorKind::AlreadyExists => Error::Exists { path: path.clone() },
+        _ => Error::Write { path: path.clone(), source },
+    };
+    // What the manifest names is on the disk before the manifest is.
+    sync(directory).map_err(fail)?;
+    write_new(&draft, &content).map_err(fail)?;
+    let linked = fs::hard_link(&draft, &path);
+    fs::remove_file(&draft).map_err(fail)?;
+    match linked {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(fail(error)),
+        // A file system without hard links: a torn manifest does not parse, so it is never taken for one.
+        Err(_) => write_new(&path, &content).map_err(fail)?,
+    }
+    sync(directory).map_err(fail)
+}
+
+fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    file.write_all(content)?;
+    file.sync_all()
+}
+
+fn sync(directory: &Path) -> io::Result<()> {
+    fs::File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unisono_configs::model::{Bucket, TensorSlot};
+    use unisono_proto::v1::{CheckpointFile, TensorRange};
+
+    fn layout() -> Layout {
+        let slot = |name: &str, elements, offset| TensorSlot { name: name.into(), shape: vec![elements], offset };
+        let tensors = vec![slot("a", 6, 0), slot("b", 4, 6)];
+        Layout { buckets: vec![Bucket { name: "embedding".into(), tensors, elements: 10 }] }
+    }
+
+    /// One rank holds `a[0:4]`, the other the rest.
+    fn pending(run_dir: &Path, step: u64) -> PendingCheckpoint {
+        let directory = prepare(run_dir, step).unwrap();
+        let range = |tensor: &str, begin, end| TensorRange { tensor: tensor.into(), begin, end };
+        let file = |name: &str, ranges: Vec<TensorRange>| {
+            fs::write(directory.join(name), name).unwrap();
+            let blake3 = blake3::hash(name.as_bytes()).as_bytes().to_vec().into();
+            vec![CheckpointFile { name: name.into(), bytes: name.len() as u64, blake3, ranges }]
+        };
+        let files = vec![
+            file("rank-0.safetensors", vec![range("a", 0, 4)]),
+            file("rank-1.safetensors", vec![range("b", 0, 4), range("a", 4, 6)]),
+        ];
+        PendingCheckpoint { step, attempt: 1, term: 1, generation: 1, files, since: 0.0 }
+    }
+
+    fn try_commit(run_dir: &Path, pending: &PendingCheckpoint) -> Result<Manifest, Error> {
+        let cursor = Cursor { step: pending.step, epoch: 0, position: 2 };
+        commit(pending, &Facts { run_dir, cursor, config: "c", layout: &layout(), samples: &[5, 3] })
+    }
+
+    #[test]
+    fn a_manifest_is_created_once_and_lists_everything() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = try_commit(dir.path(), &pending(dir.path(), 2)).unwrap();
+        assert_eq!(first.files.len(), 3);
+        let directory = manifest::directory(dir.path(), 2);
+        assert_eq!(Manifest::read(&directory).unwrap(), first);
+        let names: BTreeSet<_> = fs::read_dir(&directory).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 4, "{names:?}");
+        let samples = fs::read(directory.join("samples-1-1.safetensors")).unwrap();
+        let read = safetensors::SafeTensors::deserialize(&samples).unwrap();
+        assert_eq!(read.tensor("samples").unwrap().data(), [5u64, 3].map(u64::to_le_bytes).concat());
+        let again = PendingCheckpoint { attempt: 2, ..pending(dir.path(), 2) };
+        assert!(matches!(try_commit(dir.path(), &again), Err(Error::Exists { .. })));
+        assert_eq!(Manifest::read(&directory).unwrap(), first);
+        let second = try_commit(dir.path(), &pending(dir.path(), 4)).unwrap();
+        assert_eq!(second.parent.unwrap().step, 2);
+        try_commit(dir.path(), &pending(dir.path(), 6)).unwrap();
+        retain(dir.path(), 2).unwrap();
+        let kept: Vec<u64> = manifest::list(dir.path()).into_iter().map(|(step, _)| step).collect();
+        assert_eq!(kept, [4, 6]);
+    }
+
+    #[test]
+    fn ranges_that_do_not_tile_commit_nothing() {
+        type Change = fn(&mut PendingCheckpoint);
+        let changes: [(Change, &str); 6] = [
+            (|p| p.files[0][0].ranges[0].end = 3, "do not tile a"),
+            (|p| p.files[0][0].ranges[0].end = 5, "do not tile a"),
+            (|p| p.files[1][0].ranges[0].end = 3, "3 elements of 4"),
+            (|p| p.files[1][0].ranges[0].tensor = "c".into(), "do not tile b"),
+            (|p| p.files[0][0].bytes = 1, "one and the same"),
+            (|p| p.files[0][0].name = "../x".into(), "plain file name"),
+        ];
+        for (change, sentence) in changes {
+            let dir = tempfile::tempdir().unwrap();
+            let mut pending = pending(dir.path(), 2);
+            change(&mut pending);
+            let told = try_commit(dir.path(), &pending).unwrap_err().to_string();
+            assert!(told.contains(sentence), "{told}");
+            assert!(manifest::list(dir.path()).is_empty());
+        }
+    }
+}

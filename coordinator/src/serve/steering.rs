@@ -1,0 +1,226 @@
+//! The one loop: it owns the machine and the ledger, on a thread of its own, because a durable append blocks. Everyone
+//! else holds a [`Handle`] and sends commands.
+
+use super::commit::{Committer, Job};
+use super::ledger::Ledger;
+use super::setup::{Error, Observer};
+use super::viewing::Progress;
+use crate::checkpoint::commit::prepare;
+use crate::run::event::{Conclusion, Connection, Effect, Event, Outcome};
+use crate::run::machine::Machine;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
+use tonic::Status;
+use unisono_proto::v1::coordinator_message::Body;
+use unisono_proto::v1::{Abort, CheckpointCommitted, CoordinatorMessage, Failure, Join, StatusReply, WorkerMessage};
+
+/// The machine hears at least this often that time passes.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Commands decided on together: one transaction for all of their entries.
+const BATCH: usize = 256;
+
+pub type Outbound = UnboundedSender<Result<CoordinatorMessage, Status>>;
+
+/// What the loop is asked to do.
+pub enum Command {
+    Joined { from: Connection, join: Join, outbound: Outbound },
+    Message { from: Connection, message: WorkerMessage },
+    Ended { from: Connection, reason: String },
+    CheckpointCommitted { step: u64, result: Result<CheckpointCommitted, String> },
+    Concluded { result: Result<Conclusion, String> },
+    Stop { reason: String },
+    Status { reply: oneshot::Sender<StatusReply> },
+}
+
+/// Sends commands to the loop. Cheap to clone.
+#[derive(Clone)]
+pub struct Handle {
+    commands: Sender<Command>,
+    connections: Arc<AtomicU64>,
+}
+
+impl Handle {
+    pub fn new(commands: Sender<Command>) -> Self {
+        Handle { commands, connections: Arc::default() }
+    }
+
+    /// False when the run is over.
+    pub fn send(&self, command: Command) -> bool {
+        self.commands.send(command).is_ok()
+    }
+
+    /// A name for a new stream.
+    pub fn connection(&self) -> Connection {
+        Connection(self.connections.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Wall time that never goes back while the process lives.
+pub struct Clock {
+    origin: f64,
+    started: Instant,
+}
+
+impl Clock {
+    pub fn new() -> Self {
+        let origin = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        Clock { origin, started: Instant::now() }
+    }
+
+    pub fn now(&self) -> f64 {
+        self.origin + self.started.elapsed().as_secs_f64()
+    }
+}
+
+pub struct Steering {
+    pub machine: Machine,
+    pub ledger: Ledger,
+    pub run_dir: PathBuf,
+    pub observer: Arc<dyn Observer>,
+    pub progress: watch::Sender<Progress>,
+    pub committer: Committer,
+    pub handle: Handle,
+    pub clock: Clock,
+    streams: BTreeMap<Connection, Outbound>,
+}
+
+impl Steering {
+    pub fn new(
+        machine: Machine,
+        ledger: Ledger,
+        run_dir: PathBuf,
+        observer: Arc<dyn Observer>,
+        progress: watch::Sender<Progress>,
+        committer: Committer,
+        handle: Handle,
+    ) -> Self {
+        let (clock, streams) = (Clock::new(), BTreeMap::new());
+        Steering { machine, ledger, run_dir, observer, progress, committer, handle, clock, streams }
+    }
+
+    /// Steers until the run is over.
+    pub fn run(mut self, commands: Receiver<Command>) -> Result<Outcome, Error> {
+        let mut effects = self.machine.start();
+        let mut ticked = Instant::now();
+        loop {
+            if let Some(outcome) = self.carry_out(effects)? {
+                return Ok(outcome);
+            }
+            effects = Vec::new();
+            match commands.recv_timeout(TICK.saturating_sub(ticked.elapsed())) {
+                Ok(command) => effects.extend(self.decide(command)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(Error::Loop("everyone left".into())),
+            }
+            for command in commands.try_iter().take(BATCH) {
+                effects.extend(self.decide(command));
+            }
+            if ticked.elapsed() >= TICK {
+                ticked = Instant::now();
+                effects.extend(self.apply(Event::Tick));
+            }
+        }
+    }
+
+    fn decide(&mut self, command: Command) -> Vec<Effect> {
+        match command {
+            Command::Joined { from, join, outbound } => {
+                self.streams.insert(from, outbound);
+                match self.machine.apply(self.clock.now(), Event::Joined { from, join }) {
+                    Ok(effects) => effects,
+                    Err(refusal) => {
+                        tracing::info!(%refusal, "a worker was refused");
+                        if let Some(outbound) = self.streams.remove(&from) {
+                            // Fails only when the worker is gone.
+                            outbound.send(Err(Status::failed_precondition(refusal.to_string()))).ok();
+                        }
+                        Vec::new()
+                    }
+                }
+            }
+            Command::Message { from, message } => self.apply(Event::Message { from, message }),
+            Command::Ended { from, reason } => {
+                self.streams.remove(&from);
+                self.apply(Event::Ended { from, reason })
+            }
+            Command::CheckpointCommitted { step, result } => self.apply(Event::CheckpointCommitted { step, result }),
+            Command::Concluded { result } => self.apply(Event::Concluded { result }),
+            Command::Stop { reason } => self.apply(Event::Stop { reason }),
+            Command::Status { reply } => {
+                // Fails only when the viewer is gone.
+                reply.send(self.machine.status(self.clock.now())).ok();
+                Vec::new()
+            }
+        }
+    }
+
+    fn apply(&mut self, event: Event) -> Vec<Effect> {
+        self.machine.apply(self.clock.now(), event).unwrap_or_else(|refusal| {
+            tracing::debug!(%refusal, "an event changed nothing");
+            Vec::new()
+        })
+    }
+
+    /// Writes every entry first; only then does anything leave.
+    fn carry_out(&mut self, effects: Vec<Effect>) -> Result<Option<Outcome>, Error> {
+        let (mut entries, mut rest) = (Vec::new(), Vec::new());
+        for effect in effects {
+            match effect {
+                Effect::Append(body) => entries.push(body),
+                other => rest.push(other),
+            }
+        }
+        if !entries.is_empty() {
+            match self.ledger.append(self.clock.now(), entries) {
+                Ok(events) => {
+                    events.iter().for_each(|event| self.observer.event(event));
+                    let sequence = events.last().map_or(0, |e| e.sequence);
+                    let over = self.machine.phase().is_final();
+                    self.progress.send_replace(Progress { sequence, over });
+                }
+                Err(error) => {
+                    self.abort(error.to_string());
+                    return Err(error.into());
+                }
+            }
+        }
+        let mut outcome = None;
+        for effect in rest {
+            match effect {
+                Effect::Append(_) => unreachable!("set apart above"),
+                Effect::Send { to, message } => {
+                    if let Some(outbound) = self.streams.get(&to) {
+                        // Fails only when the worker is gone, which its stream's end tells.
+                        outbound.send(Ok(message)).ok();
+                    }
+                }
+                Effect::Close { to } => drop(self.streams.remove(&to)),
+                Effect::MakeCheckpoint { step } => {
+                    if let Err(error) = prepare(&self.run_dir, step) {
+                        self.handle.send(Command::Stop { reason: error.to_string() });
+                    }
+                }
+                Effect::CommitCheckpoint(pending) => self.committer.send(Job::Commit(pending)),
+                Effect::Conclude { step } => self.committer.send(Job::Conclude { step }),
+                Effect::Done(done) => outcome = Some(done),
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// The ledger cannot be written, so nothing may be decided any more: everyone stops.
+    fn abort(&mut self, message: String) {
+        let failure = Some(Failure { message, ..Default::default() });
+        let epoch = self.machine.status(self.clock.now()).epoch;
+        let body = Some(Body::Abort(Abort { failure }));
+        for (_, outbound) in std::mem::take(&mut self.streams) {
+            outbound.send(Ok(CoordinatorMessage { epoch, body: body.clone() })).ok();
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! The worker-facing service: thin. Messages go to the loop as commands, micro-batches come straight from the work.
+
+use super::steering::{Command, Handle};
+use super::work::Work;
+use std::pin::Pin;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status, Streaming};
+use unisono_proto::v1::training_server::Training;
+use unisono_proto::v1::worker_message::Body;
+use unisono_proto::v1::{BatchRequest, CoordinatorMessage, MicroBatch, WorkerMessage};
+
+/// A stream that does not begin with Join by then is closed.
+const JOIN_WITHIN: Duration = Duration::from_secs(10);
+
+/// Micro-batches packed ahead of the network.
+const PACKED_AHEAD: usize = 4;
+
+pub struct TrainingService {
+    pub handle: Handle,
+    pub work: Work,
+}
+
+type Outgoing<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Training for TrainingService {
+    type AttendStream = Outgoing<CoordinatorMessage>;
+    type BatchesStream = Outgoing<MicroBatch>;
+
+    async fn attend(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Self::AttendStream>, Status> {
+        let mut inbound = request.into_inner();
+        let (outbound, messages) = mpsc::unbounded_channel();
+        let handle = self.handle.clone();
+        tokio::spawn(async move {
+            let first = tokio::time::timeout(JOIN_WITHIN, inbound.message()).await;
+            let Ok(Ok(Some(WorkerMessage { body: Some(Body::Join(join)), .. }))) = first else {
+                let told = "the first message of the stream must be Join, within ten seconds";
+                // Fails only when the worker is gone.
+                outbound.send(Err(Status::invalid_argument(told))).ok();
+                return;
+            };
+            let from = handle.connection();
+            if !handle.send(Command::Joined { from, join, outbound: outbound.clone() }) {
+                outbound.send(Err(Status::failed_precondition("the run is over; start a new one"))).ok();
+                return;
+            }
+            drop(outbound);
+            let reason = loop {
+                match inbound.message().await {
+                    Ok(Some(message)) => {
+                        handle.send(Command::Message { from, message });
+                    }
+                    Ok(None) => break "ended before its work was done".to_string(),
+                    Err(status) => break format!("broke ({})", status.message()),
+                }
+            };
+            handle.send(Command::Ended { from, reason });
+        });
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(messages))))
+    }
+
+    async fn batches(
+        &self,
+        request: Request<Streaming<BatchRequest>>,
+    ) -> Result<Response<Self::BatchesStream>, Status> {
+        let mut inbound = request.into_inner();
+        let (packed, batches) = mpsc::channel(PACKED_AHEAD);
+        let work = self.work.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(BatchRequest { key })) = inbound.message().await {
+                let key = key.unwrap_or_default();
+                let none = || {
+                    let (suite, step, index) = (key.suite().as_str_name(), key.step, key.micro_batch);
+                    Status::not_found(format!("the plan has no micro-batch {index} in step {step} of {suite}"))
+                };
+                let found = work.micro_batch(key).ok_or_else(none);
+                if packed.send(found).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(batches))))
+    }
+}
