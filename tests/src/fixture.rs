@@ -20,6 +20,10 @@ pub struct Shape {
 pub const TINY: Shape =
     Shape { family: "llama", hidden: 128, intermediate: 256, layers: 4, heads: 4, kv_heads: 2, vocab: 512 };
 
+/// As small as it gets, for what is slow per parameter.
+pub const MICRO: Shape =
+    Shape { family: "llama", hidden: 32, intermediate: 64, layers: 1, heads: 2, kv_heads: 1, vocab: 320 };
+
 /// Rows of the shared corpus.
 pub const ROWS: usize = 240;
 
@@ -68,7 +72,7 @@ pub fn of(shape: Shape) -> Fixture {
 /// Runs `unisono init-model`.
 pub fn init_model(out: &Path, corpus: &Path, shape: Shape) {
     let mut command = binaries::command(&["init-model"]);
-    command.arg(out).arg("--corpus").arg(corpus);
+    command.arg(out).arg("--data").arg(corpus);
     for (option, value) in [
         ("--hidden", shape.hidden),
         ("--intermediate", shape.intermediate),

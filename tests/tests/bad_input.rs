@@ -1,5 +1,7 @@
 //! Bad input gets one sentence that says where and what to do, exit code 2, and leaves neither process nor directory.
 
+#![allow(clippy::unwrap_used)]
+
 use serde_json::{json, Value};
 use std::path::{Path, PathBuf};
 use std::time::Duration;

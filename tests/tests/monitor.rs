@@ -1,5 +1,7 @@
 //! Other terminals: a monitor follows a run from its first step, and `status` says where it is.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use unisono_tests::{binaries, fixture, train::Train};

@@ -1,6 +1,8 @@
 //! Two hosts: coordinator and a worker in one network namespace, a worker in another, joined by a virtual cable, with
 //! TLS and a token from a file. The result is the one of a single machine.
 
+#![allow(clippy::unwrap_used)]
+
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -47,7 +49,11 @@ impl Hosts {
     fn on(&self, index: usize, program: &Path) -> Command {
         let mut command = Command::new("/usr/bin/env");
         command.env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()));
-        command.args(["ip", "netns", "exec", &self.names[index]]).arg(program).env_remove("UNISONO_TOKEN");
+        command
+            .args(["ip", "netns", "exec", &self.names[index]])
+            .arg(program)
+            .env_remove("UNISONO_TOKEN")
+            .env_remove("UNISONO_TOKEN_FILE");
         command
     }
 }
@@ -134,8 +140,8 @@ fn two_hosts_give_the_result_of_one() {
         .map(|host| {
             hosts
                 .on(host, &binaries::worker())
-                .args(["join", &address, "--token-file"])
-                .arg(&token_file)
+                .args(["join", &address])
+                .env("UNISONO_TOKEN_FILE", &token_file)
                 .env(MARK, &mark)
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())

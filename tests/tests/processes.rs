@@ -1,5 +1,7 @@
 //! Whoever is killed, the run ends with a sentence, and nothing is left behind.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::Duration;
 use unisono_tests::processes::{kill, wait_until_gone};
 use unisono_tests::train::Live;

@@ -1,5 +1,7 @@
 //! Sharded optimizer state: each worker holds its part, and resident memory shows it.
 
+#![allow(clippy::unwrap_used)]
+
 use unisono_tests::fixture::{self, Shape};
 use unisono_tests::processes::resident_bytes;
 use unisono_tests::train::Train;

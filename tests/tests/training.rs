@@ -1,5 +1,7 @@
 //! A run as a user sees it: the loss falls, and the events say what the contract says they do.
 
+#![allow(clippy::unwrap_used)]
+
 use serde_json::Value;
 use unisono_tests::{binaries, fixture, train::Train};
 
