@@ -221,3 +221,30 @@ impl Report {
         self.truncated += u64::from(row.truncated);
     }
 }
+
+/// The strings of JSONL rows, for training a tokenizer: all of them, or those of the named `fields`, in order.
+pub fn strings(files: &[PathBuf], fields: &[String], progress: &dyn Progress) -> Result<Vec<String>, Error> {
+    let mut all = Vec::new();
+    for path in files {
+        let found = lines::map_lines(path, "--data", progress, |line, text| {
+            let bad = |problem: String| Error::File { path: path.clone(), problem: format!("line {line}: {problem}") };
+            let row: row::Row<'_> = serde_json::from_slice(text).map_err(|error| bad(format!("malformed JSON ({error})")))?;
+            let wanted = |name: &str| fields.is_empty() || fields.iter().any(|f| f == name);
+            let texts: Vec<String> = (row.fields.iter())
+                .filter(|(name, _)| wanted(name))
+                .filter_map(|(_, field)| match field {
+                    row::Field::Text(text) => Some(text.to_string()),
+                    row::Field::Other(_) => None,
+                })
+                .collect();
+            match texts.is_empty() {
+                true => Err(bad(format!("has no such string field; the row has {}", row.names()))),
+                false => Ok(texts),
+            }
+        })?;
+        for texts in found {
+            all.extend(texts?);
+        }
+    }
+    Ok(all)
+}
