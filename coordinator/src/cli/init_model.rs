@@ -1,17 +1,17 @@
 //! `unisono init-model`: a new model directory from a corpus.
 
+use super::{print, Error, Result};
 use crate::model::{init, Dtype, Plan, Split};
 use clap::ValueEnum;
-use std::io::Write;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use unisono_configs::model::Family;
 
-/// Make a new model: random weights, and a tokenizer trained on a corpus.
-///
-/// Example: unisono init-model models/tiny --data corpus.jsonl --vocab 4096 --layers 6 --hidden 384 --heads 6
 #[derive(Debug, clap::Args)]
-pub struct InitModel {
+#[command(after_help = "\
+Example:
+  unisono init-model models/tiny --data corpus.jsonl --vocab 4096 --layers 6 --hidden 384 --heads 6
+  python3 -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('models/tiny')\"")]
+pub struct Args {
     /// Directory to create
     pub out: PathBuf,
     /// JSONL files whose strings the tokenizer is trained on
@@ -69,7 +69,7 @@ pub enum FamilyName {
     Qwen3,
 }
 
-impl InitModel {
+impl Args {
     /// With every default in its place.
     pub fn plan(self) -> Plan {
         Plan {
@@ -100,16 +100,15 @@ impl InitModel {
 }
 
 /// Makes the directory and says what it holds.
-pub fn run(args: InitModel) -> anyhow::Result<ExitCode> {
+pub fn init_model(args: Args) -> Result<()> {
     let plan = args.plan();
-    let made = init(&plan, &())?;
-    let out = plan.out.display();
-    writeln!(
-        std::io::stdout().lock(),
-        "{out}: {:.2}M parameters, {} tokens, {:.1} MB of weights",
+    let made = init(&plan, &()).map_err(Error::bad_input)?;
+    print(&format!(
+        "{}: {:.2}M parameters, {} tokens, {:.1} MB of weights\n",
+        plan.out.display(),
         made.parameters as f64 / 1e6,
         made.vocab,
         made.bytes as f64 / 1e6
-    )?;
-    Ok(ExitCode::SUCCESS)
+    ));
+    Ok(())
 }

@@ -3,6 +3,8 @@
 
 pub mod checkpoints;
 pub mod config;
+pub mod init_model;
+pub mod inspect;
 pub mod run_dir;
 pub mod screen;
 pub mod watch;
@@ -41,6 +43,10 @@ enum Command {
     Status(watch::StatusArgs),
     /// Print the digest of a run's state: equal digests, equal runs.
     Digest(checkpoints::DigestArgs),
+    /// Show what the model will see and be asked for: counts per task, rows as tokens with the loss mask.
+    Inspect(inspect::Args),
+    /// Make a new model: random weights, and a tokenizer trained on a corpus.
+    InitModel(init_model::Args),
     /// Write a run's weights as a Hugging Face directory.
     Export(checkpoints::ExportArgs),
 }
@@ -77,6 +83,8 @@ pub fn main() -> ExitCode {
     let ended = match cli.command {
         Command::Monitor(args) => watch::monitor(args),
         Command::Status(args) => watch::status(args),
+        Command::Inspect(args) => inspect::inspect(args),
+        Command::InitModel(args) => init_model::init_model(args),
         Command::Digest(args) => checkpoints::digest(args),
         Command::Export(args) => checkpoints::export(args),
     };

@@ -12,6 +12,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
+pub mod view;
 
 pub use error::Error;
 pub use pack::{pack, Packed};
@@ -228,7 +229,8 @@ pub fn strings(files: &[PathBuf], fields: &[String], progress: &dyn Progress) ->
     for path in files {
         let found = lines::map_lines(path, "--data", progress, |line, text| {
             let bad = |problem: String| Error::File { path: path.clone(), problem: format!("line {line}: {problem}") };
-            let row: row::Row<'_> = serde_json::from_slice(text).map_err(|error| bad(format!("malformed JSON ({error})")))?;
+            let row: row::Row<'_> =
+                serde_json::from_slice(text).map_err(|error| bad(format!("malformed JSON ({error})")))?;
             let wanted = |name: &str| fields.is_empty() || fields.iter().any(|f| f == name);
             let texts: Vec<String> = (row.fields.iter())
                 .filter(|(name, _)| wanted(name))

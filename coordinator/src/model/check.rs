@@ -59,8 +59,15 @@ pub fn check(dir: &Path) -> Result<CheckedModel, Error> {
     found.retain(|name, _| !harmless(name, &spec));
     if let Some((name, tensor)) = found.iter().next() {
         let more = if found.len() > 1 { format!(" and {} more are", found.len() - 1) } else { " is".into() };
-        let problem = format!("{more} not part of a {:?} model with this config.json; the weights belong to another model", spec.family);
-        return Err(Error::Tensor { path: tensor.path.clone(), tensor: name.clone(), problem: problem.trim_start().into() });
+        let problem = format!(
+            "{more} not part of a {:?} model with this config.json; the weights belong to another model",
+            spec.family
+        );
+        return Err(Error::Tensor {
+            path: tensor.path.clone(),
+            tensor: name.clone(),
+            problem: problem.trim_start().into(),
+        });
     }
     Ok(CheckedModel { parameters: layout.parameters(), spec, layout, files, bytes })
 }
@@ -71,8 +78,7 @@ fn harmless(name: &str, spec: &ModelSpec) -> bool {
 }
 
 fn fits(name: &str, shape: &[usize], tensor: &Found) -> Result<(), Error> {
-    let refuse =
-        |problem: String| Err(Error::Tensor { path: tensor.path.clone(), tensor: name.into(), problem });
+    let refuse = |problem: String| Err(Error::Tensor { path: tensor.path.clone(), tensor: name.into(), problem });
     if tensor.shape != shape {
         return refuse(format!(
             "has shape {:?}, but config.json asks for {shape:?}; the weights belong to another config.json",
@@ -81,7 +87,9 @@ fn fits(name: &str, shape: &[usize], tensor: &Found) -> Result<(), Error> {
     }
     match tensor.dtype {
         Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(()),
-        other => refuse(format!("has type {other:?}, but only F32, BF16 and F16 are supported; use the model's unquantized weights")),
+        other => refuse(format!(
+            "has type {other:?}, but only F32, BF16 and F16 are supported; use the model's unquantized weights"
+        )),
     }
 }
 
@@ -133,7 +141,9 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     }
     let files: Vec<PathBuf> = names.into_iter().map(|name| dir.join(name)).collect();
     match files.iter().find(|path| !path.exists()) {
-        Some(absent) => refuse(absent, "is missing, but model.safetensors.index.json names it; the download is incomplete".into()),
+        Some(absent) => {
+            refuse(absent, "is missing, but model.safetensors.index.json names it; the download is incomplete".into())
+        }
         None => Ok(files),
     }
 }
@@ -184,14 +194,19 @@ mod tests {
         let config = json!({"model_type": "llama", "vocab_size": 12, "hidden_size": 8, "intermediate_size": 16,
             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied});
         let spec = ModelSpec::from_json(&config, Path::new("config.json")).unwrap();
-        let tensors = Layout::new(&spec).tensors().map(|(_, slot)| (slot.name.clone(), "F32", slot.shape.clone())).collect();
+        let tensors =
+            Layout::new(&spec).tensors().map(|(_, slot)| (slot.name.clone(), "F32", slot.shape.clone())).collect();
         (tempfile::tempdir().unwrap(), config, tensors)
     }
 
     fn file(path: &Path, tensors: &[(String, &str, Vec<usize>)]) {
         let (mut header, mut at) = (serde_json::Map::new(), 0);
         for (name, dtype, shape) in tensors {
-            let each = match *dtype { "F64" => 8, "F32" => 4, _ => 2 };
+            let each = match *dtype {
+                "F64" => 8,
+                "F32" => 4,
+                _ => 2,
+            };
             let end = at + shape.iter().product::<usize>() * each;
             header.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [at, end]}));
             at = end;
@@ -247,7 +262,9 @@ mod tests {
         );
         assert_eq!(
             with(true, |t| t.last_mut().unwrap().1 = "F64").unwrap_err(),
-            format!("{norm} has type F64, but only F32, BF16 and F16 are supported; use the model's unquantized weights")
+            format!(
+                "{norm} has type F64, but only F32, BF16 and F16 are supported; use the model's unquantized weights"
+            )
         );
         assert_eq!(
             with(true, |t| t.push(("model.layers.1.mlp.up_proj.weight".into(), "F32", vec![16, 8]))).unwrap_err(),
@@ -266,16 +283,28 @@ mod tests {
             outcome(dir.path(), &config).unwrap_err()
         };
         let (size, short) = (whole.len(), whole.len() - 1);
-        assert_eq!(after(&whole[..short]), format!("model.safetensors: is truncated ({short} bytes instead of {size}); download the file again"));
-        assert_eq!(after(&whole[..5]), "model.safetensors: corrupt safetensors header (the file has only 5 bytes); download the file again");
+        assert_eq!(
+            after(&whole[..short]),
+            format!("model.safetensors: is truncated ({short} bytes instead of {size}); download the file again")
+        );
+        assert_eq!(
+            after(&whole[..5]),
+            "model.safetensors: corrupt safetensors header (the file has only 5 bytes); download the file again"
+        );
         assert!(after(&whole[..100]).starts_with("model.safetensors: corrupt safetensors header (it claims to be"));
         let mut corrupt = whole.clone();
         corrupt[20] = 0xFF;
-        assert_eq!(after(&corrupt), "model.safetensors: corrupt safetensors header (it is not UTF-8); download the file again");
+        assert_eq!(
+            after(&corrupt),
+            "model.safetensors: corrupt safetensors header (it is not UTF-8); download the file again"
+        );
         let mut corrupt = whole.clone();
         corrupt[8] = b'[';
         assert!(after(&corrupt).contains("it does not begin with {"));
-        assert_eq!(after(b"version https://git-lfs"), "model.safetensors: is a Git LFS pointer, not the weights; run git lfs pull");
+        assert_eq!(
+            after(b"version https://git-lfs"),
+            "model.safetensors: is a Git LFS pointer, not the weights; run git lfs pull"
+        );
         for at in 0..200 {
             let mut flipped = whole.clone();
             flipped[at] ^= 0x15;
@@ -293,8 +322,10 @@ mod tests {
             tensors.iter().map(|t| (t.0.clone(), file.into())).collect()
         };
         file(&dir.path().join("a.safetensors"), first);
-        let weights: serde_json::Map<_, _> = map(first, "a.safetensors").into_iter().chain(map(second, "b.safetensors")).collect();
-        std::fs::write(dir.path().join("model.safetensors.index.json"), json!({"weight_map": weights}).to_string()).unwrap();
+        let weights: serde_json::Map<_, _> =
+            map(first, "a.safetensors").into_iter().chain(map(second, "b.safetensors")).collect();
+        std::fs::write(dir.path().join("model.safetensors.index.json"), json!({"weight_map": weights}).to_string())
+            .unwrap();
         assert_eq!(
             outcome(dir.path(), &config).unwrap_err(),
             "b.safetensors: is missing, but model.safetensors.index.json names it; the download is incomplete"
@@ -308,7 +339,9 @@ mod tests {
     #[test]
     fn weights_that_are_not_there_are_named() {
         let (dir, config, _) = tiny(true);
-        assert!(outcome(dir.path(), &config).unwrap_err().starts_with("model.safetensors: is missing; model.path must hold"));
+        assert!(outcome(dir.path(), &config)
+            .unwrap_err()
+            .starts_with("model.safetensors: is missing; model.path must hold"));
         std::fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
         assert!(outcome(dir.path(), &config).unwrap_err().contains("has only pickled weights"));
     }

@@ -46,9 +46,15 @@ pub struct Made {
 /// Makes the directory. The same plan and corpus always make the same bytes.
 pub fn init(plan: &Plan, progress: &dyn Progress) -> Result<Made, Error> {
     plan.check()?;
-    let refuse = |path: &Path, error: std::io::Error| Error::File { path: path.into(), problem: format!("cannot be written ({error})") };
+    let refuse = |path: &Path, error: std::io::Error| Error::File {
+        path: path.into(),
+        problem: format!("cannot be written ({error})"),
+    };
     if std::fs::read_dir(&plan.out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(Error::File { path: plan.out.clone(), problem: "exists and is not empty; choose a new directory".into() });
+        return Err(Error::File {
+            path: plan.out.clone(),
+            problem: "exists and is not empty; choose a new directory".into(),
+        });
     }
     let tokenizer = vocabulary::train(&plan.data, &plan.fields, plan.vocab, plan.split, plan.family, progress)?;
     let vocab = tokenizer.get_vocab_size(true);
@@ -163,7 +169,9 @@ mod tests {
 
     fn plan(dir: &Path, name: &str) -> Plan {
         let corpus = dir.join("corpus.jsonl");
-        let rows: String = (0..300).map(|i| format!("{{\"text\": \"the number {} is not {}\", \"id\": {i}}}\n", i * 37, i * 91)).collect();
+        let rows: String = (0..300)
+            .map(|i| format!("{{\"text\": \"the number {} is not {}\", \"id\": {i}}}\n", i * 37, i * 91))
+            .collect();
         std::fs::write(&corpus, rows).unwrap();
         Plan {
             out: dir.join(name),
@@ -187,7 +195,8 @@ mod tests {
     }
 
     fn bytes(plan: &Plan) -> Vec<Vec<u8>> {
-        let names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "model.safetensors"];
+        let names =
+            ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "model.safetensors"];
         names.iter().map(|name| std::fs::read(plan.out.join(name)).unwrap()).collect()
     }
 
@@ -213,7 +222,10 @@ mod tests {
                 let plan = Plan { family, tied, dtype, ..plan(dir.path(), &format!("{index}{tied}")) };
                 let made = init(&plan, &()).unwrap();
                 let checked = check(&plan.out).unwrap();
-                assert_eq!((checked.parameters, checked.spec.vocab, checked.bytes), (made.parameters, made.vocab, made.bytes));
+                assert_eq!(
+                    (checked.parameters, checked.spec.vocab, checked.bytes),
+                    (made.parameters, made.vocab, made.bytes)
+                );
                 assert_eq!((checked.spec.family, checked.spec.tied), (family, tied));
             }
         }
@@ -229,10 +241,17 @@ mod tests {
             let tokenizer = TextTokenizer::read(&plan.out, made.vocab).unwrap();
             let ids = tokenizer.encode_completion(text).unwrap();
             assert_eq!(tokenizer.encode_prompt(text).unwrap(), ids);
-            assert_eq!((tokenizer.decode(&ids).as_str(), tokenizer.pieces(&ids).concat().as_str(), tokenizer.eos()), (text, text, 0));
+            assert_eq!(
+                (tokenizer.decode(&ids).as_str(), tokenizer.pieces(&ids).concat().as_str(), tokenizer.eos()),
+                (text, text, 0)
+            );
             let longest = |digits: bool| {
                 let pieces = tokenizer.pieces(&ids);
-                pieces.iter().filter(|p| p.bytes().any(|b| b.is_ascii_digit()) == digits).map(|p| p.chars().count()).max()
+                pieces
+                    .iter()
+                    .filter(|p| p.bytes().any(|b| b.is_ascii_digit()) == digits)
+                    .map(|p| p.chars().count())
+                    .max()
             };
             match split {
                 Split::Words => assert!(longest(true) > Some(1) && longest(false) > Some(2)),
@@ -250,12 +269,18 @@ mod tests {
             change(&mut plan);
             init(&plan, &()).unwrap_err().to_string().replace(&format!("{}/", dir.path().display()), "")
         };
-        assert_eq!(refused(&|p| p.vocab = 100), "--vocab: is 100 and must be at least 258: one token for every byte and two special ones");
+        assert_eq!(
+            refused(&|p| p.vocab = 100),
+            "--vocab: is 100 and must be at least 258: one token for every byte and two special ones"
+        );
         let qwen2 = refused(&|p| (p.family, p.split) = (Family::Qwen2, Split::Characters));
         assert!(qwen2.starts_with("--split: characters cannot be had with --family qwen2"), "{qwen2}");
         assert_eq!(refused(&|p| p.kv_heads = 3), "--kv-heads: is 3 and must divide --heads 4");
         assert_eq!(refused(&|p| p.head_dim = 3), "--head-dim: is 3 and must be even and above 0; give --head-dim");
-        assert_eq!(refused(&|p| p.fields = vec!["id".into()]), "corpus.jsonl: line 1: has no such string field; the row has \"text\", \"id\"");
+        assert_eq!(
+            refused(&|p| p.fields = vec!["id".into()]),
+            "corpus.jsonl: line 1: has no such string field; the row has \"text\", \"id\""
+        );
         let full = refused(&|p| p.out = dir.path().into());
         assert!(full.ends_with("exists and is not empty; choose a new directory"), "{full}");
     }

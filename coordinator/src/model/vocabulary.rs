@@ -11,8 +11,8 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split as SplitAt, SplitPattern};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
-use unisono_configs::model::Family;
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
+use unisono_configs::model::Family;
 
 /// Ends a text; id 0.
 pub(super) const END: &str = "<|endoftext|>";
@@ -23,7 +23,8 @@ const LEAST: usize = 258;
 
 /// How transformers splits the text of every Qwen2 model, whatever its tokenizer.json says.
 /// Source: transformers `tokenization_qwen2.PRETOKENIZE_REGEX`.
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// What no token of a trained tokenizer may join.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -40,14 +41,22 @@ pub enum Split {
 /// Trains on the string fields of the JSONL `files`, or only on those named in `fields`. The result has at most `vocab`
 /// tokens: fewer where the corpus has no more pairs to join.
 pub(super) fn train(
-    files: &[PathBuf], fields: &[String], vocab: usize, split: Split, family: Family, progress: &dyn Progress,
+    files: &[PathBuf],
+    fields: &[String],
+    vocab: usize,
+    split: Split,
+    family: Family,
+    progress: &dyn Progress,
 ) -> Result<Tokenizer, Error> {
     if vocab < LEAST {
         let problem = format!("is {vocab} and must be at least {LEAST}: one token for every byte and two special ones");
         return Err(Error::Option { option: "vocab", problem });
     }
     let corpus = strings(files, fields, progress)?;
-    let refuse = |error: tokenizers::Error| Error::Option { option: "data", problem: format!("no tokenizer can be trained on it ({error})") };
+    let refuse = |error: tokenizers::Error| Error::Option {
+        option: "data",
+        problem: format!("no tokenizer can be trained on it ({error})"),
+    };
     let bytes = |regex: bool| PreTokenizerWrapper::from(ByteLevel::new(false, true, regex));
     let isolate = |pattern: &str| {
         SplitAt::new(SplitPattern::Regex(pattern.into()), SplitDelimiterBehavior::Isolated, false).map_err(refuse)

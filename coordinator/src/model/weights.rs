@@ -44,7 +44,9 @@ pub(super) fn write(path: &Path, layout: &Layout, dtype: Dtype, seed: u64) -> st
         for group in (0..blocks).collect::<Vec<_>>().chunks(64) {
             let drawn: Vec<Vec<u8>> = group
                 .par_iter()
-                .map(|&block| draw(slot, dtype, seed, stream as u64, block * BLOCK..((block + 1) * BLOCK).min(elements)))
+                .map(|&block| {
+                    draw(slot, dtype, seed, stream as u64, block * BLOCK..((block + 1) * BLOCK).min(elements))
+                })
                 .collect();
             drawn.iter().try_for_each(|bytes| file.write_all(bytes))?;
         }
@@ -68,7 +70,10 @@ fn header(layout: &Layout, dtype: Dtype) -> String {
     let mut at = 0;
     for (_, slot) in layout.tensors() {
         let end = at + slot.elements() * dtype.bytes();
-        map.insert(slot.name.clone(), serde_json::json!({"dtype": name, "shape": slot.shape, "data_offsets": [at, end]}));
+        map.insert(
+            slot.name.clone(),
+            serde_json::json!({"dtype": name, "shape": slot.shape, "data_offsets": [at, end]}),
+        );
         at = end;
     }
     let mut text = serde_json::Value::Object(map).to_string();

@@ -1,0 +1,67 @@
+//! `inspect`: what the model will see and be asked for.
+
+use super::config::ConfigArgs;
+use super::{print, Error, Result};
+use crate::data::{prepare, view, Example, TextTokenizer};
+use std::io::IsTerminal;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  unisono inspect recipe.toml --rows 3
+  unisono inspect --model models/tiny --data rows.jsonl
+  unisono inspect recipe.toml --json | head")]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Rows to show of each task
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    rows: usize,
+    /// Rows of which part
+    #[arg(long, value_enum, default_value_t = Part::Train)]
+    part: Part,
+    /// One JSON object per line: a "task" for each table, then a "row" for each row
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    Train,
+    Validation,
+    Test,
+}
+
+/// Counts per task, then rows: the prompt dim, completion tokens in alternating colours, or in ⟦ ⟧ where the output is
+/// no terminal.
+pub fn inspect(args: Args) -> Result<()> {
+    let (config, spec) = args.config.load()?;
+    let dataset = prepare(&config, &()).map_err(Error::bad_input)?;
+    let tokenizer = TextTokenizer::read(&config.model.path, spec.vocab).map_err(Error::bad_input)?;
+    let rows = match args.part {
+        Part::Train => &dataset.train,
+        Part::Validation => &dataset.validation,
+        Part::Test => &dataset.test,
+    };
+    let of = |task: usize| rows.iter().filter(move |e: &&Example| e.task as usize == task).take(args.rows);
+    if args.json {
+        for report in &dataset.reports {
+            let mut line = serde_json::json!({"event": "task"});
+            let fields = serde_json::to_value(report).map_err(Error::failed)?;
+            line.as_object_mut().into_iter().for_each(|o| o.extend(fields.as_object().cloned().unwrap_or_default()));
+            print(&format!("{line}\n"));
+        }
+    } else {
+        print(&view::table(&dataset.reports));
+    }
+    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    for (index, task) in dataset.tasks.iter().enumerate() {
+        for example in of(index) {
+            print(&match args.json {
+                true => format!("{}\n", view::row_json(example, task, &tokenizer)),
+                false => format!("\n{}", view::row(example, task, &tokenizer, colour)),
+            });
+        }
+    }
+    Ok(())
+}
