@@ -29,6 +29,7 @@ const LENGTHS: [usize; 6] = [5, 33, 1, 70, 31, 12];
 
 #[test]
 fn every_gradient_is_autograds_in_fp64() {
+    one_thread();
     for (name, spec) in specs() {
         let (loss, exact, tensors) = gradients(&spec, &batch(spec.vocab, &LENGTHS, 0.6, 3), Kind::Double);
         assert!((loss / exact - 1.0).abs() < 1e-12, "{name}: loss {loss}, autograd has {exact}");
@@ -40,6 +41,7 @@ fn every_gradient_is_autograds_in_fp64() {
 
 #[test]
 fn every_gradient_in_fp32_is_close_to_fp64() {
+    one_thread();
     for (name, spec) in specs() {
         let (loss, exact, tensors) = gradients(&spec, &batch(spec.vocab, &LENGTHS, 0.6, 3), Kind::Float);
         assert!((loss / exact - 1.0).abs() < 1e-6, "{name}: loss {loss}, autograd has {exact}");
@@ -51,6 +53,7 @@ fn every_gradient_in_fp32_is_close_to_fp64() {
 
 #[test]
 fn gradients_in_bf16_are_near() {
+    one_thread();
     for (name, spec) in specs() {
         let (loss, exact, tensors) = gradients(&spec, &batch(spec.vocab, &LENGTHS, 0.6, 3), Kind::BFloat16);
         assert!((loss / exact - 1.0).abs() < 2e-2, "{name}: loss {loss}, autograd has {exact}");
@@ -62,6 +65,7 @@ fn gradients_in_bf16_are_near() {
 
 #[test]
 fn long_documents_attend_in_blocks() {
+    one_thread();
     for window in [None, Some(50), Some(300)] {
         let spec = ModelSpec { sliding_window: window, layers: 1, ..tiny() };
         let (loss, exact, tensors) = gradients(&spec, &batch(spec.vocab, &[700, 40], 0.3, 3), Kind::Float);
@@ -74,6 +78,7 @@ fn long_documents_attend_in_blocks() {
 
 #[test]
 fn many_targets_take_several_chunks_of_logits() {
+    one_thread();
     for compute in [Kind::Double, Kind::Float] {
         let spec = ModelSpec { tied: false, layers: 1, ..tiny() };
         let (_, _, tensors) = gradients(&spec, &batch(spec.vocab, &[300, 300, 290, 280], 1.0, 5), compute);

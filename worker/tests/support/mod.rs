@@ -7,6 +7,11 @@ use unisono_configs::model::{Family, Layout, ModelSpec, Rope, RopeScaling};
 use unisono_proto::NO_TARGET;
 use unisono_worker::model::{BadNumber, Batch, Leaves, Model};
 
+/// Tests run beside one another; each computes on its own thread.
+pub fn one_thread() {
+    tch::set_num_threads(1);
+}
+
 /// A small reproducible generator.
 pub struct Random(pub u64);
 

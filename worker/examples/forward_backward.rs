@@ -1,0 +1,100 @@
+//! Tokens per second of `Model::forward_backward` on one thread, beside the machine's matrix product rate in the same
+//! sitting, and where the time goes.
+//!
+//!     cargo run --release -p unisono-worker --example forward_backward -- MODEL_DIR [float|bf16] [repeats]
+
+use std::time::Instant;
+use tch::{Device, Kind, Tensor};
+use unisono_configs::model::ModelSpec;
+use unisono_proto::NO_TARGET;
+use unisono_worker::model::{BadNumber, Batch, Leaves, Model};
+use unisono_worker::ops::clock;
+
+/// Takes leaves without doing anything with them.
+struct Nowhere;
+
+impl Leaves for Nowhere {
+    fn dense(&mut self, _: usize, _: usize, _: &Tensor) -> Result<(), BadNumber> {
+        Ok(())
+    }
+    fn rows(&mut self, _: usize, _: usize, _: &[u32], _: &Tensor) -> Result<(), BadNumber> {
+        Ok(())
+    }
+}
+
+/// Four documents of about 190 tokens, of which the last 55 % are targets.
+fn batch(vocab: usize) -> Batch {
+    let (mut tokens, mut targets, mut starts) = (Vec::new(), Vec::new(), Vec::new());
+    for (document, length) in [187u32, 171, 203, 192].into_iter().enumerate() {
+        starts.push(tokens.len() as u32);
+        let id = |i: u32| (i * 7919 + document as u32 * 104_729) % vocab as u32;
+        tokens.extend((0..length).map(id));
+        targets
+            .extend((0..length).map(|i| if i > length * 45 / 100 && i + 1 < length { id(i + 1) } else { NO_TARGET }));
+    }
+    Batch { tokens, targets, starts }
+}
+
+/// FLOP/s of products like the model's.
+fn product_rate(compute: Kind) -> f64 {
+    let (a, b) =
+        (Tensor::randn([768, 576], (Kind::Float, Device::Cpu)), Tensor::randn([576, 1536], (Kind::Float, Device::Cpu)));
+    let (a, b) = (a.to_kind(compute), b.to_kind(compute));
+    let once = || drop(a.mm(&b));
+    once();
+    let mut best = 0.0f64;
+    for _ in 0..10 {
+        let begin = Instant::now();
+        (0..10).for_each(|_| once());
+        best = best.max(10.0 * 2.0 * 768.0 * 576.0 * 1536.0 / begin.elapsed().as_secs_f64());
+    }
+    best
+}
+
+#[allow(clippy::print_stdout)]
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let dir = arguments.next().ok_or("usage: forward_backward MODEL_DIR [float|bf16] [repeats]")?;
+    let compute = if arguments.next().as_deref() == Some("float") { Kind::Float } else { Kind::BFloat16 };
+    let repeats: usize = arguments.next().map_or(Ok(10), |n| n.parse())?;
+    tch::set_num_threads(1);
+    let spec = ModelSpec::read(dir.as_ref())?;
+    let model = Model::load(dir.as_ref(), spec.clone(), compute, Device::Cpu)?;
+    let batch = batch(spec.vocab);
+    let tokens = batch.tokens.len() as f64;
+    println!("matrix products: {:.0} GFLOP/s", product_rate(compute) / 1e9);
+    let run = || model.forward_backward(&batch, 1e-3, &mut Nowhere);
+    for _ in 0..2 {
+        run()?;
+    }
+    clock::start();
+    let mut times = Vec::new();
+    for _ in 0..repeats {
+        let begin = Instant::now();
+        run()?;
+        times.push(begin.elapsed().as_secs_f64());
+    }
+    let table = clock::stop();
+    times.sort_by(f64::total_cmp);
+    println!("matrix products: {:.0} GFLOP/s", product_rate(compute) / 1e9);
+    println!("tokens/s: best {:.0}, median {:.0}", tokens / times[0], tokens / times[repeats / 2]);
+    let total: f64 = times.iter().sum();
+    let mut listed = 0.0;
+    for (name, time, calls) in &table {
+        let share = time.as_secs_f64() / total;
+        listed += share;
+        println!(
+            "{name:>20} {:8.2} ms {:5.1} % {:5} calls",
+            time.as_secs_f64() * 1e3 / repeats as f64,
+            share * 100.0,
+            calls / repeats as u64
+        );
+    }
+    println!(
+        "{:>20} {:8.2} ms {:5.1} %",
+        "other",
+        (1.0 - listed) * total * 1e3 / repeats as f64,
+        (1.0 - listed) * 100.0
+    );
+    Ok(())
+}
