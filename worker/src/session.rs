@@ -3,7 +3,7 @@
 use crate::collective;
 use crate::collective::tcp::{Membership, Mesh};
 use crate::link::{self, Link};
-use crate::memory::{self, Available, Demand, Plan};
+use crate::memory::{self, Available, Demand};
 use crate::model::weights::{self, Weights};
 use crate::model::{self, Batch, Model};
 use crate::optim::adamw::Settings;
@@ -113,8 +113,7 @@ impl<'l> Loading<'l> {
             trains: assign.trains,
             baseline: self.baseline,
         };
-        let plan = Plan::new(&demand);
-        plan.check(&self.available, neighbours(&assign.peers, rank))?;
+        let plan = demand.plan(&self.available, neighbours(&assign.peers, rank))?;
 
         let weights = Weights::open(&path)?;
         weights.check(&layout)?;
@@ -289,22 +288,4 @@ impl Draining<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_worst_batch_is_packed_full() {
-        let batch = worst(10, 4, 7).unwrap();
-        assert_eq!(batch.tokens, [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]);
-        assert_eq!(batch.starts, [0, 4, 8]);
-        let n = NO_TARGET;
-        assert_eq!(batch.targets, [1, 2, 3, n, 5, 6, 0, n, 2, n]);
-        assert_eq!(worst(0, 0, 7), None);
-    }
-
-    #[test]
-    fn neighbours_share_a_host() {
-        let addresses = ["10.0.0.1:5", "10.0.0.2:5", "10.0.0.1:6", "[::1]:7"].map(String::from);
-        assert_eq!([0, 1, 2, 3].map(|rank| neighbours(&addresses, rank)), [2, 1, 2, 1]);
-    }
-}
+mod tests;

@@ -40,6 +40,8 @@ pub struct Plan {
     pub activations: u64,
 }
 
+/// Tokens by which micro-batches are rounded up.
+const QUANTUM: usize = 64;
 /// Rows of logits that exist at a time.
 const HEAD_ROWS: usize = 512;
 
@@ -68,24 +70,30 @@ impl Plan {
     pub fn total(&self) -> u64 {
         self.baseline + self.parameters + self.sums + self.optimizer + self.activations
     }
+}
 
-    /// Refuses what cannot fit: `workers` such workers share the machine.
-    pub fn check(&self, available: &Available, workers: usize) -> Result<(), Error> {
-        let needed = self.total() * workers.max(1) as u64;
-        if needed <= available.bytes {
-            return Ok(());
+impl Demand<'_> {
+    /// The plan, if `workers` such workers fit into what the machine has; else the numbers and the cheapest change.
+    pub fn plan(&self, available: &Available, workers: usize) -> Result<Plan, Error> {
+        let (plan, workers) = (Plan::new(self), workers.max(1));
+        let fits = |plan: &Plan| plan.total().saturating_mul(workers as u64) <= available.bytes;
+        if fits(&plan) {
+            return Ok(plan);
         }
-        let short = needed - available.bytes;
-        let workers = workers.max(1);
-        // The cheapest change is the one that costs least and is enough by itself.
-        let remedy = if self.activations * workers as u64 / 2 >= short {
-            "halve train.max_tokens_per_micro_batch (and train.max_length, if it is longer)".to_owned()
+        // Shorter micro-batches cost a little speed, fewer workers much, another model everything.
+        let shorter = |tokens| Demand { tokens, document: self.document.min(tokens), ..*self };
+        let steps = (1..self.tokens.div_ceil(QUANTUM)).collect::<Vec<_>>();
+        let fitting = steps.partition_point(|&n| fits(&Plan::new(&shorter(n * QUANTUM)))) * QUANTUM;
+        let remedy = if fitting >= self.document && fitting > 0 {
+            format!("set train.max_tokens_per_micro_batch = {fitting}")
+        } else if fitting > 0 {
+            format!("set train.max_length and train.max_tokens_per_micro_batch to {fitting}")
         } else if workers > 1 {
             format!("use fewer workers on this machine (cluster.workers = {})", workers - 1)
         } else {
             "use a smaller model or a machine with more memory".to_owned()
         };
-        Err(Error::TooLittle { plan: *self, workers, available: available.clone(), remedy })
+        Err(Error::TooLittle { plan, workers, available: available.clone(), remedy })
     }
 }
 
@@ -129,8 +137,18 @@ impl fmt::Display for Bytes {
 mod tests {
     use super::*;
 
-    fn plan(activations: u64) -> Plan {
-        Plan { baseline: 100, parameters: 200, sums: 800, optimizer: 1200, activations }
+    fn spec() -> ModelSpec {
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+            "max_position_embeddings": 512, "rope_theta": 10000.0
+        });
+        ModelSpec::from_json(&config, std::path::Path::new("config.json")).unwrap()
+    }
+
+    fn demand(spec: &ModelSpec) -> Demand<'_> {
+        let (parameters, owned, largest) = (1_000_000, 500_000, 64_000);
+        Demand { spec, parameters, owned, largest, width: 2, tokens: 4096, document: 256, trains: true, baseline: 1000 }
     }
 
     fn left(bytes: u64) -> Available {
@@ -139,20 +157,31 @@ mod tests {
 
     #[test]
     fn a_plan_that_fits_passes_and_one_byte_less_does_not() {
-        let plan = plan(700);
-        assert!(plan.check(&left(3000), 1).is_ok());
-        assert!(plan.check(&left(2999), 1).is_err());
-        assert!(plan.check(&left(6000), 2).is_ok());
-        assert!(plan.check(&left(5999), 2).is_err());
+        let spec = spec();
+        let demand = demand(&spec);
+        let total = Plan::new(&demand).total();
+        for workers in [1, 2] {
+            assert_eq!(demand.plan(&left(total * workers), workers as usize).unwrap().total(), total);
+            assert!(demand.plan(&left(total * workers - 1), workers as usize).is_err());
+        }
+        let plan = Plan::new(&demand);
+        assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2_000_000, 8_000_000, 6_000_000));
+        let idle = Plan::new(&Demand { trains: false, ..demand });
+        assert_eq!((idle.sums, idle.optimizer), (0, 0));
+        assert!(idle.activations < plan.activations);
     }
 
     #[test]
-    fn the_remedy_is_one_that_is_enough() {
-        let remedy =
-            |activations, bytes, workers| plan(activations).check(&left(bytes), workers).unwrap_err().to_string();
-        assert!(remedy(10_000, 8_000, 1).contains("max_tokens_per_micro_batch"));
-        assert!(remedy(100, 4_000, 2).contains("cluster.workers = 1"));
-        assert!(remedy(100, 2_000, 1).contains("smaller model"));
+    fn the_remedy_is_enough_and_the_cheapest() {
+        let spec = spec();
+        let demand = demand(&spec);
+        let sentence = |bytes, workers| demand.plan(&left(bytes), workers).unwrap_err().to_string();
+        let total = |tokens| Plan::new(&Demand { tokens, document: demand.document.min(tokens), ..demand }).total();
+        assert!(sentence(total(1024), 1).contains("set train.max_tokens_per_micro_batch = 1024"));
+        assert!(sentence(2 * total(1024), 2).contains("set train.max_tokens_per_micro_batch = 1024"));
+        assert!(sentence(total(128), 1).contains("train.max_length and train.max_tokens_per_micro_batch to 128"));
+        assert!(sentence(17_000_000, 2).contains("cluster.workers = 1"));
+        assert!(sentence(2_000, 1).contains("smaller model"));
     }
 
     #[test]
