@@ -30,7 +30,9 @@ fn help_lists_every_command_and_each_has_an_example() {
 
 #[test]
 fn what_it_does_not_know_ends_with_code_2() {
-    for args in [&["trian"][..], &["train", "--modle", "x"], &["digest", "/nonexistent/run"], &["status", "/nonexistent/run"]] {
+    for args in
+        [&["trian"][..], &["train", "--modle", "x"], &["digest", "/nonexistent/run"], &["status", "/nonexistent/run"]]
+    {
         let output = unisono(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {}", text(&output.stderr));
         assert!(!output.stderr.is_empty() && !text(&output.stderr).contains("panicked"), "{args:?}");

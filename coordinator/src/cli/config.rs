@@ -1,6 +1,7 @@
 //! The options that name or change a run configuration, shared by every command that takes one.
 
 use super::{Error, Result};
+use crate::model;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use unisono_configs::model::ModelSpec;
@@ -45,7 +46,7 @@ impl ConfigArgs {
         };
         let mut config = read.map_err(Error::bad_input)?;
         resolve(&mut config)?;
-        let spec = ModelSpec::read(&config.model.path).map_err(Error::bad_input)?;
+        let spec = model::check(&config.model.path).map_err(Error::bad_input)?.spec;
         Ok((config, spec))
     }
 

@@ -105,6 +105,8 @@ pub fn serve(setup: Setup, screen: &Screen) -> Result<Outcome> {
                 _ = interrupt.recv(), if !supervised => libc::SIGINT,
             };
             caught.store(number, Ordering::SeqCst);
+            let name = if number == libc::SIGINT { "Ctrl-C" } else { "SIGTERM" };
+            format!("the run was stopped by {name}")
         };
         crate::serve::serve(setup, shutdown).await.map_err(Error::failed)
     })?;

@@ -5,13 +5,13 @@ use super::screen::Screen;
 use super::{checkpoints, coordinator, print, train, Error, Result};
 use crate::data::TextTokenizer;
 use crate::launch::report::Reporter;
+use crate::model;
 use crate::serve::setup::Setup;
 use crate::serve::work::Work;
 use serde_json::{json, Value};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use unisono_configs::model::ModelSpec;
 use unisono_configs::run::{Checkpoint, Cluster, Compute, Count, Eval, Model, RunConfig, Split, Train};
 
 #[derive(Debug, clap::Args)]
@@ -90,7 +90,7 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
     let reporter = Reporter::from_environment();
     let listener = coordinator::listener(None)?;
     let config = config(args)?;
-    let spec = ModelSpec::read(&config.model.path).map_err(Error::bad_input)?;
+    let spec = model::check(&config.model.path).map_err(Error::bad_input)?.spec;
     let tokenizer = TextTokenizer::read(&config.model.path, spec.vocab).map_err(Error::bad_input)?;
     let prompts = prompts(args)?;
     let mut ids = Vec::with_capacity(prompts.len());

@@ -3,10 +3,13 @@
 
 pub mod checkpoints;
 pub mod config;
+pub mod coordinator;
+pub mod generate;
 pub mod init_model;
 pub mod inspect;
 pub mod run_dir;
 pub mod screen;
+pub mod train;
 pub mod watch;
 
 use clap::{Parser, Subcommand};
@@ -37,10 +40,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Fine-tune a model on this machine: coordinator, workers and export.
+    Train(train::Args),
+    /// Coordinate a run whose workers join from this or other machines.
+    Coordinator(coordinator::Args),
     /// Follow a run from its first step until it ends.
     Monitor(watch::MonitorArgs),
     /// Show on one screen where a run is.
     Status(watch::StatusArgs),
+    /// Continue prompts greedily with a trained run or a model.
+    Generate(generate::Args),
     /// Print the digest of a run's state: equal digests, equal runs.
     Digest(checkpoints::DigestArgs),
     /// Show what the model will see and be asked for: counts per task, rows as tokens with the loss mask.
@@ -81,6 +90,9 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     trace();
     let ended = match cli.command {
+        Command::Train(args) => train::run(args),
+        Command::Coordinator(args) => coordinator::run(args),
+        Command::Generate(args) => generate::run(args),
         Command::Monitor(args) => watch::monitor(args),
         Command::Status(args) => watch::status(args),
         Command::Inspect(args) => inspect::inspect(args),
