@@ -6,6 +6,8 @@ pub mod deal;
 pub mod event;
 mod faults;
 pub mod machine;
+#[cfg(test)]
+mod machine_tests;
 pub mod phases;
 pub mod plan;
 pub mod program;
