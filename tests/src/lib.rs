@@ -6,6 +6,8 @@
 
 pub mod binaries;
 pub mod corpus;
+pub mod fake_worker;
 pub mod fixture;
 pub mod processes;
+pub mod served;
 pub mod train;
