@@ -7,7 +7,13 @@ use std::process::{Command, Output};
 fn worker(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_unisono-worker"));
     // The binary knows where libtorch is.
-    command.args(args).env_remove("LD_LIBRARY_PATH").env_remove("UNISONO_TOKEN").env_remove("UNISONO_TOKEN_FILE").output().unwrap()
+    command
+        .args(args)
+        .env_remove("LD_LIBRARY_PATH")
+        .env_remove("UNISONO_TOKEN")
+        .env_remove("UNISONO_TOKEN_FILE")
+        .output()
+        .unwrap()
 }
 
 #[test]
