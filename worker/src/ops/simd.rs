@@ -37,22 +37,20 @@ pub fn level() -> Level {
     })
 }
 
-/// Compiles a function once per [`Level`] and calls the widest that this machine has. Everything it calls must be
-/// `#[inline(always)]`, or it is compiled for the base instruction set.
+/// Compiles a function once per [`Level`] and calls the widest that this machine has. Functions that it calls must be
+/// `#[inline(always)]`, or they are compiled for the base instruction set; closures written in it are compiled with it.
 macro_rules! vectorised {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($g:ident : $b:path),+>)? ($($arg:ident : $ty:ty),* $(,)?)
         $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
         #[allow(unsafe_code, clippy::too_many_arguments)]
         $vis fn $name $(<$($g: $b),+>)? ($($arg: $ty),*) $(-> $ret)? {
-            #[inline(always)]
-            fn body $(<$($g: $b),+>)? ($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-                fn avx512 $(<$($g: $b),+>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx512 $(<$($g: $b),+>)? ($($arg: $ty),*) $(-> $ret)? $body
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2 $(<$($g: $b),+>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx2 $(<$($g: $b),+>)? ($($arg: $ty),*) $(-> $ret)? $body
                 match $crate::ops::simd::level() {
                     // SAFETY: `level` found every feature of the clone on this machine.
                     $crate::ops::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
@@ -61,7 +59,7 @@ macro_rules! vectorised {
                     $crate::ops::simd::Level::Base => {}
                 }
             }
-            body($($arg),*)
+            $body
         }
     };
 }
