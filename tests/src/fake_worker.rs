@@ -155,7 +155,7 @@ impl Life {
                             }
                             if self.worker.fails_in == Some(step.step) {
                                 let message = "the device is out of memory".into();
-                                let failure = Failure { phase: Phase::Update.into(), message, ..Default::default() };
+                                let failure = Failure { phase: Phase::Forward.into(), message, ..Default::default() };
                                 self.say(Body::Failure(failure)).await;
                                 continue;
                             }

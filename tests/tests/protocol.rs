@@ -1,5 +1,7 @@
 //! The protocol, between a real `serve` and fake workers over real TLS.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -153,7 +155,7 @@ async fn a_worker_that_fails_says_why_and_a_stop_ends_the_run() {
     lives.spawn(worker(&served, &serving).live());
     lives.spawn(FakeWorker { fails_in: Some(2), ..worker(&served, &serving) }.live());
     let failure = serving.outcome().await.failure.unwrap();
-    assert_eq!((failure.step, failure.phase()), (Some(2), Phase::Update));
+    assert_eq!((failure.step, failure.phase()), (Some(2), Phase::Forward));
     assert_eq!(failure.message, "the device is out of memory");
     lives.join_all().await;
 
@@ -256,7 +258,7 @@ async fn joins_are_refused_with_a_sentence() {
     assert_eq!(status().await.state, "gathering");
     let mut lives = JoinSet::new();
     lives.spawn(worker(&served, &serving).live());
-    while status().await.workers.len() < 1 {
+    while status().await.workers.is_empty() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let mut other = worker(&served, &serving);

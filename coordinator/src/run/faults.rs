@@ -18,14 +18,11 @@ impl Machine {
             self.roster.forget(from);
             return Vec::new();
         }
-        if self.roster.workers()[rank].drained {
+        let worker = &self.roster.workers()[rank];
+        if worker.drained || worker.complained {
             return Vec::new();
         }
-        let failure = match &self.complaint {
-            // It had said why itself, and nobody else was lost since.
-            Some((_, complaint)) if complaint.rank == Some(rank as u32) => complaint.clone(),
-            _ => self.lost(rank, &format!("its connection {reason}")),
-        };
+        let failure = self.lost(rank, &format!("its connection {reason}"));
         self.fail(now, failure)
     }
 
@@ -40,7 +37,10 @@ impl Machine {
         if self.phase == Phase::Gathering {
             failure.rank = None;
         }
-        let in_collective = matches!(phase, wire::Phase::Reduce | wire::Phase::Gather);
+        self.roster.get_mut(rank).complained = true;
+        // Peers meet while loading, and the norm is summed while updating.
+        let in_collective =
+            matches!(phase, wire::Phase::Load | wire::Phase::Reduce | wire::Phase::Update | wire::Phase::Gather);
         if in_collective && !failure.bad_input {
             self.complaint.get_or_insert((now, failure));
             return Vec::new();

@@ -304,7 +304,7 @@ proptest! {
             if let Some((at, how)) = fatal {
                 if at == index && !world.machine.phase().is_final() {
                     let message = |body| WorkerMessage { epoch: world.workers[&from].epoch, body: Some(body) };
-                    let failure = Failure { phase: Place::Update.into(), message: "no memory".into(), ..Default::default() };
+                    let failure = Failure { phase: Place::Forward.into(), message: "no memory".into(), ..Default::default() };
                     let event = match how {
                         0 => Event::Ended { from, reason: "ended".into() },
                         1 => Event::Message { from, message: message(Report::Failure(failure)) },
@@ -396,6 +396,8 @@ fn the_lost_rank_is_named_and_not_the_one_that_noticed() {
         Failure { phase: Place::Reduce.into(), step: Some(1), message: "peer closed".into(), ..Default::default() };
     let message = WorkerMessage { epoch: world.workers[&Connection(0)].epoch, body: Some(Report::Failure(complaint)) };
     world.apply(Event::Message { from: Connection(0), message }).unwrap();
+    // It leaves, as it said, before anyone hears of the one that is really lost.
+    world.apply(Event::Ended { from: Connection(0), reason: "ended".into() }).unwrap();
     assert_eq!(world.machine.phase(), Phase::Running);
     world.apply(Event::Ended { from: Connection(2), reason: "broke".into() }).unwrap();
     let failure = world.failure();

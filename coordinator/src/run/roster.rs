@@ -14,6 +14,8 @@ pub struct Worker {
     pub heartbeat: Heartbeat,
     pub ready: bool,
     pub drained: bool,
+    /// It has said that it cannot go on, so that its leaving is no news.
+    pub complained: bool,
     /// Directives answered.
     pub answered: u64,
     pub memory: MemoryReport,
@@ -52,6 +54,7 @@ impl Roster {
             heartbeat: Heartbeat { phase: Phase::Join.into(), step: None },
             ready: false,
             drained: false,
+            complained: false,
             answered: 0,
             memory: MemoryReport::default(),
         });
