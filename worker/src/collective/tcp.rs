@@ -160,6 +160,12 @@ enum Fault {
     Protocol { expected: String, found: String },
 }
 
+impl Fault {
+    fn width(found: usize) -> Self {
+        Fault::Protocol { expected: "a width of a sum".into(), found: format!("{found} bytes") }
+    }
+}
+
 impl From<io::Error> for Fault {
     fn from(error: io::Error) -> Self {
         Fault::Io(error)
@@ -300,11 +306,12 @@ fn add_sums(mut stream: &TcpStream, own: &mut [i64], wire: &mut Vec<u8>) -> Resu
         let mut width = [0];
         stream.read_exact(&mut width)?;
         let width = usize::from(width[0]);
-        if width > 8 {
-            return Err(Fault::Protocol { expected: "a width of at most 8".into(), found: width.to_string() });
+        let body = width * piece.len();
+        if body > wire.len() {
+            return Err(Fault::width(width));
         }
-        stream.read_exact(&mut wire[..width * piece.len()])?;
-        piece::unpack_add(width, wire, piece);
+        stream.read_exact(&mut wire[..body])?;
+        piece::unpack_add(width, &wire[..body], piece).ok_or_else(|| Fault::width(width))?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The exact sum: gradients of micro-batches ("leaves") are added as integers, so that neither order, nor ownership, nor
 //! the number of workers can change a bit of the result. A leaf `x` counts as `round_ties_even(x * 2^48)`.
 
-use super::dispatch::dispatched;
+use super::dispatch::{dispatched, integer};
 use crate::model::{BadNumber, Leaves};
 use crate::ops::view;
 use half::bf16;
@@ -115,7 +115,7 @@ impl Narrow for bf16 {
 #[cfg(not(feature = "float-sum"))]
 #[inline(always)]
 fn accumulate(sum: i64, leaf: f32) -> i64 {
-    sum.wrapping_add((leaf * UNITS_PER_ONE).round_ties_even() as i64)
+    sum.wrapping_add(integer((leaf * UNITS_PER_ONE).round_ties_even()))
 }
 
 /// The negative control: leaves are added as fp32, so the result depends on who adds what.
@@ -123,7 +123,7 @@ fn accumulate(sum: i64, leaf: f32) -> i64 {
 #[inline(always)]
 fn accumulate(sum: i64, leaf: f32) -> i64 {
     let rounded = (sum as f64 * UNIT) as f32 + leaf;
-    (rounded * UNITS_PER_ONE).round_ties_even() as i64
+    integer((rounded * UNITS_PER_ONE).round_ties_even())
 }
 
 /// Adds a leaf and returns its largest magnitude (NaN if it holds one). Magnitudes compare as integers: the bits of

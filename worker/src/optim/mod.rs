@@ -2,7 +2,7 @@
 //! ([`norm`]) and AdamW on the own shard ([`adamw`]), in named phases: reduce -> norm -> update -> gather.
 
 pub mod adamw;
-mod dispatch;
+pub(crate) mod dispatch;
 pub mod exact;
 pub mod norm;
 pub mod shard;
