@@ -35,7 +35,7 @@ pub struct RunConfig {
 pub struct Model {
     /// Hugging Face directory: config.json, *.safetensors (one or sharded), tokenizer.json.
     pub path: PathBuf,
-    /// Precision of GEMM operands. "auto": bf16 where the processor has bf16 arithmetic, else fp32; recorded as resolved.
+    /// Precision of matrix products; everything else is fp32.
     #[serde(default)]
     pub compute: Compute,
 }
@@ -43,34 +43,38 @@ pub struct Model {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
+    /// "bf16" where the processor has bf16 arithmetic, else "fp32"; the run records which.
     #[default]
     Auto,
     Bf16,
     Fp32,
 }
 
-/// One task.
+/// One table per task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Data {
     /// Name of the task in metrics; default: the file's stem.
     #[serde(default)]
     pub name: Option<String>,
-    /// A .jsonl file.
+    /// A .jsonl file: one JSON object per line.
     pub path: PathBuf,
+    /// What the rows hold.
     #[serde(default)]
     pub format: Format,
-    /// Jinja source of prompt and completion, separated by `|||`. Absent: the row's own `prompt` and `completion`.
+    /// Jinja source of prompt and completion, separated by |||, over any fields of a row; taken literally, white space
+    /// included. Absent: the row's own columns.
     #[serde(default)]
     pub template: Option<String>,
-    /// A share of the rows, by hash of the source row, or a file; overrides `split.validation`.
+    /// Rows held out to validate on: a share, or a .jsonl file; overrides split.validation.
     #[serde(default)]
     pub validation: Option<Held>,
+    /// Rows held out to test on: a share, or a .jsonl file; overrides split.test.
     #[serde(default)]
     pub test: Option<Held>,
     /// What to do with a row that cannot be trained on.
     #[serde(default)]
     pub on_bad_row: OnBadRow,
-    /// With `on_bad_row = "drop"`: the largest share of rows that may be dropped.
+    /// With on_bad_row = "drop": the largest share of rows that may be dropped.
     #[serde(default = "default_max_dropped")]
     pub max_dropped: f64,
 }
@@ -90,11 +94,12 @@ fn default_max_dropped() -> f64 {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// `text` where rows have only a `text` field, else `prompt-completion`.
+    /// "text" where the first row has a column text and neither prompt nor completion, else "prompt-completion".
     #[default]
     Auto,
+    /// Columns prompt and completion.
     PromptCompletion,
-    /// The whole text is the completion; there is no prompt.
+    /// A column text: all of it is the completion, there is no prompt.
     Text,
 }
 
@@ -109,16 +114,21 @@ pub enum Held {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBadRow {
+    /// Before anything starts.
     #[default]
     Refuse,
+    /// And count it; the first three are shown.
     Drop,
 }
 
-/// Shares held out of every table, capped at 1,000 rows each.
+/// Shares held out of every table, by hash of the source row: at most 1,000 rows each, and at least one of a table with
+/// ten different rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Split {
+    /// Share of the rows to validate on.
     pub validation: f64,
+    /// Share of the rows to test on.
     pub test: f64,
 }
 
@@ -131,29 +141,36 @@ impl Default for Split {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Train {
-    /// Passes over the training rows. Ignored where `steps` is set.
+    /// Passes over the training rows. Ignored where steps is set.
     pub epochs: u64,
-    /// Optimizer updates in all; overrides `epochs`.
+    /// Optimizer updates in all; overrides epochs.
     pub steps: Option<u64>,
     /// Examples per step. The last, partial batch of an epoch is trained.
     pub global_batch_size: usize,
-    /// Micro-batches per step, at least; decides the bits, so never automatic.
+    /// Micro-batches per step, at least; at most as many workers have work. Decides the bits, so never automatic.
     pub micro_batches: usize,
     /// Longest example, tokens. A longer completion is cut at its right end and loses its end of text; a prompt that
     /// fills the whole length makes a bad row.
     pub max_length: usize,
+    /// Bounds a worker's memory: more micro-batches are made where these are full.
     pub max_tokens_per_micro_batch: usize,
+    /// Highest of the schedule.
     pub learning_rate: f64,
+    /// How the learning rate goes on after the warmup, which rises to it along a line.
     pub schedule: Schedule,
-    /// Below 1: a share of the steps; else a number of steps.
+    /// Steps of the warmup. Below 1: a share of the steps; else a number of steps.
     pub warmup_steps: f64,
     /// On matrices only; norms and biases are skipped.
     pub weight_decay: f64,
+    /// Of AdamW's moments.
     pub betas: [f64; 2],
+    /// Of AdamW's denominator.
     pub eps: f64,
     /// The gradient is scaled to at most this norm; 0: never.
     pub max_grad_norm: f64,
+    /// A new order in every epoch.
     pub shuffle: bool,
+    /// Decides the order of the rows.
     pub seed: u64,
 }
 
@@ -186,22 +203,24 @@ pub enum Schedule {
     Cosine,
     /// To 0 along a line.
     Linear,
+    /// As it is.
     Constant,
-    /// Warmup, stable, decay: constant, then to 0 along a line over the last fifth.
+    /// Constant, then to 0 along a line over the last fifth of the steps.
     Wsd,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Cluster {
-    /// "auto": one per GPU; one per core on a CPU, at most `train.micro_batches`.
+    /// "auto": one per GPU; one per core on a CPU, at most train.micro_batches.
     pub workers: Count,
     /// Intra-op threads of each worker; decides the bits on a CPU.
     pub threads_per_worker: usize,
+    /// What workers compute on.
     pub device: Device,
-    /// "auto" | 1 | 2 | 3: same bits.
+    /// How optimizer state is sharded: "auto" or 1; 2 and 3 are not supported yet. Same bits.
     pub zero_stage: ZeroStage,
-    /// "balanced": by cost. "shuffled": at random by seed, to see that it does not matter. Same bits.
+    /// Which worker computes which micro-batch. Same bits.
     pub assignment: Assignment,
     /// Seconds after which a silent peer is given up.
     pub peer_timeout: f64,
@@ -230,6 +249,7 @@ pub enum Count {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Device {
+    /// "cuda" where there is a GPU, else "cpu".
     #[default]
     Auto,
     Cpu,
@@ -246,8 +266,10 @@ pub enum ZeroStage {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Assignment {
+    /// By cost.
     #[default]
     Balanced,
+    /// At random by seed, to see that it does not matter.
     Shuffled,
 }
 

@@ -42,7 +42,7 @@ fn unknown_keys_are_refused_with_the_nearest() {
         assert_eq!(refused(tail), expected);
     }
     let top = read("learning_rate = 2e-5\n", &[]).unwrap_err();
-    assert_eq!(top, "run.toml:1: learning_rate: belongs to another section; set train.learning_rate = 0.00002");
+    assert_eq!(top, "run.toml:1: learning_rate: belongs to another section; set train.learning_rate = 2e-5");
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn other_trainers_names_are_translated() {
             "set train.global_batch_size = per device x accumulation x GPUs = 2 x 1 x GPUs = 2 x GPUs (2 on one)",
         ),
         ("num_train_epochs = 3", "set train.epochs = 3"),
-        ("lr = 1e-4", "set train.learning_rate = 0.0001"),
+        ("lr = 1e-4", "set train.learning_rate = 1e-4"),
         ("max_seq_length = 512", "set train.max_length = 512"),
         ("sequence_len = 512", "set train.max_length = 512"),
         ("warmup_ratio = 0.1", "set train.warmup_steps = 0.1 (below 1: a share of the steps)"),
@@ -186,4 +186,21 @@ fn auto_becomes_what_the_machine_has() {
     let many = resolved("[cluster]\nworkers = 9", 2, 0, true).unwrap_err();
     assert!(many.starts_with("configuration: cluster.workers: is 9, but train.micro_batches = 8 gives work to at most 8; set train.micro_batches = 9"), "{many}");
     assert!(resolved("[cluster]\ndevice = \"cuda\"", 2, 0, true).unwrap_err().contains("no GPU"));
+}
+
+#[test]
+fn options_reach_one_table_or_all() {
+    let overrides = [("data.1.name", "second"), ("data.max_dropped", "0.5")];
+    let config = read(&format!("{HEAD}[[data]]\npath = \"b\""), &overrides).unwrap();
+    assert_eq!((config.data[0].task().as_str(), config.data[1].task().as_str()), ("rows", "second"));
+    assert!(config.data.iter().all(|d| d.max_dropped == 0.5));
+    assert!(read(HEAD, &[("data.1.name", "second")]).unwrap_err().contains("data.1.name: is unknown"));
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_document_panics(text in "(\\[{0,2}(model|data|train|x)\\]{0,2}|[a-z_]{1,12} ?= ?([0-9.eE+-]{1,6}|\"[a-z./]{0,5}\"|\\[[0-9,]{0,5}\\]|\\{\\}|true)|.{0,8})(\n(\\[train\\]|(epochs|betas|path|micro_batch_size) = .{0,5})){0,4}") {
+        let _ = read(&text, &[]);
+        let _ = read(HEAD, &[(text.as_str(), "1"), ("train.seed", text.as_str())]);
+    }
 }

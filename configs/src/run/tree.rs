@@ -63,7 +63,8 @@ impl Document {
         Error::Field { place: self.place(place), field: field.into(), problem: problem.into() }
     }
 
-    /// Sets `a.b` as `--set a.b=value` does: `value` is TOML, or else a string. `data.key` sets the key of every table.
+    /// Sets `a.b` as `--set a.b=value` does: `value` is TOML, or else a string. `data.key` sets the key of every table,
+    /// `data.0.key` that of the first one.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), Error> {
         let place = Place::Option(format!("--set {key}={value}"));
         let parsed = DeValue::parse(value).ok().filter(|v| !matches!(v.get_ref(), DeValue::Table(_)));
@@ -83,7 +84,11 @@ impl Document {
         match entry(&mut self.root, section, empty) {
             Node { value: Value::Table(table), .. } => *entry(table, name, || node.clone()) = node.clone(),
             Node { value: Value::Array(tables), .. } => {
-                for table in tables.iter_mut() {
+                let (only, name) = match name.split_once('.').map(|(index, rest)| (index.parse::<usize>(), rest)) {
+                    Some((Ok(index), rest)) if index < tables.len() => (index..index + 1, rest),
+                    _ => (0..tables.len(), name),
+                };
+                for table in &mut tables[only] {
                     if let Value::Table(table) = &mut table.value {
                         *entry(table, name, || node.clone()) = node.clone();
                     }
@@ -118,6 +123,7 @@ impl Node {
         match &self.value {
             Value::Text(text) => format!("\"{text}\""),
             Value::Integer(n) => n.to_string(),
+            Value::Real(x) if x.abs() < 1e-3 && *x != 0.0 => format!("{x:e}"),
             Value::Real(x) => x.to_string(),
             Value::Flag(b) => b.to_string(),
             Value::Date => "a date".into(),

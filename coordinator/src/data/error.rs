@@ -9,8 +9,8 @@ pub enum Error {
     Read { path: PathBuf, key: String, error: std::io::Error },
     #[error("{path}: {problem}")]
     File { path: PathBuf, problem: String },
-    #[error("{place}: {problem}{more}; correct the row, or set data.on_bad_row = \"drop\"")]
-    Row { place: String, problem: String, more: String },
+    #[error("{place}: {problem}{more}{remedy}")]
+    Row { place: String, problem: String, more: String, remedy: &'static str },
     #[error("{path}: {dropped} of {rows} rows cannot be used, more than data.max_dropped = {allowed} permits; the first: {first}")]
     TooManyDropped { path: PathBuf, dropped: u64, rows: u64, allowed: f64, first: String },
     #[error("data table \"{table}\": {problem}")]

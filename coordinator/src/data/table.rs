@@ -77,7 +77,14 @@ impl Reading<'_> {
         };
         let shown: Vec<String> = bad.iter().take(3).map(|b| format!("{}: {}", place(b), b.problem)).collect();
         if let (Some(first), OnBadRow::Refuse) = (bad.first(), self.data.on_bad_row) {
-            return Err(Error::Row { place: place(first), problem: first.problem.clone(), more: others(&bad) });
+            // Dropping every row would leave nothing.
+            let remedy = match bad.len() as u64 == count {
+                true if first.problem.contains("; set ") => "",
+                true => "; correct the row, or data.template",
+                false => "; correct the row, or set data.on_bad_row = \"drop\"",
+            };
+            let problem = first.problem.clone();
+            return Err(Error::Row { place: place(first), problem, more: others(&bad, count), remedy });
         }
         let dropped = bad.len() as u64;
         if dropped as f64 > self.data.max_dropped * count as f64 {
@@ -119,7 +126,7 @@ impl Reading<'_> {
         }
         tokens.extend(self.tokenizer.encode_completion(&rendered.completion).map_err(Stop::All)?);
         let eos = self.tokenizer.eos();
-        if tokens[prompt..].iter().all(|&id| id == eos) || tokens.len() < 2 && prompt == 0 && self.max_length < 2 {
+        if tokens[prompt..].iter().all(|&id| id == eos) {
             return Err(bad("the completion has no token but the end of text".into()));
         }
         if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.vocab) {
@@ -156,12 +163,13 @@ fn malformed(line: u64, text: &str, error: &serde_json::Error) -> Stop {
 }
 
 /// Where further bad rows are.
-fn others(bad: &[Bad]) -> String {
-    let lines: Vec<String> = bad.iter().skip(1).take(2).map(|b| b.line.to_string()).collect();
+fn others(bad: &[Bad], count: u64) -> String {
+    let line = |index: usize| bad[index].line;
     match bad.len() {
         0 | 1 => String::new(),
-        2 => format!(" (so is line {})", lines[0]),
-        n => format!(" ({n} rows are bad, lines {} among them)", lines.join(" and ")),
+        n if n as u64 == count => format!(" (all {n} rows are bad)"),
+        2 => format!(" (line {} is bad, too)", line(1)),
+        n => format!(" ({n} of {count} rows are bad, lines {} and {} among them)", line(1), line(2)),
     }
 }
 

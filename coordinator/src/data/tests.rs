@@ -125,35 +125,44 @@ fn bad_rows_are_refused_in_a_sentence() {
     for (row, expected) in cases {
         assert_eq!(sentence(&format!("{good}{row}\n{good}"), |_| ()), format!("{expected}{remedy}"));
     }
-    let three = sentence(&"{}\n".repeat(3), |_| ());
-    assert!(three.contains("(3 rows are bad, lines 2 and 3 among them)"), "{three}");
+    let two = sentence(&format!("{good}{{}}\n{{}}\n"), |_| ());
+    assert!(two.contains("(line 3 is bad, too); correct"), "{two}");
+    let three = sentence(&format!("{good}{}", "{}\n".repeat(3)), |_| ());
+    assert!(three.contains("(3 of 4 rows are bad, lines 3 and 4 among them); correct"), "{three}");
+    let all = sentence(&"{}\n".repeat(3), |_| ());
+    assert!(all.ends_with("of them (all 3 rows are bad)"), "{all}");
 }
 
 #[test]
 fn templates_are_refused_in_a_sentence() {
     let row = "{\"q\": \"w5\", \"a\": null, \"n\": 3}";
     let with = |template: &str| sentence(row, |c| c.data[0].template = Some(template.into()));
-    let remedy = "; correct the row, or set data.on_bad_row = \"drop\"";
     assert_eq!(with("{{ q }}"), "data table \"rows\": the template has no |||; put ||| between prompt and completion");
     let syntax = with("{{ q }|||x");
     assert!(syntax.starts_with("data table \"rows\": the template is not valid Jinja: "), "{syntax}");
     assert_eq!(
         with("{{ q }}|||{{ answer }}"),
-        format!("rows.jsonl:1: field \"answer\" of the template is missing; the row has \"q\", \"a\", \"n\"{remedy}")
+        "rows.jsonl:1: field \"answer\" of the template is missing; the row has \"q\", \"a\", \"n\"; correct the row, or data.template"
     );
-    assert_eq!(with("{{ q }}|||{{ a }}"), format!("rows.jsonl:1: field \"a\" of the template is null{remedy}"));
+    assert_eq!(
+        with("{{ q }}|||{{ a }}"),
+        "rows.jsonl:1: field \"a\" of the template is null; correct the row, or data.template"
+    );
     assert_eq!(
         with("{% if n == 2 %}|||{% endif %}w5"),
-        format!("rows.jsonl:1: the template printed no ||| for this row{remedy}")
+        "rows.jsonl:1: the template printed no ||| for this row; correct the row, or data.template"
     );
     assert_eq!(
         with("w5|||w6|||w7"),
-        format!("rows.jsonl:1: the template printed more than one ||| for this row{remedy}")
+        "rows.jsonl:1: the template printed more than one ||| for this row; correct the row, or data.template"
     );
     let endless = with("|||{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}");
-    assert_eq!(endless, format!("rows.jsonl:1: the template ran too long for this row{remedy}"));
+    assert_eq!(endless, "rows.jsonl:1: the template ran too long for this row; correct the row, or data.template");
     let wide = with("|||{% for i in range(5000) %}{{ 'a' * 9000 }}{% endfor %}");
-    assert_eq!(wide, format!("rows.jsonl:1: the template printed more than 16 MiB for this row{remedy}"));
+    assert_eq!(
+        wide,
+        "rows.jsonl:1: the template printed more than 16 MiB for this row; correct the row, or data.template"
+    );
 }
 
 #[test]

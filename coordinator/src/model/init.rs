@@ -92,11 +92,11 @@ impl Plan {
                 return Err(Error::Option { option, problem: "is 0 and must be at least 1".into() });
             }
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             let problem = format!("is {} and must divide --heads {}", self.kv_heads, self.heads);
             return Err(Error::Option { option: "kv-heads", problem });
         }
-        if self.head_dim == 0 || self.head_dim % 2 != 0 {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             let problem = format!("is {} and must be even and above 0; give --head-dim", self.head_dim);
             return Err(Error::Option { option: "head-dim", problem });
         }

@@ -1,5 +1,8 @@
 //! Standard normal numbers whose bits are the same on every machine.
 
+// The coefficients stand as they were published.
+#![allow(clippy::excessive_precision)]
+
 /// The quantile function of the standard normal distribution at `p` in (0, 1), relative error about 1e-16.
 /// Only IEEE additions, multiplications, divisions and square roots, so no mathematics library can change a bit.
 /// Source: Wichura (1988), algorithm AS 241, PPND16.
