@@ -27,7 +27,7 @@ fn supervisor_process() {
     let launch = Launch { program: coordinator.into(), arguments, worker: worker.into() };
     let code = match local::run(launch) {
         Ok(Ended::Code(code)) => code.into(),
-        Ok(Ended::Interrupted(signal)) => 128 + signal,
+        Ok(Ended::Interrupted { signal, .. }) => 128 + signal,
         Err(error) => {
             eprintln!("unisono: {error}");
             if error.bad_input() {

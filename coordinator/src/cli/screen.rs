@@ -40,7 +40,8 @@ impl Screen {
         if !quiet {
             match std::io::stderr().is_terminal() {
                 true => views.push(Box::new(Bar::default())),
-                false => views.push(Box::new(Plain::new(std::io::stderr(), PACE))),
+                // The command says a failure's sentence itself.
+                false => views.push(Box::new(Plain::new(std::io::stderr(), PACE).without_failure())),
             }
         }
         let invitation = !reporter.supervised();

@@ -54,7 +54,11 @@ pub fn supervise(arguments: Vec<OsString>) -> Result<()> {
     match local::run(Launch { program, arguments, worker }) {
         Ok(Ended::Code(0)) => Ok(()),
         Ok(Ended::Code(code)) => Err(Error::Code(code)),
-        Ok(Ended::Interrupted(signal)) => Err(Error::Code(128 + u8::try_from(signal).unwrap_or(0))),
+        Ok(Ended::Interrupted { signal, place }) => {
+            let name = if signal == libc::SIGINT { "Ctrl-C" } else { "SIGTERM" };
+            eprintln!("unisono: stopped by {name}{place}; what was committed before stays in the run directory");
+            Err(Error::Code(128 + u8::try_from(signal).unwrap_or(0)))
+        }
         Err(error) if error.bad_input() => Err(Error::bad_input(error)),
         Err(error) => Err(Error::failed(error)),
     }

@@ -62,7 +62,7 @@ pub fn monitor(args: MonitorArgs) -> Result<()> {
     let target = Target::parse(args.target.as_deref())?;
     let view: Box<dyn View> = match (args.json, args.plain || !std::io::stderr().is_terminal()) {
         (true, _) => Box::new(Json::new(std::io::stdout())),
-        (false, true) => Box::new(Plain::new(std::io::stdout(), 0.0)),
+        (false, true) => Box::new(Plain::new(std::io::stdout(), 0.0).without_failure()),
         (false, false) => Box::new(Bar::default()),
     };
     let mut display = Display::new(vec![view]);

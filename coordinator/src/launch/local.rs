@@ -27,6 +27,8 @@ const STOP: Duration = Duration::from_secs(10);
 /// How long workers may take to leave once the coordinator has: after a good end, and after a bad one.
 const DRAIN: Duration = Duration::from_secs(10);
 const SCATTER: Duration = Duration::from_secs(2);
+/// How a worker's own account of its end begins.
+const LAST_WORDS: &str = "unisono-worker: ";
 /// What the dynamic loader exits with when a library or a symbol is missing.
 const CANNOT_LOAD: i32 = 127;
 
@@ -61,12 +63,12 @@ impl Error {
 }
 
 /// How a run ended that needs no sentence of the supervisor's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ended {
     /// The coordinator's exit code; it has said why.
     Code(u8),
-    /// By SIGINT or SIGTERM to the supervisor.
-    Interrupted(i32),
+    /// By SIGINT or SIGTERM to the supervisor; `place` completes the sentence "the run was stopped".
+    Interrupted { signal: i32, place: String },
 }
 
 /// What to start.
@@ -102,6 +104,9 @@ pub fn run(launch: Launch) -> Result<Ended, Error> {
         let ended = crew.watch(&mut signals, &mut reports).await;
         let patience = if matches!(ended, Ok(Ended::Code(0))) { DRAIN } else { SCATTER };
         crew.stop(&mut signals, patience).await;
+        if matches!(ended, Err(Error::Coordinator { .. })) {
+            crew.say_last_words();
+        }
         ended
     })
 }
@@ -123,6 +128,9 @@ impl Signals {
 }
 
 /// A child, and what it last wrote on standard error.
+///
+/// A worker's own account of its end, a line that begins with [`LAST_WORDS`], is held back: the coordinator has heard the
+/// same and says who is to blame. It is shown where the coordinator cannot.
 struct Member {
     child: Child,
     ended: Option<ExitStatus>,
@@ -236,8 +244,8 @@ impl Crew {
             tokio::select! {
                 _ = signals.child.recv() => {}
                 Some(report) = reports.recv() => self.heed(report)?,
-                _ = signals.interrupt.recv() => return Ok(Ended::Interrupted(libc::SIGINT)),
-                _ = signals.terminate.recv() => return Ok(Ended::Interrupted(libc::SIGTERM)),
+                _ = signals.interrupt.recv() => return Ok(Ended::Interrupted { signal: libc::SIGINT, place: self.place() }),
+                _ = signals.terminate.recv() => return Ok(Ended::Interrupted { signal: libc::SIGTERM, place: self.place() }),
                 () = sleep_until(deadline), if suspicion.is_some() => return Err(self.judge_worker()),
             }
         }
@@ -249,6 +257,15 @@ impl Crew {
             Report::Progress { step, steps } => self.progress = Some((step, steps)),
         }
         Ok(())
+    }
+
+    fn say_last_words(&self) {
+        for worker in &self.workers {
+            let Ok(words) = worker.words.lock() else { continue };
+            for line in words.iter().filter(|line| line.starts_with(LAST_WORDS)) {
+                eprintln!("worker (pid {}): {line}", worker.child.id());
+            }
+        }
     }
 
     /// Where the run was, as far as the coordinator told.
@@ -345,15 +362,17 @@ fn forward(stderr: impl io::Read, pid: u32, words: &Mutex<VecDeque<String>>) {
     let clear = if io::stderr().is_terminal() { "\r\x1b[K" } else { "" };
     for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
         let line = String::from_utf8_lossy(&line).trim_end().to_string();
-        // The supervisor says this one itself, once, with what to do about it.
-        let loader = line.contains("error while loading shared libraries") || line.contains("symbol lookup error");
+        // The supervisor says these itself, with what to do about it.
+        let held = line.contains("error while loading shared libraries")
+            || line.contains("symbol lookup error")
+            || line.starts_with(LAST_WORDS);
         if let Ok(mut words) = words.lock() {
             if words.len() == 8 {
                 words.pop_front();
             }
             words.push_back(line.clone());
         }
-        if !loader && !line.is_empty() {
+        if !held && !line.is_empty() {
             let _ = io::stderr().write_all(format!("{clear}worker (pid {pid}): {line}\n").as_bytes());
         }
     }

@@ -10,12 +10,18 @@ pub struct Plain<W> {
     out: W,
     pace: f64,
     last_step_time: Option<f64>,
+    failure: bool,
 }
 
 impl<W: Write + Send> Plain<W> {
     /// With a `pace` of 0 every step gets its line. The first and the last step always do.
     pub fn new(out: W, pace: f64) -> Self {
-        Plain { out, pace, last_step_time: None }
+        Plain { out, pace, last_step_time: None, failure: true }
+    }
+
+    /// For a program that says a failure's sentence itself.
+    pub fn without_failure(self) -> Self {
+        Plain { failure: false, ..self }
     }
 
     /// Rate limiting goes by the events' time, not by the clock: a replayed run reads like the live one did.
@@ -38,6 +44,7 @@ impl<W: Write + Send> View for Plain<W> {
             }
         }
         match line(event, state) {
+            Some(_) if !self.failure && matches!(event.body, Some(Body::Failed(_))) => Ok(()),
             Some(line) => {
                 self.out.write_all(format!("{line}\n").as_bytes())?;
                 self.out.flush()
@@ -101,7 +108,7 @@ pub fn line(event: &Event, state: &RunState) -> Option<String> {
             format!("membership {}: {}", m.generation, members.join(", "))
         }
         Body::Done(d) => {
-            let mut line = format!("done {} steps in {} digest {}", d.steps, clock(d.seconds), short(&d.digest));
+            let mut line = format!("done {} steps in {} digest {}", d.steps, clock(d.seconds), d.digest);
             if !d.export.is_empty() {
                 line += &format!(" exported to {}", d.export);
             }
@@ -132,9 +139,9 @@ pub fn failure(f: &Failure) -> String {
             place.push(if f.host.is_empty() { named } else { format!("{named} on {}", f.host) });
         }
     }
-    let named = f.phase().word();
-    if f.phase != 0 && !f.message.contains(named) {
-        place.push(format!("phase {named}"));
+    let named = format!("phase {}", f.phase().word());
+    if f.phase != 0 && !f.message.contains(&named) {
+        place.push(named);
     }
     if let Some(step) = f.step {
         if !f.message.contains(&format!("step {step}")) {
