@@ -5,6 +5,7 @@ use super::Error;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Object, Value};
 use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior};
+use minijinja_contrib::pycompat::unknown_method_callback;
 use std::borrow::Cow;
 use std::sync::Arc;
 use unisono_configs::run::{Data, Format};
@@ -104,6 +105,8 @@ impl Template {
         environment.set_syntax(syntax.keep_trailing_newline(true).build().map_err(|error| refuse(words(&error)))?);
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
+        // Templates written for Python call methods of its strings, lists and dictionaries.
+        environment.set_unknown_method_callback(unknown_method_callback);
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(RECURSION);
         environment.set_formatter(|out, state, value| {

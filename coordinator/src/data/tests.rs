@@ -78,6 +78,39 @@ fn a_template_cuts_at_its_own_separator_only() {
 }
 
 #[test]
+fn templates_written_for_python_run() {
+    let template = |c: &mut RunConfig| {
+        c.data[0].template = Some(
+            "{{ q.strip().split(' ')[-1] }}|||{{ {0: 'w7', 1: 'w8'}[label] }} {{ q.replace('w5', 'w9') | trim }}"
+                .into(),
+        );
+    };
+    assert_eq!(tokens(r#"{"q": " w5 w6 ", "label": 1}"#, template), [(vec![BOS, 6, 8, 9, 6, EOS], 2)]);
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn no_file_panics(
+        rows in proptest::collection::vec("(\\{\"prompt\": ?.{0,6}, ?\"completion\": ?(\"w[0-9]{1,3}\"|.{0,6})\\}|.{0,12}|\\[{0,200})", 1..6),
+        bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..40),
+        cut in 0..40usize,
+    ) {
+        let mut text = rows.join("\n").into_bytes();
+        let at = cut.min(text.len());
+        text.splice(at..at, bytes);
+        let (dir, mut config) = setup("");
+        std::fs::write(dir.path().join("rows.jsonl"), text).unwrap();
+        let _ = prepare(&config, &());
+        config.data[0].on_bad_row = OnBadRow::Drop;
+        config.data[0].max_dropped = 1.0;
+        let _ = prepare(&config, &());
+        config.data[0].template = Some("{{ prompt }}|||{{ completion.x }}".into());
+        let _ = prepare(&config, &());
+    }
+}
+
+#[test]
 fn a_cut_completion_loses_its_end_of_text() {
     let (_dir, mut config) = setup(r#"{"prompt": "w5 w6", "completion": "w7 w8 w9"}"#);
     config.train.max_length = 5;
