@@ -3,13 +3,17 @@
 mod support;
 
 use serde_json::Value;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use support::*;
 use tch::{Device, Kind, Tensor};
 use unisono_configs::model::{Layout, ModelSpec};
 use unisono_proto::NO_TARGET;
+use unisono_worker::collective::{self, Collective};
 use unisono_worker::model::weights::Weights;
 use unisono_worker::model::{BadNumber, Batch, Leaves, Model};
+use unisono_worker::optim::adamw::Settings;
+use unisono_worker::optim::Optimizer;
 
 const MODELS: [&str; 8] =
     ["llama", "llama-tied", "mistral", "mistral-tied", "qwen2", "qwen2-tied", "qwen3", "qwen3-tied"];
@@ -177,66 +181,49 @@ fn bf16_errs_no_more_than_autocast() {
     }
 }
 
-/// Plain AdamW in fp32 as torch has it: decay on matrices only, gradients clipped to norm 1.
-struct AdamW {
-    spec: ModelSpec,
-    master: Vec<Tensor>,
-    m: Vec<Tensor>,
-    v: Vec<Tensor>,
-    step: i32,
-}
+/// A world of one.
+struct Alone;
 
-impl AdamW {
-    fn new(golden: &Golden) -> Self {
-        let weights = Weights::open(&golden.dir).unwrap();
-        let read = |bucket: &unisono_configs::model::Bucket| {
-            let mut flat = vec![0.0f32; bucket.elements];
-            for slot in &bucket.tensors {
-                weights.read_f32(&slot.name, 0..slot.elements(), &mut flat[slot.range()]).unwrap();
-            }
-            Tensor::from_slice(&flat)
-        };
-        let master: Vec<Tensor> = Layout::new(&golden.spec).buckets.iter().map(read).collect();
-        let zeros = || master.iter().map(Tensor::zeros_like).collect();
-        AdamW { spec: golden.spec.clone(), m: zeros(), v: zeros(), step: 0, master }
+impl Collective for Alone {
+    fn rank(&self) -> usize {
+        0
     }
-
-    fn update(&mut self, gradient: &[Tensor], clip: f64) {
-        let (lr, beta1, beta2, eps, decay) = (1e-3, 0.9, 0.999, 1e-8, 0.01);
-        self.step += 1;
-        let (c1, c2) = (1.0 - f64::powi(beta1, self.step), 1.0 - f64::powi(beta2, self.step));
-        let layout = Layout::new(&self.spec);
-        for (bucket, slot) in layout.tensors() {
-            let of = |flat: &Tensor| flat.narrow(0, slot.offset as i64, slot.elements() as i64);
-            let g = (of(&gradient[bucket]) * clip).to_kind(Kind::Float);
-            let (mut p, mut m, mut v) = (of(&self.master[bucket]), of(&self.m[bucket]), of(&self.v[bucket]));
-            if slot.decays() {
-                let _ = p.g_mul_scalar_(1.0 - lr * decay);
-            }
-            m.copy_(&(&m * beta1 + &g * (1.0 - beta1)));
-            v.copy_(&(&v * beta2 + g.square() * (1.0 - beta2)));
-            p.copy_(&(&p - lr / c1 * &m / ((&v / c2).sqrt() + eps)));
-        }
+    fn world(&self) -> usize {
+        1
+    }
+    fn reduce_scatter(&mut self, _: &mut [i64], _: &[Range<usize>]) -> Result<(), collective::Error> {
+        Ok(())
+    }
+    fn all_gather(&mut self, _: &mut Tensor, _: &[Range<usize>]) -> Result<(), collective::Error> {
+        Ok(())
+    }
+    fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, collective::Error> {
+        Ok(vec![mine.to_vec()])
     }
 }
 
 #[test]
 fn twenty_steps_of_adamw_are_torchs() {
     one_thread();
+    let settings = Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, max_grad_norm: 1.0 };
     for name in MODELS {
         let golden = Golden::read(name);
         let mut model = golden.model(Kind::Float);
-        let mut optimizer = AdamW::new(&golden);
+        let mut optimizer = Optimizer::new(model.layout().clone(), 0, 1, settings, 8);
+        let weights = Weights::open(&golden.dir).unwrap();
+        optimizer.load_masters(|name, range, out| weights.read_f32(name, range, out)).unwrap();
         let scale = 1.0 / targets(&golden.batch) as f64;
-        for (step, point) in golden.json["curve"].as_array().unwrap().iter().enumerate() {
-            let mut leaves = Collected::new(model.layout());
-            let loss = model.forward_backward(&golden.batch, scale, &mut leaves).unwrap().sum * scale;
-            let (exact, norm) = (point["loss"].as_f64().unwrap(), norm(&leaves.buckets));
-            assert!((loss / exact - 1.0).abs() <= 2e-5, "{name}: step {step} has loss {loss}, torch {exact}");
-            optimizer.update(&leaves.buckets, (1.0 / (norm + 1e-6)).min(1.0));
-            for (index, flat) in optimizer.master.iter().enumerate() {
-                model.bucket_mut(index).copy_(flat);
+        for (step, point) in (1..).zip(golden.json["curve"].as_array().unwrap()) {
+            let loss = model.forward_backward(&golden.batch, scale, &mut optimizer.sums).unwrap().sum * scale;
+            let norm = optimizer.norm(&mut Alone).unwrap();
+            for (what, found) in [("loss", loss), ("grad_norm", norm)] {
+                let exact = point[what].as_f64().unwrap();
+                assert!(
+                    (found / exact - 1.0).abs() <= 2e-5,
+                    "{name}: step {step}: {what} is {found}, torch has {exact}"
+                );
             }
+            optimizer.update(step, 1e-3, norm, &mut model);
         }
         let at = golden.number("logits_document") as usize;
         let (start, end) = (golden.batch.starts[at], golden.batch.starts[at + 1]);
