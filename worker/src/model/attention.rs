@@ -8,8 +8,10 @@ use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::clock::timed;
 use crate::ops::documents::{Block, Documents, Tile};
 use crate::ops::heads::Heads;
+use crate::ops::rows::{self, Place};
 use crate::ops::softmax::{self, Scores, Statistics};
-use crate::ops::{matmul, rows};
+use crate::ops::{gather, matmul};
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// What attention needs to know besides its inputs.
@@ -46,12 +48,12 @@ impl Attention<'_> {
         self.queries.count / self.queries.kv
     }
 
-    /// The part of a flat layout that holds `tile`, as `[documents * kv heads, padded * group, D]`.
-    fn plane(&self, flat: &Tensor, tile: &Tile, heads: Heads) -> Tensor {
-        let (count, dim) = (tile.documents.len() * heads.kv, heads.dim);
-        let elements = tile.documents.len() * tile.padded * heads.width();
-        let plane = flat.narrow(0, (tile.base * heads.width()) as i64, elements as i64);
-        plane.view([count as i64, (elements / count / dim) as i64, dim as i64])
+    /// Rows of `tile` at `positions` in a flat layout: `[documents * kv heads, positions * group, D]`.
+    fn rows(&self, flat: &Tensor, tile: &Tile, heads: Heads, positions: &Range<usize>) -> Tensor {
+        let (group, dim) = (heads.count / heads.kv, heads.dim);
+        let shape = [tile.documents.len() * heads.kv, positions.len() * group, dim].map(|n| n as i64);
+        let strides = [tile.padded * group * dim, dim, 1].map(|n| n as i64);
+        flat.as_strided(shape, strides, (tile.base * heads.width() + positions.start * group * dim) as i64)
     }
 
     fn scores<'b>(&self, tile: &'b Tile, block: &'b Block) -> Scores<'b> {
@@ -59,33 +61,26 @@ impl Attention<'_> {
         Scores { tile, block, kv_heads: self.queries.kv, group: self.group(), window: self.window, scale }
     }
 
-    /// Rows of `plane` for a range of positions with `group` rows each.
-    fn narrow(plane: &Tensor, positions: &std::ops::Range<usize>, group: usize) -> Tensor {
-        plane.narrow(1, (positions.start * group) as i64, (positions.len() * group) as i64)
-    }
-
     pub fn forward(&self, inputs: &Projected) -> Result<Attended, Error> {
         let (kind, dim) = (inputs.q.kind(), self.queries.dim);
         let mut output = self.pool.take(kind, &[self.documents.rows, self.queries.width()]);
         let mut lse = self.pool.take_zero(self.wide, &[self.documents.padded * self.queries.count]);
         for tile in &self.documents.tiles {
-            let q = self.plane(&inputs.q, tile, self.queries);
-            let (k, v) = (self.plane(&inputs.k, tile, self.keys()), self.plane(&inputs.v, tile, self.keys()));
             let batch = tile.documents.len() * self.queries.kv;
             for block in tile.blocks(self.window) {
                 let rows = block.queries.len() * self.group();
                 let mut scores = self.pool.take(kind, &[batch, rows, block.keys.len()]);
-                let (k, v) = (Self::narrow(&k, &block.keys, 1), Self::narrow(&v, &block.keys, 1));
-                timed("attention gemm", || {
-                    matmul::products(&Self::narrow(&q, &block.queries, self.group()), &k.transpose(1, 2), &scores)
-                })?;
+                let q = self.rows(&inputs.q, tile, self.queries, &block.queries);
+                let k = self.rows(&inputs.k, tile, self.keys(), &block.keys);
+                let v = self.rows(&inputs.v, tile, self.keys(), &block.keys);
+                timed("attention gemm", || matmul::products(&q, &k.transpose(1, 2), &scores))?;
                 timed("softmax", || softmax::forward(&mut scores, self.scores(tile, &block), &mut lse));
                 let part = self.pool.take(kind, &[batch, rows, dim]);
                 timed("attention gemm", || matmul::products(&scores, &v, &part))?;
-                timed("attention copy", || crate::ops::gather::gather(&part, tile, &block, self.queries, &mut output));
+                timed("attention copy", || gather::gather(&part, tile, &block, self.queries, &mut output));
             }
         }
-        crate::ops::gather::clear_padding(&mut output, self.documents.tokens);
+        gather::clear_padding(&mut output, self.documents.tokens);
         Ok(Attended { output, lse })
     }
 
@@ -99,25 +94,16 @@ impl Attention<'_> {
         let mut grad_v = self.pool.take_zero(self.wide, &[kv_elements]);
         let mut delta = self.pool.take_zero(self.wide, &[self.documents.padded * self.queries.count]);
         for tile in &self.documents.tiles {
-            let q = self.plane(&inputs.q, tile, self.queries);
-            let (k, v) = (self.plane(&inputs.k, tile, self.keys()), self.plane(&inputs.v, tile, self.keys()));
-            let grad_q = self.plane(&grad_q, tile, self.queries);
             let batch = tile.documents.len() * self.queries.kv;
             for block in tile.blocks(self.window) {
                 let (rows, width) = (block.queries.len() * group, block.keys.len());
-                let (k, v) = (Self::narrow(&k, &block.keys, 1), Self::narrow(&v, &block.keys, 1));
-                let q = Self::narrow(&q, &block.queries, group);
+                let q = self.rows(&inputs.q, tile, self.queries, &block.queries);
+                let k = self.rows(&inputs.k, tile, self.keys(), &block.keys);
+                let v = self.rows(&inputs.v, tile, self.keys(), &block.keys);
+                let grad_q = self.rows(&grad_q, tile, self.queries, &block.queries);
                 let mut grad_out = self.pool.take(kind, &[batch, rows, dim]);
                 timed("attention copy", || {
-                    crate::ops::gather::spread(
-                        grad,
-                        &saved.output,
-                        tile,
-                        &block,
-                        self.queries,
-                        &mut grad_out,
-                        &mut delta,
-                    );
+                    gather::spread(grad, &saved.output, tile, &block, self.queries, &mut grad_out, &mut delta);
                 });
                 let mut scores = self.pool.take(kind, &[batch, rows, width]);
                 let mut grad_scores = self.pool.take(kind, &[batch, rows, width]);
@@ -131,20 +117,18 @@ impl Attention<'_> {
                 });
                 let (part_k, part_v) =
                     (self.pool.take(kind, &[batch, width, dim]), self.pool.take(kind, &[batch, width, dim]));
-                let part_q = self.pool.take(kind, &[batch, rows, dim]);
                 timed("attention gemm", || -> Result<(), tch::TchError> {
                     matmul::products(&scores.transpose(1, 2), &grad_out, &part_v)?;
-                    matmul::products(&grad_scores, &k, &part_q)?;
+                    matmul::products(&grad_scores, &k, &grad_q)?;
                     matmul::products(&grad_scores.transpose(1, 2), &q, &part_k)
                 })?;
                 timed("attention copy", || {
-                    Self::narrow(&grad_q, &block.queries, group).copy_(&part_q);
-                    for (sum, part) in [(&mut grad_k, &part_k), (&mut grad_v, &part_v)] {
-                        let plane = self.plane(sum, tile, self.keys());
-                        for (index, part) in (0..batch as i64).map(|b| (b, part.get(b))) {
-                            rows::accumulate(&mut Self::narrow(&plane, &block.keys, 1).get(index), &part);
-                        }
-                    }
+                    let place = Place {
+                        first: tile.base * self.keys().width() + block.keys.start * dim,
+                        stride: tile.padded * dim,
+                    };
+                    rows::accumulate_blocks(&mut grad_k, &part_k, place);
+                    rows::accumulate_blocks(&mut grad_v, &part_v, place);
                 });
             }
         }

@@ -26,10 +26,14 @@ impl Pool {
 
     /// Undefined content.
     pub fn take(&self, kind: Kind, shape: &[usize]) -> Buffer {
+        let elements = shape.iter().product::<usize>() as i64;
+        let flat = self.smallest(kind, elements).unwrap_or_else(|| Tensor::empty([elements], (kind, self.device)));
+        let mut strides = vec![1; shape.len()];
+        for axis in (1..shape.len()).rev() {
+            strides[axis - 1] = strides[axis] * shape[axis] as i64;
+        }
         let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
-        let bytes = shape.iter().product::<i64>() * kind.elt_size_in_bytes() as i64;
-        let flat = self.smallest(bytes).unwrap_or_else(|| Tensor::empty([bytes], (Kind::Uint8, self.device)));
-        let tensor = flat.narrow(0, 0, bytes).view_dtype(kind).view(shape.as_slice());
+        let tensor = flat.as_strided(shape, strides, 0);
         Buffer { tensor, flat: Some(flat), pool: self.clone() }
     }
 
@@ -39,20 +43,21 @@ impl Pool {
         buffer
     }
 
-    /// The smallest free tensor of at least `bytes`, unless all are far too large.
-    fn smallest(&self, bytes: i64) -> Option<Tensor> {
+    /// The smallest free tensor of at least `elements`, unless all are far too large.
+    fn smallest(&self, kind: Kind, elements: i64) -> Option<Tensor> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let size = |t: &Tensor| t.size()[0];
-        let fits = |t: &&Tensor| size(t) >= bytes && size(t) <= 4 * bytes + 4096;
-        let best = free.iter().filter(fits).map(size).min()?;
-        let index = free.iter().position(|t| size(t) == best)?;
+        let fits = |t: &Tensor| {
+            let size = t.numel() as i64;
+            (t.kind() == kind && size >= elements && size <= 4 * elements + 1024).then_some(size)
+        };
+        let (_, index) = free.iter().enumerate().filter_map(|(i, t)| Some((fits(t)?, i))).min()?;
         Some(free.swap_remove(index))
     }
 
     /// Bytes that lie free at the moment.
     pub fn free_bytes(&self) -> usize {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        free.iter().map(|t| t.size()[0] as usize).sum()
+        free.iter().map(|t| t.numel() * t.kind().elt_size_in_bytes()).sum()
     }
 }
 
@@ -88,9 +93,11 @@ mod tests {
         let address = first.data_ptr();
         drop(first);
         assert_eq!(pool.free_bytes(), 512);
-        let second = pool.take_zero(Kind::BFloat16, &[3, 80]);
-        assert_eq!((second.data_ptr(), pool.free_bytes()), (address, 0));
-        assert_eq!(second.size(), [3, 80]);
+        assert_ne!(pool.take(Kind::BFloat16, &[4]).data_ptr(), address);
+        let second = pool.take_zero(Kind::Float, &[2, 5, 7]);
+        assert_eq!((second.data_ptr(), pool.free_bytes()), (address, 8));
+        assert_eq!(second.size(), [2, 5, 7]);
+        assert!(second.is_contiguous());
         assert_ne!(pool.take(Kind::Float, &[4]).data_ptr(), address);
     }
 }

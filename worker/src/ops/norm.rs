@@ -42,8 +42,7 @@ fn forward_fast<C: Narrow>(input: &Tensor, addend: Option<Addend<'_>>, weight: &
         (Some(add), Some(residual)) => {
             let bias = add.bias.map_or(zeros.as_slice(), elements::<C>);
             let (input, add, residual) = (elements(input), elements::<C>(add.output), elements_mut(residual));
-            add_rows(input, add, bias, residual);
-            norm_rows(residual, weight, eps as f32, rstd, output);
+            add_and_norm_rows(input, add, bias, residual, weight, eps as f32, rstd, output);
         }
         (None, None) => norm_rows(elements(input), weight, eps as f32, rstd, output),
         _ => unreachable!("an addend has a residual to be written to"),
@@ -51,13 +50,24 @@ fn forward_fast<C: Narrow>(input: &Tensor, addend: Option<Addend<'_>>, weight: &
 }
 
 vectorised! {
-    fn add_rows<C: Narrow>(input: &[f32], add: &[C], bias: &[C], residual: &mut [f32]) {
+    fn add_and_norm_rows<C: Narrow>(
+        input: &[f32],
+        add: &[C],
+        bias: &[C],
+        residual: &mut [f32],
+        weight: &[C],
+        eps: f32,
+        rstd: &mut [f32],
+        output: &mut [C],
+    ) {
         let width = bias.len();
-        let rows = residual.chunks_exact_mut(width).zip(input.chunks_exact(width)).zip(add.chunks_exact(width));
-        for ((residual, input), add) in rows {
+        let inputs = input.chunks_exact(width).zip(add.chunks_exact(width));
+        let outputs = residual.chunks_exact_mut(width).zip(output.chunks_exact_mut(width)).zip(rstd);
+        for ((input, add), ((residual, out), rstd)) in inputs.zip(outputs) {
             for (((r, x), a), b) in residual.iter_mut().zip(input).zip(add).zip(bias) {
                 *r = x + (a.load() + b.load());
             }
+            *rstd = norm_row(residual, weight, eps, out);
         }
     }
 }
@@ -67,12 +77,18 @@ vectorised! {
         let width = weight.len();
         let rows = residual.chunks_exact(width).zip(output.chunks_exact_mut(width)).zip(rstd);
         for ((x, out), rstd) in rows {
-            *rstd = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
-            for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
-                *o = C::store(x * *rstd * w.load());
-            }
+            *rstd = norm_row(x, weight, eps, out);
         }
     }
+}
+
+#[inline(always)]
+fn norm_row<C: Narrow>(x: &[f32], weight: &[C], eps: f32, out: &mut [C]) -> f32 {
+    let rstd = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
+        *o = C::store(x * rstd * w.load());
+    }
+    rstd
 }
 
 /// As [`forward`], in ATen calls of any kind.

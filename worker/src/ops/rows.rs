@@ -74,6 +74,38 @@ pub fn accumulate(sum: &mut Tensor, values: &Tensor) {
     }
 }
 
+/// Where blocks lie in a flat tensor: block `b` from `first + b * stride` on.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    pub first: usize,
+    pub stride: usize,
+}
+
+/// Adds the blocks `[B, ...]`, of the compute kind, to the flat wide `sum` at their places.
+pub fn accumulate_blocks(sum: &mut Tensor, blocks: &Tensor, place: Place) {
+    let length = blocks.numel() / blocks.size()[0] as usize;
+    match blocks.kind() {
+        Kind::Float => add_blocks::<f32>(elements_mut(sum), elements(blocks), place, length),
+        Kind::BFloat16 => add_blocks::<bf16>(elements_mut(sum), elements(blocks), place, length),
+        _ => {
+            let (sum, blocks) = (elements_mut::<f64>(sum), elements::<f64>(blocks));
+            for (b, block) in blocks.chunks_exact(length).enumerate() {
+                let sum = &mut sum[place.first + b * place.stride..][..length];
+                sum.iter_mut().zip(block).for_each(|(s, v)| *s += v);
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn add_blocks<C: Narrow>(sum: &mut [f32], blocks: &[C], place: Place, length: usize) {
+        for (b, block) in blocks.chunks_exact(length).enumerate() {
+            let sum = &mut sum[place.first + b * place.stride..][..length];
+            sum.iter_mut().zip(block).for_each(|(s, v)| *s += v.load());
+        }
+    }
+}
+
 /// Rows `at` of the wide `base` `[_, H]` plus those of `addend` (compute kind, with a bias) to the first rows of the wide
 /// `output`; the rest becomes zero.
 pub fn select_sum(base: &Tensor, addend: &Tensor, bias: Option<&Tensor>, at: &[u32], output: &mut Tensor) {
