@@ -5,17 +5,24 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
+/// A flat tensor. Its kind and size are kept beside it, because asking a tensor costs more than all else here.
+struct Flat {
+    tensor: Tensor,
+    kind: Kind,
+    elements: usize,
+}
+
 /// Free memory, to be taken and given back. Clones share it.
 #[derive(Clone)]
 pub struct Pool {
     device: Device,
-    free: Arc<Mutex<Vec<Tensor>>>,
+    free: Arc<Mutex<Vec<Flat>>>,
 }
 
 /// A contiguous tensor of undefined content whose memory goes back to its pool when dropped.
 pub struct Buffer {
     tensor: Tensor,
-    flat: Option<Tensor>,
+    flat: Option<Flat>,
     pool: Pool,
 }
 
@@ -26,14 +33,17 @@ impl Pool {
 
     /// Undefined content.
     pub fn take(&self, kind: Kind, shape: &[usize]) -> Buffer {
-        let elements = shape.iter().product::<usize>() as i64;
-        let flat = self.smallest(kind, elements).unwrap_or_else(|| Tensor::empty([elements], (kind, self.device)));
+        let elements = shape.iter().product::<usize>();
+        let flat = self.smallest(kind, elements).unwrap_or_else(|| {
+            let tensor = Tensor::empty([elements as i64], (kind, self.device));
+            Flat { tensor, kind, elements }
+        });
         let mut strides = vec![1; shape.len()];
         for axis in (1..shape.len()).rev() {
             strides[axis - 1] = strides[axis] * shape[axis] as i64;
         }
         let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
-        let tensor = flat.as_strided(shape, strides, 0);
+        let tensor = flat.tensor.as_strided(shape, strides, 0);
         Buffer { tensor, flat: Some(flat), pool: self.clone() }
     }
 
@@ -44,20 +54,18 @@ impl Pool {
     }
 
     /// The smallest free tensor of at least `elements`, unless all are far too large.
-    fn smallest(&self, kind: Kind, elements: i64) -> Option<Tensor> {
+    fn smallest(&self, kind: Kind, elements: usize) -> Option<Flat> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |t: &Tensor| {
-            let size = t.numel() as i64;
-            (t.kind() == kind && size >= elements && size <= 4 * elements + 1024).then_some(size)
-        };
-        let (_, index) = free.iter().enumerate().filter_map(|(i, t)| Some((fits(t)?, i))).min()?;
+        let fits = |f: &Flat| f.kind == kind && f.elements >= elements && f.elements <= 4 * elements + 1024;
+        let fitting = free.iter().enumerate().filter(|(_, f)| fits(f));
+        let (index, _) = fitting.min_by_key(|(_, f)| f.elements)?;
         Some(free.swap_remove(index))
     }
 
     /// Bytes that lie free at the moment.
     pub fn free_bytes(&self) -> usize {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        free.iter().map(|t| t.numel() * t.kind().elt_size_in_bytes()).sum()
+        free.iter().map(|f| f.elements * f.kind.elt_size_in_bytes()).sum()
     }
 }
 
