@@ -265,3 +265,46 @@ fn the_result_does_not_depend_on_the_number_of_threads() {
     let (one, three) = (on(1), on(3));
     assert_eq!((one.train, one.validation, one.reports), (three.train, three.validation, three.reports));
 }
+
+#[test]
+fn a_row_longer_than_the_model_is_refused() {
+    let words = |n: usize| format!("{{\"prompt\":\"w5\",\"completion\":\"{}\"}}\n", "w6 ".repeat(n));
+    // The beginning of the text, the prompt, 62 words and the end of the text: 64 of the 65 tokens are fed.
+    let (_dir, mut config) = setup(&words(62));
+    config.train.max_length = 100;
+    assert_eq!(prepare(&config, &()).unwrap().train[0].inputs(), 64);
+    assert_eq!(
+        sentence(&words(63), |c| c.train.max_length = 100),
+        "data table \"rows\": its longest row has 66 tokens, but config.json says max_position_embeddings = 64; set train.max_length = 64"
+    );
+}
+
+#[test]
+fn tokenizers_are_refused_in_a_sentence() {
+    let (dir, config) = setup("{\"prompt\":\"w5\",\"completion\":\"w6\"}\n");
+    let path = |name: &str| dir.path().join(name);
+    let refused = || prepare(&config, &()).unwrap_err().to_string().replace(&format!("{}/", dir.path().display()), "");
+    let text = std::fs::read_to_string(path("config.json")).unwrap();
+    std::fs::write(path("config.json"), text.replace("\"eos_token_id\":[0,5],", "")).unwrap();
+    assert_eq!(
+        refused(),
+        "config.json: no end-of-text token is known; set \"eos_token_id\" in config.json, or \"eos_token\" in tokenizer_config.json"
+    );
+    std::fs::write(path("tokenizer_config.json"), r#"{"eos_token": {"content": "<eos>"}}"#).unwrap();
+    assert_eq!(
+        refused(),
+        "tokenizer_config.json: eos_token \"<eos>\" is not in tokenizer.json; copy both from the same model"
+    );
+    std::fs::write(path("tokenizer_config.json"), r#"{"eos_token": "w9"}"#).unwrap();
+    assert_eq!(prepare(&config, &()).unwrap().eos, 9);
+    std::fs::write(path("generation_config.json"), r#"{"eos_token_id": [7, 8]}"#).unwrap();
+    assert_eq!(prepare(&config, &()).unwrap().train[0].tokens.last(), Some(&7));
+    std::fs::write(path("generation_config.json"), r#"{"eos_token_id": 100}"#).unwrap();
+    assert!(
+        refused().starts_with("tokenizer.json: the end-of-text token is 100, but config.json says vocab_size = 100")
+    );
+    std::fs::write(path("tokenizer.json"), "{").unwrap();
+    assert!(refused().starts_with("tokenizer.json: not a tokenizer ("), "{}", refused());
+    std::fs::remove_file(path("tokenizer.json")).unwrap();
+    assert!(refused().starts_with("tokenizer.json: cannot be read (No such file"), "{}", refused());
+}
