@@ -13,7 +13,12 @@ use unisono::serve::ledger::{Reader, LEDGER};
 use unisono::serve::Work;
 use unisono_proto::dial::{self, dial, monitor, training, Role, Token};
 use unisono_proto::v1::event::Body;
-use unisono_proto::v1::{BatchKey, BatchRequest, Event, Phase, StatusRequest, Suite, WatchRequest, WorkerMessage};
+use unisono_proto::v1::training_client::TrainingClient;
+use unisono_proto::v1::worker_message::Body as Report;
+use unisono_proto::v1::{
+    BatchKey, BatchRequest, Event, Join, Phase, StatusRequest, Suite, WatchRequest, WorkerMessage,
+};
+use unisono_proto::MAX_MESSAGE_BYTES;
 use unisono_tests::fake_worker::{judge, norm, End, FakeWorker};
 use unisono_tests::served::{Served, Serving};
 
@@ -268,6 +273,30 @@ async fn joins_are_refused_with_a_sentence() {
     serving.stop.send("enough".into()).unwrap();
     let ends = lives.join_all().await;
     assert!(matches!(&ends[0], End::Aborted(failure) if failure.message == "enough"), "{ends:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_beyond_the_limit_and_streams_without_join_are_refused() {
+    let served = Served::new(30, 1);
+    let serving = served.start("run", served.training()).await;
+    let token = serving.control.token(Role::Worker).unwrap();
+    let channel = dial(&serving.control.address, &token).await.unwrap();
+    // Without the client's own limits.
+    let mut client = TrainingClient::new(channel);
+    let huge = Join { host: "x".repeat(MAX_MESSAGE_BYTES + 1), ..Default::default() };
+    let early = Report::Ready(Default::default());
+    for (first, word) in [(Report::Join(huge), "Join"), (early, "Join")] {
+        let (sender, messages) = tokio::sync::mpsc::channel(1);
+        sender.send(WorkerMessage { epoch: None, body: Some(first) }).await.unwrap();
+        let mut request = Request::new(ReceiverStream::new(messages));
+        token.authorize(&mut request);
+        let refused = match client.attend(request).await {
+            Ok(mut stream) => stream.get_mut().message().await.unwrap_err(),
+            Err(status) => status,
+        };
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+        assert!(refused.message().contains(word), "{refused}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

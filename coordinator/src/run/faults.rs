@@ -100,9 +100,11 @@ impl Machine {
             _ => {
                 let turn = self.queue.iter().find(|o| o.id == worker.answered + 1);
                 let (phase, step) = turn.map_or((wire::Phase::Drain, None), |o| o.item.place());
+                // A heartbeat is up to a second old: it counts only if it is about this very turn.
                 let told = worker.phase();
-                let known = !matches!(told, wire::Phase::Unspecified | wire::Phase::Join | wire::Phase::Load);
-                (if known { told } else { phase }, worker.heartbeat.step.filter(|_| known).or(step))
+                let current = worker.heartbeat.step == step
+                    && !matches!(told, wire::Phase::Unspecified | wire::Phase::Join | wire::Phase::Load);
+                (if current { told } else { phase }, step)
             }
         }
     }
@@ -122,7 +124,7 @@ impl Item {
     pub(super) fn place(self) -> (wire::Phase, Option<u64>) {
         match self {
             Item::Step(step) => (wire::Phase::Forward, Some(step)),
-            Item::Evaluate { step, .. } => (wire::Phase::Evaluate, Some(step)),
+            Item::Evaluate { step, .. } => (wire::Phase::Evaluate, Some(step).filter(|&s| s > 0)),
             Item::Checkpoint(step) => (wire::Phase::Checkpoint, Some(step)),
             Item::Generate => (wire::Phase::Generate, None),
             Item::Finish => (wire::Phase::Drain, None),

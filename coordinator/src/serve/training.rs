@@ -54,7 +54,10 @@ impl Training for TrainingService {
                         handle.send(Command::Message { from, message });
                     }
                     Ok(None) => break "ended before its work was done".to_string(),
-                    Err(status) => break format!("broke ({})", status.message()),
+                    Err(status) => {
+                        tracing::debug!(?from, %status, "a worker's stream broke off");
+                        break "broke off".to_string();
+                    }
                 }
             };
             handle.send(Command::Ended { from, reason });
