@@ -1,4 +1,5 @@
 //! Evaluation and greedy decoding against the oracle, and against themselves.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

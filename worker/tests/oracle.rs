@@ -1,4 +1,5 @@
 //! The hand-written forward and backward of whole models against libtorch's autograd in fp64.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

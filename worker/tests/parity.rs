@@ -1,4 +1,5 @@
 //! Parity with transformers and torch: the goldens of `goldens/make.py`. Needs neither of them.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
@@ -99,6 +100,8 @@ fn norm(buckets: &[Tensor]) -> f64 {
 }
 
 type Mutation = fn(&str, Tensor) -> Tensor;
+/// Whether a mutation changes anything in such a model.
+type Applies = fn(&ModelSpec) -> bool;
 
 fn none(_: &str, leaf: Tensor) -> Tensor {
     leaf
@@ -143,7 +146,7 @@ fn the_first_step_is_transformers() {
 #[test]
 fn mutations_are_found() {
     one_thread();
-    let mutations: [(&str, Mutation, fn(&ModelSpec) -> bool); 4] = [
+    let mutations: [(&str, Mutation, Applies); 4] = [
         ("no k-bias gradient", |n, g| if n.ends_with("k_proj.bias") { g.zeros_like() } else { g }, |s| s.qkv_bias),
         (
             "no q- and k-norm gradient",

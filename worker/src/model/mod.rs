@@ -79,7 +79,7 @@ pub struct Model {
     /// One flat tensor per bucket: `[elements]`, of kind `compute`.
     buckets: Vec<Tensor>,
     pool: Pool,
-    rotation: Mutex<Option<Arc<Rotation>>>,
+    rotation: Mutex<Option<Rotation>>,
 }
 
 impl Model {
@@ -153,5 +153,15 @@ impl Model {
     /// not part of the result). What a prompt yields does not depend on the other prompts.
     pub fn generate(&self, prompts: &[Vec<u32>], max_new: usize, ends: &[u32]) -> Result<Vec<(Vec<u32>, bool)>, Error> {
         tch::no_grad(|| self.generate_pass(prompts, max_new, ends))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// A worker loads on one thread and trains on another.
+    #[test]
+    fn a_model_can_move_to_another_thread() {
+        fn movable<T: Send>() {}
+        movable::<super::Model>();
     }
 }

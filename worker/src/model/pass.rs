@@ -9,7 +9,7 @@ use crate::ops::clock::timed;
 use crate::ops::documents::Documents;
 use crate::ops::heads::Rotation;
 use crate::ops::rows;
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 use tch::Tensor;
 use unisono_proto::NO_TARGET;
 
@@ -70,14 +70,14 @@ impl Model {
     }
 
     /// Tables for at least `positions`, kept from one batch to the next.
-    pub(super) fn rotation(&self, positions: usize) -> Arc<Rotation> {
+    pub(super) fn rotation(&self, positions: usize) -> Rotation {
         let mut kept = self.rotation.lock().unwrap_or_else(PoisonError::into_inner);
         match &*kept {
             Some(rotation) if rotation.positions >= positions => rotation.clone(),
             _ => {
                 let (spec, count) = (self.spec(), positions.next_power_of_two());
                 let tables = Rotation::new(&spec.rope, spec.head_dim, count, wide(self.compute()), self.device());
-                kept.insert(Arc::new(tables)).clone()
+                kept.insert(tables).clone()
             }
         }
     }

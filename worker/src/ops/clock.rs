@@ -4,8 +4,11 @@
 use std::cell::RefCell;
 use std::time::Duration;
 
+/// Name, time and calls of an operation.
+pub type Entry = (&'static str, Duration, u64);
+
 thread_local! {
-    static TIMES: RefCell<Option<Vec<(&'static str, Duration, u64)>>> = const { RefCell::new(None) };
+    static TIMES: RefCell<Option<Vec<Entry>>> = const { RefCell::new(None) };
 }
 
 /// Processor time of this thread: what others do on the machine does not count.
@@ -21,8 +24,8 @@ pub fn start() {
     TIMES.with(|t| *t.borrow_mut() = Some(Vec::new()));
 }
 
-/// Stops counting: name, time and calls of each operation, in order of first use.
-pub fn stop() -> Vec<(&'static str, Duration, u64)> {
+/// Stops counting; operations come in order of first use.
+pub fn stop() -> Vec<Entry> {
     TIMES.with(|t| t.borrow_mut().take()).unwrap_or_default()
 }
 

@@ -20,6 +20,13 @@ pub struct Rotation {
     pub positions: usize,
 }
 
+/// The clone shares the tables.
+impl Clone for Rotation {
+    fn clone(&self) -> Self {
+        Rotation { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone(), positions: self.positions }
+    }
+}
+
 impl Rotation {
     /// Angles are products of fp32 numbers rounded to fp32, as in transformers, with which models are trained.
     pub fn new(rope: &Rope, head_dim: usize, positions: usize, wide: Kind, device: Device) -> Self {
@@ -192,10 +199,12 @@ fn load_head<C: Narrow>(from: &[C], bias: Option<&[C]>, values: &mut [f32]) {
 
 /// The columns with their bias, wide `[T, heads, D]`.
 fn wide_heads(source: Columns<'_>, heads: Heads, wide: Kind) -> Tensor {
-    let mut columns = source.matrix.narrow(1, source.first as i64, heads.width() as i64).to_kind(wide);
-    if let Some(bias) = source.bias {
-        columns = columns + bias.to_kind(wide);
-    }
+    let columns = source.matrix.narrow(1, source.first as i64, heads.width() as i64).to_kind(wide);
+    let columns = match source.bias {
+        // Not in place: the columns may be the matrix itself.
+        Some(bias) => columns + bias.to_kind(wide),
+        None => columns,
+    };
     columns.reshape([-1, heads.count as i64, heads.dim as i64])
 }
 

@@ -154,8 +154,8 @@ impl Leaves for Collected {
 /// Relative L2 distance of `found` from `exact`; the plain distance where that is zero.
 pub fn distance(found: &Tensor, exact: &Tensor) -> f64 {
     let norm = |t: &Tensor| t.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]).sqrt();
-    let exact = exact.to_kind(Kind::Double).view([-1]);
-    let difference = norm(&(found.to_kind(Kind::Double).view([-1]) - &exact));
+    let exact = exact.to_kind(Kind::Double).reshape([-1]);
+    let difference = norm(&(found.to_kind(Kind::Double).reshape([-1]) - &exact));
     match norm(&exact) {
         0.0 => difference,
         size => difference / size,
@@ -228,10 +228,10 @@ impl Oracle {
             let scores = q.matmul(&k.transpose(1, 2)) / (spec.head_dim as f64).sqrt();
             let p = scores.masked_fill(&blind, f64::NEG_INFINITY).softmax(-1, Kind::Double);
             let attended = p.matmul(&v).transpose(0, 1).reshape([length, -1]);
-            x = x + self.linear(&attended, bucket, "o_proj");
+            x = &x + self.linear(&attended, bucket, "o_proj");
             let normed = self.norm(&x, &self.find(bucket, "post_attention_layernorm.weight").unwrap());
             let gated = self.linear(&normed, bucket, "gate_proj").silu() * self.linear(&normed, bucket, "up_proj");
-            x = x + self.linear(&gated, bucket, "down_proj");
+            x = &x + self.linear(&gated, bucket, "down_proj");
         }
         let head = spec.layers + 1;
         let weight = self.find(head, "lm_head.weight").unwrap_or(embedding);
