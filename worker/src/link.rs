@@ -36,10 +36,23 @@ pub enum Error {
     Refused(String),
     #[error("lost the coordinator: {0}; its own log, or `unisono status`, says why")]
     Lost(String),
-    #[error("{}", .0.message)]
+    #[error("stopped by the coordinator because of {}", place(.0))]
     Aborted(Box<Failure>),
     #[error("the coordinator {0}: coordinator and worker must be of the same build")]
     Protocol(String),
+}
+
+/// Whose failure it is, where, and what happened.
+fn place(failure: &Failure) -> String {
+    let rank = failure.rank.map_or(String::new(), |rank| format!("rank {rank} on {}, ", failure.host));
+    let phase = failure.phase().as_str_name().trim_start_matches("PHASE_").to_ascii_lowercase();
+    let phase = if phase == "unspecified" { String::new() } else { format!("{phase}, ") };
+    let step = failure.step.map_or(String::new(), |step| format!("step {step}, "));
+    let place = format!("{rank}{phase}{step}");
+    match place.trim_end_matches(", ") {
+        "" => failure.message.clone(),
+        place => format!("{place}: {}", failure.message),
+    }
 }
 
 /// What the worker is doing now: written by the compute thread, told by the heartbeat and by errors.
@@ -88,13 +101,13 @@ pub struct Link {
 }
 
 impl Link {
-    /// Connects, asks to join and starts the heartbeat. `on_end` is called once, from the link's thread, when the
-    /// coordinator aborts or is lost.
+    /// Connects, asks to join and starts the heartbeat. `on_end` is called once, from the link's thread and with the own
+    /// rank, when the coordinator aborts or is lost.
     pub fn open(
         address: &str,
         token: Token,
         join: Join,
-        on_end: impl Fn(&Error) + Send + Sync + 'static,
+        on_end: impl Fn(&Error, Option<u32>) + Send + Sync + 'static,
     ) -> Result<Self, Error> {
         let runtime = runtime()?;
         let connections = runtime.block_on(async {
@@ -110,7 +123,7 @@ impl Link {
         runtime: tokio::runtime::Runtime,
         connections: Connections,
         join: Join,
-        on_end: impl Fn(&Error) + Send + Sync + 'static,
+        on_end: impl Fn(&Error, Option<u32>) + Send + Sync + 'static,
     ) -> Self {
         let (outgoing, reports) = mpsc::channel(OUTGOING);
         let shared = Arc::new(Shared {

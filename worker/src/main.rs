@@ -137,11 +137,11 @@ fn code(error: &link::Error) -> u8 {
 
 /// Called from the link's thread when it ends: the compute thread usually notices by itself; if it computes for longer,
 /// the process ends under it.
-fn leave_soon(error: &link::Error) {
+fn leave_soon(error: &link::Error, rank: Option<u32>) {
     let (code, sentence) = (code(error), error.to_string());
     std::thread::spawn(move || {
         std::thread::sleep(GRACE);
-        complain(&at(None, None, None, &sentence), code);
+        complain(&at(rank, None, None, &sentence), code);
         lifeline::leave(i32::from(code));
     });
 }

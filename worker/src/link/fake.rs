@@ -111,7 +111,7 @@ impl Fake {
     }
 
     /// A worker's link to this coordinator.
-    pub fn link(&self, join: Join, on_end: impl Fn(&Error) + Send + Sync + 'static) -> Link {
+    pub fn link(&self, join: Join, on_end: impl Fn(&Error, Option<u32>) + Send + Sync + 'static) -> Link {
         let runtime = runtime().unwrap();
         let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", self.address)).unwrap();
         let connections = runtime.block_on(async {

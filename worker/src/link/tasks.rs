@@ -32,7 +32,7 @@ pub(super) struct Shared {
     pub leaving: AtomicBool,
     /// Absent once the last message is on its way.
     pub outgoing: Mutex<Option<mpsc::Sender<WorkerMessage>>>,
-    pub on_end: Box<dyn Fn(&Error) + Send + Sync>,
+    pub on_end: Box<dyn Fn(&Error, Option<u32>) + Send + Sync>,
 }
 
 impl Shared {
@@ -42,7 +42,7 @@ impl Shared {
         }
         self.stopper.stop();
         if let Some(error) = self.ended.get() {
-            (self.on_end)(error);
+            (self.on_end)(error, self.rank.get().copied());
         }
     }
 
@@ -69,7 +69,7 @@ fn status(status: &Status) -> Error {
             Error::Refused(status.message().into())
         }
         _ if status.message().is_empty() => Error::Lost(format!("{:?}", status.code())),
-        _ => Error::Lost(status.message().into()),
+        _ => Error::Lost(format!("the connection broke ({})", status.message())),
     }
 }
 

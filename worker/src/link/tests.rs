@@ -18,7 +18,7 @@ fn step(step: u64, shares: &[(u32, u32)]) -> directive::Body {
 }
 
 fn joined(fake: &Fake) -> (Link, Attendant) {
-    let link = fake.link(Join { host: "here".into(), ..Default::default() }, |_| {});
+    let link = fake.link(Join { host: "here".into(), ..Default::default() }, |_, _| {});
     let (attendant, join) = fake.welcome();
     assert_eq!(join.host, "here");
     attendant.tell(1, assign(1));
@@ -80,11 +80,19 @@ fn an_abort_ends_every_wait_and_names_whose_fault_it_was() {
     let fake = Fake::start(batch);
     let (told, heard) = plain::channel();
     let told = Mutex::new(told);
-    let link = fake.link(Join::default(), move |error| lock(&told).send(error.to_string()).unwrap());
+    let link = fake.link(Join::default(), move |error, rank| lock(&told).send((error.to_string(), rank)).unwrap());
     let (attendant, _) = fake.welcome();
     attendant.tell(1, assign(0));
     link.assignment().unwrap();
-    let failure = Failure { rank: Some(1), message: "rank 1 has fallen".into(), bad_input: true, ..Default::default() };
+    let failure = Failure {
+        rank: Some(1),
+        host: "there".into(),
+        phase: Phase::Reduce as i32,
+        step: Some(7),
+        message: "it fell silent".into(),
+        bad_input: true,
+    };
+    let sentence = "stopped by the coordinator because of rank 1 on there, reduce, step 7: it fell silent";
     let waiting = std::thread::spawn(move || {
         let key = BatchKey { suite: Suite::Train as i32, step: 1, micro_batch: 0 };
         (link.batch(&key).unwrap_err(), link.directive().unwrap_err())
@@ -92,9 +100,9 @@ fn an_abort_ends_every_wait_and_names_whose_fault_it_was() {
     attendant.tell(1, FromCoordinator::Abort(Abort { failure: Some(failure) }));
     for error in <[Error; 2]>::from(waiting.join().unwrap()) {
         assert!(matches!(&error, Error::Aborted(failure) if failure.bad_input), "{error:?}");
-        assert_eq!(error.to_string(), "rank 1 has fallen");
+        assert_eq!(error.to_string(), sentence);
     }
-    assert_eq!(heard.recv_timeout(Duration::from_secs(5)).unwrap(), "rank 1 has fallen");
+    assert_eq!(heard.recv_timeout(Duration::from_secs(5)).unwrap(), (sentence.to_owned(), Some(0)));
 }
 
 #[test]
@@ -112,7 +120,7 @@ fn a_lost_coordinator_is_an_error_and_its_refusal_a_sentence() {
 #[test]
 fn messages_of_the_past_are_dropped() {
     let fake = Fake::start(batch);
-    let link = fake.link(Join::default(), |_| {});
+    let link = fake.link(Join::default(), |_, _| {});
     let (attendant, _) = fake.welcome();
     attendant.tell(5, assign(0));
     link.assignment().unwrap();

@@ -114,7 +114,7 @@ fn run(model: &Path, compute: Compute, world: u32) -> Run {
         let workers: Vec<_> = (0..world)
             .map(|_| {
                 let (listener, listen) = tcp::listen("127.0.0.1").unwrap();
-                let link = fake.link(Join { listen, ..Default::default() }, |_| {});
+                let link = fake.link(Join { listen, ..Default::default() }, |_, _| {});
                 scope.spawn(move || super::run(&link, listener))
             })
             .collect();
@@ -250,7 +250,7 @@ fn refusal(change: impl Fn(&mut Assign), spoil: impl Fn(&Path)) -> Error {
     spoil(dir.path());
     let fake = Fake::start(batch);
     let (listener, listen) = tcp::listen("127.0.0.1").unwrap();
-    let link = fake.link(Join { listen, ..Default::default() }, |_| {});
+    let link = fake.link(Join { listen, ..Default::default() }, |_, _| {});
     let (attendant, join) = fake.welcome();
     let mut assign = assignment(dir.path(), Compute::Fp32, &[join], 0);
     change(&mut assign);
