@@ -27,24 +27,33 @@ impl Numbers {
     }
 }
 
-/// `rows` examples of three tasks: copy, reverse, add. Lengths differ, so that packing has something to do.
+/// Things and what they are: quickly learnt, so that a short run shows.
+const KINDS: &[(&str, &[&str])] = &[
+    ("bird", &["robin", "heron", "swift", "finch"]),
+    ("fish", &["trout", "perch", "tench", "bream"]),
+    ("tree", &["maple", "birch", "alder", "rowan"]),
+    ("tool", &["lathe", "anvil", "chisel", "plane"]),
+];
+
+/// `rows` examples of three tasks: copy, add and, in every other row, kind. Lengths differ, so that packing has
+/// something to do.
 pub fn rows(seed: u64, rows: usize) -> Vec<Value> {
     let mut numbers = Numbers(seed);
     (0..rows)
-        .map(|index| match index % 3 {
+        .map(|index| match index % 4 {
             0 => {
                 let words: Vec<String> = (0..1 + numbers.below(5)).map(|_| numbers.word()).collect();
                 let words = words.join(" ");
                 json!({"prompt": format!("Copy: {words}\nAnswer:"), "completion": format!(" {words}")})
             }
-            1 => {
-                let word = numbers.word();
-                let back: String = word.chars().rev().collect();
-                json!({"prompt": format!("Reverse: {word}\nAnswer:"), "completion": format!(" {back}")})
-            }
-            _ => {
+            2 => {
                 let (a, b) = (numbers.below(50), numbers.below(50));
                 json!({"prompt": format!("Add: {a} + {b}\nAnswer:"), "completion": format!(" {}", a + b)})
+            }
+            _ => {
+                let (kind, things) = KINDS[numbers.below(KINDS.len() as u64) as usize];
+                let thing = things[numbers.below(things.len() as u64) as usize];
+                json!({"prompt": format!("Kind: {thing}\nAnswer:"), "completion": format!(" a {kind}, of course.")})
             }
         })
         .collect()

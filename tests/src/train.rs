@@ -146,6 +146,11 @@ impl Live {
         found.unwrap_or_else(|| panic!("no {kind} event among {:?}", self.events))
     }
 
+    /// Every event of this kind so far.
+    pub fn all(&self, kind: &str) -> Vec<&Value> {
+        self.events.iter().filter(|event| event["event"] == kind).collect()
+    }
+
     pub fn workers(&self) -> Vec<processes::Process> {
         processes::marked(&self.mark).into_iter().filter(|p| p.is_worker()).collect()
     }

@@ -34,7 +34,11 @@ impl Case {
     }
 
     fn train(&self) -> Train {
-        Train::new(&self.model, &self.data, self.path()).workers(2).set("train.steps", 2)
+        self.train_alone().workers(2)
+    }
+
+    fn train_alone(&self) -> Train {
+        Train::new(&self.model, &self.data, self.path()).set("train.steps", 2)
     }
 
     /// Writes a configuration that names the model and data, with `extra` after it.
@@ -176,7 +180,15 @@ fn a_model_that_is_not_implemented_or_not_whole() {
 
     let case = Case::new();
     case.change_config_json(|config| config["vocab_size"] = json!(100));
-    refused(case.train(), &["vocab"]);
+    refused(case.train(), &["embed_tokens", "100", "config.json"]);
+
+    // A tokenizer of another model, with more tokens than this one has rows.
+    let case = Case::new();
+    let small = fixture::of(fixture::MICRO).model;
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(small.join(file), case.model.join(file)).unwrap();
+    }
+    refused(case.train(), &["tokenizer.json", "vocab"]);
 
     let case = Case::new();
     std::fs::write(case.model.join("tokenizer.json"), "{").unwrap();
@@ -186,8 +198,8 @@ fn a_model_that_is_not_implemented_or_not_whole() {
 #[test]
 fn a_cluster_that_cannot_be() {
     let case = Case::new();
-    refused(case.train().set("cluster.workers", 9), &["9", "micro_batches"]);
-    refused(case.train().set("cluster.workers", 0), &["workers"]);
+    refused(case.train_alone().workers(9), &["9", "micro_batches"]);
+    refused(case.train_alone().workers(0), &["workers"]);
     refused(case.train().set("cluster.device", "tpu"), &["device"]);
 }
 

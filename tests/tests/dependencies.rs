@@ -9,7 +9,7 @@ use std::process::Command;
 use unisono_tests::binaries::checkout;
 
 /// Longest source file, lines.
-const LONGEST: usize = 450;
+const LONGEST: usize = 500;
 
 /// The only files that may contain `unsafe`: calls into C, memory maps, views of raw memory, instruction sets.
 const UNSAFE: &[&str] = &[
@@ -17,6 +17,7 @@ const UNSAFE: &[&str] = &[
     "worker/src/collective/bytes.rs",
     "worker/src/lifeline.rs",
     "worker/src/model/weights.rs",
+    "worker/src/ops/clock.rs",
     "worker/src/ops/view.rs",
     "worker/src/optim/dispatch.rs",
 ];

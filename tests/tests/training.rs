@@ -60,10 +60,15 @@ fn the_loss_falls_and_every_event_has_its_fields() {
     }
     for (index, step) in run.events("step").iter().enumerate() {
         assert_eq!(step["step"].as_u64(), Some(index as u64 + 1));
-        assert_eq!(step["examples"].as_u64(), Some(32));
+        assert!((1..=32).contains(&step["examples"].as_u64().unwrap()), "{step}");
         let (tokens, targets) = (step["tokens"].as_u64().unwrap(), step["target_tokens"].as_u64().unwrap());
         assert!(0 < targets && targets < tokens, "{step}");
     }
+    // Every row of an epoch is trained once, the last, partial batch included.
+    let rows = run.events("started")[0]["train_rows"].as_u64().unwrap();
+    let epoch = run.events("step").into_iter().take(rows.div_ceil(32) as usize);
+    assert_eq!(epoch.map(|step| step["examples"].as_u64().unwrap()).sum::<u64>(), rows);
+
     let validation: Vec<f64> = run
         .events("eval")
         .iter()
@@ -95,6 +100,8 @@ fn an_export_is_a_model_to_start_from() {
         .workers(1)
         .set("train.steps", 1)
         .set("train.global_batch_size", 32)
+        // As good as none: the evaluation after the step sees the export's own weights.
+        .set("train.learning_rate", 1e-12)
         .succeed();
     let (before, after) = (first.losses(), second.losses());
     assert!(after[0] < 0.8 * before[0], "the export forgot its training: {} after {}", after[0], before[0]);
@@ -104,7 +111,7 @@ fn an_export_is_a_model_to_start_from() {
         let found = events.iter().find(|e| e["split"] == "validation" && e["task"] == "" && e["step"] == step);
         found.unwrap_or_else(|| panic!("no validation at step {step}: {events:?}"))["loss"].as_f64().unwrap()
     };
-    let (last, start) = (validation(&first, 20), validation(&second, 0));
+    let (last, start) = (validation(&first, 20), validation(&second, 1));
     assert!((last / start - 1.0).abs() < 0.02, "validation loss {last} at the end, {start} after the export");
 }
 
@@ -115,7 +122,7 @@ fn inspect_and_generate_speak_about_the_same_model() {
         binaries::command(&["inspect", "--model"]).arg(&tiny.model).arg("--data").arg(&tiny.data).output().unwrap();
     let text = String::from_utf8_lossy(&inspect.stdout).into_owned();
     assert!(inspect.status.success(), "{}", String::from_utf8_lossy(&inspect.stderr));
-    assert!(text.contains("Copy") || text.contains("Reverse") || text.contains("Add"), "{text}");
+    assert!(text.contains("Copy") || text.contains("Kind") || text.contains("Add"), "{text}");
     let generate = binaries::command(&["generate"])
         .arg(&tiny.model)
         .args(["--prompt", "Copy: ab\nAnswer:", "--max-new-tokens", "4"])

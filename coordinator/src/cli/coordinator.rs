@@ -49,6 +49,8 @@ pub fn run(args: Args) -> Result<()> {
     // Bound before the data is read: an address that is taken is known at once.
     let listener = listener(args.listen.as_deref())?;
     let (config, spec) = args.config.load()?;
+    // Said before the data is read, which may take minutes; making the directory is what decides.
+    args.run_dir.as_deref().map_or(Ok(()), run_dir::refuse_existing)?;
     let dataset = data::prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
     dataset.reports.iter().for_each(|report| eprint!("{}", data_lines(report)));
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
@@ -67,7 +69,12 @@ pub fn run(args: Args) -> Result<()> {
         observer: screen.clone(),
         conclude: Some(conclude),
     };
-    serve(setup, &screen)?;
+    if let Err(error) = serve(setup, &screen) {
+        if matches!(error, Error::BadInput(_)) {
+            run_dir::withdraw(&run_dir);
+        }
+        return Err(error);
+    }
     let text = last_screen(&screen.finish(), &run_dir);
     match args.json {
         true => eprint!("{text}"),

@@ -11,13 +11,32 @@ pub fn create(wanted: Option<&Path>, name: &str) -> Result<PathBuf> {
     match wanted {
         Some(path) => match make(path) {
             Ok(()) => Ok(path.into()),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                Err(Error::BadInput(format!("{} exists; choose another --run-dir, or remove it", path.display())))
-            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(exists(path)),
             Err(error) => Err(cannot(path, &error)),
         },
         None => numbered(Path::new("runs"), name),
     }
+}
+
+/// Says no to a directory that is there already.
+pub fn refuse_existing(path: &Path) -> Result<()> {
+    match path.symlink_metadata() {
+        Ok(_) => Err(exists(path)),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Removes the directory of a run that was refused when its workers looked at the model, before it had a checkpoint.
+pub fn withdraw(run_dir: &Path) {
+    let has_checkpoints = fs::read_dir(run_dir.join("checkpoints")).is_ok_and(|mut entries| entries.next().is_some());
+    if !has_checkpoints {
+        // What cannot be removed is named by the next run that wants its place.
+        let _ = fs::remove_dir_all(run_dir);
+    }
+}
+
+fn exists(path: &Path) -> Error {
+    Error::BadInput(format!("{} exists; choose another --run-dir, or remove it", path.display()))
 }
 
 /// The first free number. Creating a directory is atomic, so two runs that start at once get two numbers.

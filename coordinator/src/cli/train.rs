@@ -51,6 +51,7 @@ pub fn run(args: Args) -> Result<()> {
 pub fn supervise(arguments: Vec<OsString>) -> Result<()> {
     let program = std::env::current_exe().map_err(Error::failed)?;
     let worker = local::worker_binary(&program).map_err(Error::bad_input)?;
+    local::probe(&worker).map_err(Error::bad_input)?;
     match local::run(Launch { program, arguments, worker }) {
         Ok(Ended::Code(0)) => Ok(()),
         Ok(Ended::Code(code)) => Err(Error::Code(code)),

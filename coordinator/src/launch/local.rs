@@ -52,6 +52,10 @@ pub enum Error {
 }
 
 impl Error {
+    fn cannot_load(worker: &Path, library: Option<String>) -> Self {
+        Error::CannotLoad { path: worker.into(), library: library.unwrap_or_else(|| "a symbol of libtorch".into()) }
+    }
+
     /// Whether the user's input or installation is at fault, rather than the run.
     pub fn bad_input(&self) -> bool {
         match self {
@@ -92,6 +96,25 @@ pub fn worker_binary(program: &Path) -> Result<PathBuf, Error> {
         .chain(std::env::split_paths(&path).map(|dir| dir.join("unisono-worker")))
         .find(|candidate| candidate.is_file())
         .ok_or_else(|| Error::NoWorker { program: program.into() })
+}
+
+/// Starts the worker binary to say its version: one that cannot load libtorch is known before anything else happens.
+pub fn probe(worker: &Path) -> Result<(), Error> {
+    let output = Command::new(worker).arg("--version").stdin(Stdio::null()).output();
+    let output = output.map_err(|source| Error::Spawn { path: worker.into(), source })?;
+    match output.status.code() {
+        Some(CANNOT_LOAD) => {
+            let words = String::from_utf8_lossy(&output.stderr);
+            Err(Error::cannot_load(worker, words.lines().find_map(missing_library)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The library that the dynamic loader's complaint names.
+fn missing_library(line: &str) -> Option<String> {
+    let rest = line.split("error while loading shared libraries: ").nth(1)?;
+    Some(rest.split(':').next().unwrap_or(rest).trim().to_owned())
 }
 
 /// Runs coordinator and workers to their end. Call it on the main thread: children die with the thread that spawned
@@ -304,22 +327,16 @@ impl Crew {
 
     async fn cannot_load(&self, index: usize) -> Error {
         // The loader's words are on their way through the forwarding thread.
-        let library = |line: &String| {
-            let rest = line.split("error while loading shared libraries: ").nth(1)?;
-            Some(rest.split(':').next().unwrap_or(rest).trim().to_string())
-        };
         let mut found = None;
         for _ in 0..50 {
-            found = self.workers[index].words.lock().ok().and_then(|words| words.iter().find_map(library));
+            let words = self.workers[index].words.lock();
+            found = words.ok().and_then(|words| words.iter().find_map(|line| missing_library(line)));
             if found.is_some() {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        Error::CannotLoad {
-            path: self.launch.worker.clone(),
-            library: found.unwrap_or_else(|| "a symbol of libtorch".into()),
-        }
+        Error::cannot_load(&self.launch.worker, found)
     }
 
     /// Ends whoever still lives: the coordinator is asked first, workers get `patience`, then all are killed.
