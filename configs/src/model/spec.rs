@@ -56,8 +56,8 @@ impl Rope {
                         } else if wavelength > original_positions / low_frequency {
                             plain / factor
                         } else {
-                            let smooth = (original_positions / wavelength - low_frequency)
-                                / (high_frequency - low_frequency);
+                            let smooth =
+                                (original_positions / wavelength - low_frequency) / (high_frequency - low_frequency);
                             (1.0 - smooth) * plain / factor + smooth * plain
                         }
                     }
@@ -100,7 +100,9 @@ pub enum Error {
     Read { path: PathBuf, source: std::io::Error },
     #[error("{path}: not valid JSON ({source}); download the model's config.json again")]
     Json { path: PathBuf, source: serde_json::Error },
-    #[error("{path}: model_type \"{found}\" is not supported; use a Llama, Mistral, Qwen2, Qwen2.5, Qwen3 or SmolLM2 model")]
+    #[error(
+        "{path}: model_type \"{found}\" is not supported; use a Llama, Mistral, Qwen2, Qwen2.5, Qwen3 or SmolLM2 model"
+    )]
     ModelType { path: PathBuf, found: String },
     #[error("{path}: \"{key}\" is {value}, which changes the model's mathematics and is not implemented; use a model without it")]
     Unsupported { path: PathBuf, key: String, value: String },
@@ -130,11 +132,38 @@ impl ModelSpec {
 
 /// Keys that do not reach the forward or backward pass.
 const HARMLESS: &[&str] = &[
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "name_or_path",
-    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "rope_interleaved",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "transformers.js_config", "transformers_version",
-    "unsloth_fixed", "unsloth_version", "use_cache", "model_type", "max_window_layers", "sep_token_id", "is_llama_config",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "finetuning_task",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "rope_interleaved",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+    "model_type",
+    "max_window_layers",
+    "sep_token_id",
+    "is_llama_config",
 ];
 
 struct Reader<'a> {
@@ -190,7 +219,10 @@ impl Reader<'_> {
     /// The key must be absent, null or one of the `allowed` values.
     fn only(&self, key: &str, allowed: &[Value]) -> Result<(), Error> {
         match self.get(key) {
-            Some(v) if !allowed.contains(v) && !allowed.iter().any(|a| a.as_f64().is_some() && a.as_f64() == v.as_f64()) => {
+            Some(v)
+                if !allowed.contains(v)
+                    && !allowed.iter().any(|a| a.as_f64().is_some() && a.as_f64() == v.as_f64()) =>
+            {
                 Err(self.unsupported(key, v))
             }
             _ => Ok(()),
@@ -209,7 +241,9 @@ impl Reader<'_> {
         let (hidden, heads) = (self.need("hidden_size")?, self.need("num_attention_heads")?);
         let kv_heads = self.count("num_key_value_heads")?.unwrap_or(heads);
         if heads % kv_heads != 0 {
-            return Err(self.field("num_key_value_heads", format!("is {kv_heads} and must divide num_attention_heads {heads}")));
+            return Err(
+                self.field("num_key_value_heads", format!("is {kv_heads} and must divide num_attention_heads {heads}"))
+            );
         }
         let default_dim = if family == Family::Qwen3 { 128 } else { hidden / heads };
         let head_dim = self.count("head_dim")?.unwrap_or(default_dim);
@@ -285,7 +319,8 @@ impl Reader<'_> {
             ),
             other => return Err(self.unsupported(&format!("{key}.rope_type"), &other.into())),
         };
-        let partial_is_whole = |name: &str, value: &Value| name == "partial_rotary_factor" && value.as_f64() == Some(1.0);
+        let partial_is_whole =
+            |name: &str, value: &Value| name == "partial_rotary_factor" && value.as_f64() == Some(1.0);
         for (name, value) in table {
             let plain = ["rope_theta", "rope_type", "type"].contains(&name.as_str());
             if !plain && !known.contains(&name.as_str()) && !value.is_null() && !partial_is_whole(name, value) {
@@ -405,7 +440,10 @@ pub(crate) mod tests {
 
     #[test]
     fn families_differ_where_transformers_does() {
-        let qwen2 = read(json!({"model_type": "qwen2", "use_sliding_window": false, "sliding_window": 4096, "max_window_layers": 2})).unwrap();
+        let qwen2 = read(
+            json!({"model_type": "qwen2", "use_sliding_window": false, "sliding_window": 4096, "max_window_layers": 2}),
+        )
+        .unwrap();
         assert!(qwen2.qkv_bias && !qwen2.o_bias && qwen2.sliding_window.is_none());
         let qwen3 = read(json!({"model_type": "qwen3", "head_dim": 32})).unwrap();
         assert!(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 32);
