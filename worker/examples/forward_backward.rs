@@ -1,13 +1,16 @@
 //! Tokens per second of processor time of `Model::forward_backward` on one thread, beside the machine's matrix product rate in the same
 //! sitting, and where the time goes.
 //!
-//!     cargo run --release -p unisono-worker --example forward_backward -- MODEL_DIR [float|bf16] [repeats]
+//!     cargo run --release -p unisono-worker --example forward_backward -- MODEL_DIR [float|bf16] [repeats] [documents] [sum]
+//!
+//! `sum` adds the leaves up exactly, as training does.
 
 use tch::{Device, Kind, Tensor};
 use unisono_configs::model::ModelSpec;
 use unisono_proto::NO_TARGET;
 use unisono_worker::model::{BadNumber, Batch, Leaves, Model};
 use unisono_worker::ops::clock;
+use unisono_worker::optim::exact::ExactSum;
 
 /// Takes leaves without doing anything with them.
 struct Nowhere;
@@ -21,10 +24,10 @@ impl Leaves for Nowhere {
     }
 }
 
-/// Four documents of about 190 tokens, of which the last 55 % are targets.
-fn batch(vocab: usize) -> Batch {
+/// Documents of about 190 tokens, of which the last 55 % are targets.
+fn batch(vocab: usize, documents: usize) -> Batch {
     let (mut tokens, mut targets, mut starts) = (Vec::new(), Vec::new(), Vec::new());
-    for (document, length) in [187u32, 171, 203, 192].into_iter().enumerate() {
+    for (document, length) in [187u32, 171, 203, 192].into_iter().cycle().take(documents).enumerate() {
         starts.push(tokens.len() as u32);
         let id = |i: u32| (i * 7919 + document as u32 * 104_729) % vocab as u32;
         tokens.extend((0..length).map(id));
@@ -53,16 +56,22 @@ fn product_rate(compute: Kind) -> f64 {
 #[allow(clippy::print_stdout)]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let dir = arguments.next().ok_or("usage: forward_backward MODEL_DIR [float|bf16] [repeats]")?;
+    let dir = arguments.next().ok_or("usage: forward_backward MODEL_DIR [float|bf16] [repeats] [documents] [sum]")?;
     let compute = if arguments.next().as_deref() == Some("float") { Kind::Float } else { Kind::BFloat16 };
     let repeats: usize = arguments.next().map_or(Ok(10), |n| n.parse())?;
+    let documents: usize = arguments.next().map_or(Ok(4), |n| n.parse())?;
+    let sums = arguments.next().as_deref() == Some("sum");
     tch::set_num_threads(1);
     let spec = ModelSpec::read(dir.as_ref())?;
     let model = Model::load(dir.as_ref(), spec.clone(), compute, Device::Cpu)?;
-    let batch = batch(spec.vocab);
+    let batch = batch(spec.vocab, documents);
     let tokens = batch.tokens.len() as f64;
     println!("matrix products: {:.0} GFLOP/s", product_rate(compute) / 1e9);
-    let run = || model.forward_backward(&batch, 1e-3, &mut Nowhere);
+    let mut exact = sums.then(|| ExactSum::new(model.layout().clone(), 1 << 10));
+    let mut run = || match &mut exact {
+        Some(exact) => model.forward_backward(&batch, 1e-3, exact),
+        None => model.forward_backward(&batch, 1e-3, &mut Nowhere),
+    };
     for _ in 0..2 {
         run()?;
     }

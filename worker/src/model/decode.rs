@@ -9,8 +9,9 @@ use super::{Batch, Error, Model};
 use crate::ops::buffer::Buffer;
 use crate::ops::cross_entropy::first_choices;
 use crate::ops::documents::{Documents, LENGTH};
-use crate::ops::heads::{Heads, Rotation};
+use crate::ops::heads::Heads;
 use crate::ops::norm::{self, Addend, Normed};
+use crate::ops::rotation::Rotation;
 use crate::ops::simd::{dot, exp, max, vectorised, Narrow};
 use crate::ops::view::{elements, elements_mut};
 use crate::ops::{rows, swiglu};
@@ -18,7 +19,7 @@ use half::bf16;
 use tch::{Kind, Tensor};
 
 /// Prompts that are continued at once.
-const ROWS: usize = 32;
+const ROWS: usize = 64;
 
 /// Keys and values of one prompt in one block, position by position: `[positions, kv heads * D]` each.
 #[derive(Clone, Default)]

@@ -9,7 +9,7 @@ mod pass;
 pub mod weights;
 
 use crate::ops::buffer::Pool;
-use crate::ops::heads::Rotation;
+use crate::ops::rotation::Rotation;
 use crate::ops::view;
 use std::path::Path;
 use std::sync::{Arc, Mutex};

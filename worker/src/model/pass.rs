@@ -7,7 +7,7 @@ use super::{Batch, Error, Leaves, Loss, Model};
 use crate::ops::buffer::Buffer;
 use crate::ops::clock::timed;
 use crate::ops::documents::Documents;
-use crate::ops::heads::Rotation;
+use crate::ops::rotation::Rotation;
 use crate::ops::rows;
 use std::sync::PoisonError;
 use tch::Tensor;

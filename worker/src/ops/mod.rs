@@ -9,6 +9,7 @@ pub mod gather;
 pub mod heads;
 pub mod matmul;
 pub mod norm;
+pub mod rotation;
 pub mod rows;
 pub mod simd;
 pub mod softmax;
