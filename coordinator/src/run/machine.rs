@@ -6,8 +6,9 @@
 //! so nothing depends on who answered first.
 
 use super::event::{Connection, Effect, Event, Outcome, PendingCheckpoint, Refusal};
+use super::outstanding::{generate_of, name, step_of, Outstanding};
 use super::phases::Phase;
-use super::program::{Agenda, Expected, Item, Program};
+use super::program::{Agenda, Item, Program};
 use super::roster::Roster;
 use super::settle::{self, Fault};
 use crate::checkpoint::manifest;
@@ -63,15 +64,6 @@ pub struct Machine {
     last_checkpoint: u64,
     pub(super) complaint: Option<(f64, Failure)>,
     pub(super) outcome: Outcome,
-}
-
-pub(super) struct Outstanding {
-    pub(super) id: u64,
-    pub(super) item: Item,
-    expected: Expected,
-    sent: f64,
-    /// By rank.
-    reports: Vec<Option<Report>>,
 }
 
 impl Machine {
@@ -379,43 +371,5 @@ impl Machine {
 
     pub(super) fn broadcast(&self, body: Order) -> Vec<Effect> {
         self.roster.workers().iter().map(|w| self.send(w.connection, body.clone())).collect()
-    }
-}
-
-impl Outstanding {
-    fn is_answered_by(&self, report: &Report) -> bool {
-        match (self.item, report) {
-            (Item::Step(step), Report::Step(report)) => report.step == step,
-            (Item::Evaluate { .. }, Report::Evaluate(report)) => report.id == self.id,
-            (Item::Checkpoint(step), Report::Checkpoint(report)) => report.step == step,
-            (Item::Generate, Report::Generate(report)) => report.id == self.id,
-            (Item::Finish, Report::Drained(_)) => true,
-            _ => false,
-        }
-    }
-}
-
-fn name(report: &Report) -> String {
-    match report {
-        Report::Step(report) => format!("a report of step {}", report.step),
-        Report::Evaluate(report) => format!("the evaluation of directive {}", report.id),
-        Report::Checkpoint(report) => format!("the checkpoint after step {}", report.step),
-        Report::Generate(report) => format!("the continuations of directive {}", report.id),
-        Report::Drained(_) => "the word that it has drained".into(),
-        _ => "a message out of turn".into(),
-    }
-}
-
-fn step_of(report: &Report) -> Option<wire::StepReport> {
-    match report {
-        Report::Step(report) => Some(report.clone()),
-        _ => None,
-    }
-}
-
-fn generate_of(report: &Report) -> Option<wire::GenerateReport> {
-    match report {
-        Report::Generate(report) => Some(report.clone()),
-        _ => None,
     }
 }

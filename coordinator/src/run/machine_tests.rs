@@ -31,8 +31,8 @@ fn program(assignment_steps: u64) -> Program {
     Program::Train(Training {
         rate: LearningRate::new(&train, plan.steps()),
         plan: Arc::new(plan),
-        validation: Units::evaluation("validation", &sizes(9), &train, cost).unwrap(),
-        test: Units::evaluation("test", &sizes(4), &train, cost).unwrap(),
+        validation: Units::evaluation("validation", &sizes(9), &train, cost, 256).unwrap(),
+        test: Units::evaluation("test", &sizes(4), &train, cost, 256).unwrap(),
         eval_every: 3,
         checkpoint_every: 4,
         start: 0,

@@ -8,6 +8,7 @@ mod faults;
 pub mod machine;
 #[cfg(test)]
 mod machine_tests;
+mod outstanding;
 pub mod phases;
 pub mod plan;
 pub mod program;

@@ -23,9 +23,16 @@ pub struct Unit {
 
 impl Units {
     /// Evaluation rows: a unit holds consecutive rows of one task. Units are cut so that there are about
-    /// `train.micro_batches` at least, so that every worker finds some.
-    pub fn evaluation(suite: &'static str, sizes: &[Size], train: &Train, cost: CostModel) -> Result<Self, Error> {
-        let max = u64::from(limits(train)?);
+    /// `train.micro_batches` at least, so that every worker finds some; and, but for longer rows, at `most` tokens: no
+    /// more than training brings, so that evaluation never needs more memory.
+    pub fn evaluation(
+        suite: &'static str,
+        sizes: &[Size],
+        train: &Train,
+        cost: CostModel,
+        most: u32,
+    ) -> Result<Self, Error> {
+        let max = u64::from(limits(train)?.min(most.max(1)));
         fits(suite, sizes, train.max_tokens_per_micro_batch)?;
         let total: u64 = sizes.iter().map(|s| u64::from(s.tokens)).sum();
         let cap = total.div_ceil(train.micro_batches as u64).clamp(1, max);
@@ -97,13 +104,13 @@ mod tests {
         #[test]
         fn every_row_once_and_one_task_a_unit(rows in 0usize..200, bins in 1usize..10) {
             let sizes = sizes(rows);
-            let units = Units::evaluation("validation", &sizes, &train(8, bins), COST).unwrap();
+            let units = Units::evaluation("validation", &sizes, &train(8, bins), COST, 150).unwrap();
             let mut seen: Vec<u32> = units.as_slice().iter().flat_map(|u| u.work.rows.clone()).collect();
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..rows as u32).collect::<Vec<_>>());
             for unit in units.as_slice() {
                 prop_assert!(unit.work.rows.iter().all(|&r| sizes[r as usize].task == unit.task));
-                prop_assert!(unit.work.tokens <= units.worst().tokens && unit.work.tokens <= 256);
+                prop_assert!(unit.work.tokens <= units.worst().tokens && unit.work.tokens <= 150);
             }
             let total: u64 = sizes.iter().map(|s| u64::from(s.tokens)).sum();
             let cap = total.div_ceil(bins as u64).max(97);

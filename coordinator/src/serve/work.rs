@@ -33,11 +33,12 @@ impl Work {
         let (seed, rows, shuffle) = (train.seed, dataset.train.len(), train.shuffle);
         let order = Arc::new(move |epoch| order(seed, epoch, rows, shuffle));
         let plan = Plan::new(sizes(&dataset.train), order, train, cost)?;
+        let most = plan.worst().tokens;
         let program = Program::Train(Training {
             rate: LearningRate::new(train, plan.steps()),
             plan: Arc::new(plan),
-            validation: evaluation(Suite::Validation, &dataset, train, cost)?,
-            test: evaluation(Suite::Test, &dataset, train, cost)?,
+            validation: evaluation(Suite::Validation, &dataset, train, cost, most)?,
+            test: evaluation(Suite::Test, &dataset, train, cost, most)?,
             eval_every: config.eval.every,
             checkpoint_every: config.checkpoint.every,
             start: 0,
@@ -53,7 +54,7 @@ impl Work {
         spec: &ModelSpec,
     ) -> Result<Self, Error> {
         let cost = CostModel::of(spec);
-        let units = |&suite: &Suite| Ok((suite, evaluation(suite, &dataset, &config.train, cost)?));
+        let units = |&suite: &Suite| Ok((suite, evaluation(suite, &dataset, &config.train, cost, u32::MAX)?));
         let program = Program::Evaluate(suites.iter().map(units).collect::<Result<_, Error>>()?);
         Ok(Work { program, content: Content::Rows(dataset) })
     }
@@ -155,12 +156,12 @@ impl Work {
     }
 }
 
-fn evaluation(suite: Suite, dataset: &Dataset, train: &Train, cost: CostModel) -> Result<Units, Error> {
+fn evaluation(suite: Suite, dataset: &Dataset, train: &Train, cost: CostModel, most: u32) -> Result<Units, Error> {
     let (name, rows) = match suite {
         Suite::Test => ("test", &dataset.test),
         _ => ("validation", &dataset.validation),
     };
-    Units::evaluation(name, &sizes(rows), train, cost)
+    Units::evaluation(name, &sizes(rows), train, cost, most)
 }
 
 fn sizes(examples: &[Example]) -> Vec<Size> {
