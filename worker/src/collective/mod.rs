@@ -15,7 +15,7 @@ pub trait Collective {
     fn world(&self) -> usize;
 
     /// Adds up all ranks' `sums` (one bucket). Afterwards the range `owners[rank]` holds the total of all ranks; the
-    /// ranges of others hold zeros. `owners` tile `sums` in rank order.
+    /// ranges of others keep this rank's own. `owners` tile `sums` in rank order.
     fn reduce_scatter(&mut self, sums: &mut [i64], owners: &[Range<usize>]) -> Result<(), Error>;
 
     /// Hands the elements `owners[rank]` of the flat tensor `bucket` to all ranks and receives theirs.

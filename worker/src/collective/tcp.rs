@@ -288,10 +288,10 @@ impl Collective for Mesh {
     }
 }
 
-/// Sends a peer's sums piece by piece and forgets them.
-fn send_sums(mut stream: &TcpStream, sums: &mut [i64], wire: &mut Vec<u8>) -> io::Result<()> {
+/// Sends a peer's sums piece by piece.
+fn send_sums(mut stream: &TcpStream, sums: &[i64], wire: &mut Vec<u8>) -> io::Result<()> {
     stream.write_all(&header(Tag::Sums, sums.len()))?;
-    for piece in sums.chunks_mut(PIECE) {
+    for piece in sums.chunks(PIECE) {
         piece::pack(piece, wire);
         stream.write_all(wire)?;
     }

@@ -19,6 +19,9 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Hears why the link ended, and the own rank.
+pub(super) type OnEnd = dyn Fn(&Error, Option<u32>) + Send + Sync;
+
 /// What asynchronous tasks and the compute thread share.
 pub(super) struct Shared {
     pub progress: Progress,
@@ -32,7 +35,7 @@ pub(super) struct Shared {
     pub leaving: AtomicBool,
     /// Absent once the last message is on its way.
     pub outgoing: Mutex<Option<mpsc::Sender<WorkerMessage>>>,
-    pub on_end: Box<dyn Fn(&Error, Option<u32>) + Send + Sync>,
+    pub on_end: Box<OnEnd>,
 }
 
 impl Shared {

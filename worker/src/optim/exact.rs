@@ -5,6 +5,8 @@ use super::dispatch::{dispatched, integer};
 use crate::model::{BadNumber, Leaves};
 use crate::ops::view;
 use half::bf16;
+use std::cmp::Ordering;
+use std::ops::Range;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 use unisono_configs::model::Layout;
@@ -24,6 +26,9 @@ pub struct ExactSum {
     layout: Arc<Layout>,
     /// For each bucket its sums in units of [`UNIT`]: `[elements]` i64.
     buckets: Vec<Tensor>,
+    /// For each tensor of each bucket: no leaf of this step has come yet, and the sums are those of some earlier step.
+    /// The first leaf then overwrites them, which spares zeroing them and reading them back.
+    stale: Vec<Vec<bool>>,
     bound: f64,
 }
 
@@ -32,53 +37,84 @@ impl ExactSum {
     pub fn new(layout: Arc<Layout>, leaves: usize) -> Self {
         let zeros = |elements: usize| Tensor::zeros([elements as i64], (Kind::Int64, Device::Cpu));
         let buckets = layout.buckets.iter().map(|b| zeros(b.elements)).collect();
-        ExactSum { layout, buckets, bound: bound(leaves) }
+        let stale = layout.buckets.iter().map(|b| vec![true; b.tensors.len()]).collect();
+        ExactSum { layout, buckets, stale, bound: bound(leaves) }
     }
 
+    /// The sums of a bucket, once [`ExactSum::settle`] has been called.
     pub fn bucket(&self, bucket: usize) -> &[i64] {
+        debug_assert!(!self.stale[bucket].contains(&true), "settled before it is read");
         view::elements(&self.buckets[bucket])
     }
 
+    /// As [`ExactSum::bucket`], for exchanging.
     pub fn bucket_mut(&mut self, bucket: usize) -> &mut [i64] {
+        debug_assert!(!self.stale[bucket].contains(&true), "settled before it is exchanged");
         view::elements_mut(&mut self.buckets[bucket])
+    }
+
+    /// Ends the leaves of a step: what received none is zero.
+    pub fn settle(&mut self) {
+        for (bucket, stale) in self.stale.iter_mut().enumerate() {
+            for (slot, stale) in self.layout.buckets[bucket].tensors.iter().zip(stale) {
+                if std::mem::take(stale) {
+                    view::elements_mut::<i64>(&mut self.buckets[bucket])[slot.range()].fill(0);
+                }
+            }
+        }
     }
 
     /// Forgets all leaves.
     pub fn clear(&mut self) {
-        for bucket in 0..self.buckets.len() {
-            self.bucket_mut(bucket).fill(0);
-        }
+        self.stale.iter_mut().for_each(|stale| stale.fill(true));
     }
 
-    fn add(
-        &mut self,
-        bucket: usize,
-        offset: usize,
-        gradient: &Tensor,
-        from: usize,
-        length: usize,
-    ) -> Result<(), BadNumber> {
-        let bound = self.bound;
-        let sums = &mut self.bucket_mut(bucket)[offset..offset + length];
-        let part = from..from + length;
-        let peak = match gradient.kind() {
-            Kind::Float => add_f32(sums, &view::elements::<f32>(gradient)[part]),
-            Kind::BFloat16 => add_bf16(sums, &view::elements::<bf16>(gradient)[part]),
-            Kind::Double => add_f64(sums, &view::elements::<f64>(gradient)[part]),
-            kind => unreachable!("leaves are fp32, bf16 or fp64, not {kind:?}"),
-        };
-        // A NaN fails this comparison too.
-        if peak < bound {
-            Ok(())
-        } else {
-            Err(BadNumber { bucket: self.layout.buckets[bucket].name.clone(), value: peak })
+    /// Adds elements `part` of `gradient` to those of the bucket from `offset` on.
+    fn add(&mut self, bucket: usize, offset: usize, gradient: &Tensor, part: Range<usize>) -> Result<(), BadNumber> {
+        let whole = offset..offset + part.len();
+        for (slot, stale) in self.layout.buckets[bucket].tensors.iter().zip(&mut self.stale[bucket]) {
+            let range = slot.range();
+            let (begin, end) = (range.start.max(whole.start), range.end.min(whole.end));
+            if begin >= end {
+                continue;
+            }
+            let sums = view::elements_mut::<i64>(&mut self.buckets[bucket]);
+            let fresh = std::mem::take(stale);
+            let first = fresh && (begin, end) == (range.start, range.end);
+            if fresh && !first {
+                sums[range].fill(0);
+            }
+            let part = part.start + begin - offset..part.start + end - offset;
+            let peak = add_leaf(&mut sums[begin..end], gradient, part, first);
+            // A NaN fails this comparison too.
+            if !matches!(peak.partial_cmp(&self.bound), Some(Ordering::Less)) {
+                return Err(BadNumber { bucket: self.layout.buckets[bucket].name.clone(), value: peak });
+            }
         }
+        Ok(())
+    }
+}
+
+/// Adds part of a leaf, or sets the sums to it where it is their first.
+fn add_leaf(sums: &mut [i64], gradient: &Tensor, part: Range<usize>, first: bool) -> f64 {
+    match (gradient.kind(), first) {
+        (Kind::Float, true) => set_f32(sums, &view::elements::<f32>(gradient)[part]),
+        (Kind::Float, false) => add_f32(sums, &view::elements::<f32>(gradient)[part]),
+        (Kind::BFloat16, true) => set_bf16(sums, &view::elements::<bf16>(gradient)[part]),
+        (Kind::BFloat16, false) => add_bf16(sums, &view::elements::<bf16>(gradient)[part]),
+        (Kind::Double, first) => {
+            if first {
+                sums.fill(0);
+            }
+            add_f64(sums, &view::elements::<f64>(gradient)[part])
+        }
+        (kind, _) => unreachable!("leaves are fp32, bf16 or fp64, not {kind:?}"),
     }
 }
 
 impl Leaves for ExactSum {
     fn dense(&mut self, bucket: usize, offset: usize, gradient: &Tensor) -> Result<(), BadNumber> {
-        self.add(bucket, offset, gradient, 0, gradient.numel())
+        self.add(bucket, offset, gradient, 0..gradient.numel())
     }
 
     fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber> {
@@ -86,9 +122,9 @@ impl Leaves for ExactSum {
             return Ok(());
         }
         let width = gradient.numel() / rows.len();
-        rows.iter()
-            .enumerate()
-            .try_for_each(|(i, &row)| self.add(bucket, offset + row as usize * width, gradient, i * width, width))
+        rows.iter().enumerate().try_for_each(|(i, &row)| {
+            self.add(bucket, offset + row as usize * width, gradient, i * width..(i + 1) * width)
+        })
     }
 }
 
@@ -126,22 +162,24 @@ fn accumulate(sum: i64, leaf: f32) -> i64 {
     integer((rounded * UNITS_PER_ONE).round_ties_even())
 }
 
-/// Adds a leaf and returns its largest magnitude (NaN if it holds one). Magnitudes compare as integers: the bits of
-/// non-negative floats ascend with their values, infinity and then NaN above them.
+/// Adds a leaf (sets the sums to the `FIRST`) and returns its largest magnitude, NaN if it holds one. Magnitudes compare
+/// as integers: the bits of non-negative floats ascend with their values, infinity and then NaN above them.
 #[inline(always)]
-fn add_narrow<T: Narrow>(sums: &mut [i64], leaf: &[T]) -> f64 {
+fn add_narrow<T: Narrow, const FIRST: bool>(sums: &mut [i64], leaf: &[T]) -> f64 {
     assert_eq!(sums.len(), leaf.len(), "a leaf covers exactly its sums");
     let mut peak = 0u32;
     for (sum, x) in sums.iter_mut().zip(leaf) {
         let x = x.value();
         peak = peak.max(x.to_bits() & 0x7fff_ffff);
-        *sum = accumulate(*sum, x);
+        *sum = accumulate(if FIRST { 0 } else { *sum }, x);
     }
     f64::from(f32::from_bits(peak))
 }
 
-dispatched! { fn add_f32(sums: &mut [i64], leaf: &[f32]) -> f64 = add_narrow; }
-dispatched! { fn add_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 = add_narrow; }
+dispatched! { fn set_f32(sums: &mut [i64], leaf: &[f32]) -> f64 = add_narrow::<f32, true>; }
+dispatched! { fn add_f32(sums: &mut [i64], leaf: &[f32]) -> f64 = add_narrow::<f32, false>; }
+dispatched! { fn set_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 = add_narrow::<bf16, true>; }
+dispatched! { fn add_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 = add_narrow::<bf16, false>; }
 
 /// Leaves in fp64 occur only where a test compares with an oracle.
 fn add_f64(sums: &mut [i64], leaf: &[f64]) -> f64 {

@@ -91,6 +91,7 @@ impl Optimizer {
 
     /// Adds up all ranks' sums: afterwards the own range holds the step's gradient.
     pub fn reduce(&mut self, collective: &mut dyn Collective) -> Result<(), collective::Error> {
+        self.sums.settle();
         (0..self.shard.buckets())
             .try_for_each(|b| collective.reduce_scatter(self.sums.bucket_mut(b), self.shard.owners(b)))
     }
@@ -125,7 +126,7 @@ impl Optimizer {
             let state = &mut self.states[piece.bucket];
             let begin = self.shard.own(piece.bucket).start;
             let of_bucket = begin + piece.of_shard.start..begin + piece.of_shard.end;
-            let sums = &mut self.sums.bucket_mut(piece.bucket)[of_bucket.clone()];
+            let sums = &self.sums.bucket(piece.bucket)[of_bucket.clone()];
             let bucket = parameters.bucket_mut(piece.bucket);
             match bucket.kind() {
                 Kind::Float => state.update::<f32>(sums, piece.of_shard, bucket, of_bucket, scalars),
@@ -133,6 +134,7 @@ impl Optimizer {
                 kind => unreachable!("parameters are fp32 or bf16, not {kind:?}"),
             }
         }
+        self.sums.clear();
     }
 
     /// Hands every rank's updated parameters to all.
@@ -157,7 +159,7 @@ fn resident_zeros(n: usize) -> Vec<f32> {
 impl State {
     fn update<P: Parameter + view::Element>(
         &mut self,
-        sums: &mut [i64],
+        sums: &[i64],
         of_shard: Range<usize>,
         bucket: &mut Tensor,
         of_bucket: Range<usize>,

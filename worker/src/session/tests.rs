@@ -261,7 +261,8 @@ fn refusal(change: impl Fn(&mut Assign), spoil: impl Fn(&Path)) -> Error {
 #[test]
 fn bad_input_is_one_sentence_that_names_it() {
     let keep = |_: &mut Assign| {};
-    let spoiled: [(&str, fn(&Path)); 4] = [
+    type Spoil = fn(&Path);
+    let spoiled: [(&str, Spoil); 4] = [
         ("config.json", |dir| std::fs::remove_file(dir.join("config.json")).unwrap()),
         ("gelu", |dir| model_directory(dir, |config| config["hidden_act"] = "gelu".into())),
         ("model.embed_tokens.weight", |dir| model_directory(dir, |config| config["vocab_size"] = 400.into())),
