@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod cli;
 pub mod data;
+pub mod demo;
 pub mod digest;
 pub mod export;
 pub mod launch;

@@ -20,7 +20,8 @@ Example:
   unisono generate runs/tiny-001 --prompt \"Question: what is 2 + 3?\\nAnswer:\"
   unisono generate models/tiny --data prompts.jsonl --max-new-tokens 32 > completions.jsonl
 
---data reads the field \"prompt\" of every row and prints {\"prompt\", \"completion\"} for it, in order.
+--data reads the field \"prompt\" of every row and prints {\"prompt\", \"completion\", \"ended\"} for it, in order;
+\"ended\" is false where --max-new-tokens cut the completion off.
 Exit codes: 0 done, 2 bad input, 3 the run failed.")]
 pub struct Args {
     /// A run's directory (its export is used) or a Hugging Face model directory
@@ -126,7 +127,10 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
     for ((_, prompt), continuation) in prompts.iter().zip(&outcome.continuations) {
         let completion = tokenizer.decode(&continuation.tokens);
         match as_json {
-            true => print(&format!("{}\n", json!({"prompt": prompt, "completion": completion}))),
+            true => print(&format!(
+                "{}\n",
+                json!({"prompt": prompt, "completion": completion, "ended": continuation.ended})
+            )),
             false => print(&format!("{completion}\n")),
         }
     }

@@ -55,6 +55,9 @@ pub struct Args {
     /// How weights are stored
     #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
     pub dtype: Dtype,
+    /// Standard deviation of the random matrices
+    #[arg(long, default_value_t = 0.02)]
+    pub deviation: f64,
     /// The same seed and corpus make the same bytes
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -94,6 +97,7 @@ impl Args {
             rope_theta: self.rope_theta,
             tied: self.tied,
             dtype: self.dtype,
+            deviation: self.deviation,
             seed: self.seed,
         }
     }

@@ -4,6 +4,7 @@
 pub mod checkpoints;
 pub mod config;
 pub mod coordinator;
+pub mod demo;
 pub mod generate;
 pub mod init_model;
 pub mod inspect;
@@ -50,6 +51,8 @@ enum Command {
     Status(watch::StatusArgs),
     /// Continue prompts greedily with a trained run or a model.
     Generate(generate::Args),
+    /// Make a small model, teach it small tasks with several workers and with one, and compare.
+    Demo(demo::Args),
     /// Print the digest of a run's state: equal digests, equal runs.
     Digest(checkpoints::DigestArgs),
     /// Show what the model will see and be asked for: counts per task, rows as tokens with the loss mask.
@@ -92,6 +95,7 @@ pub fn main() -> ExitCode {
     let ended = match cli.command {
         Command::Train(args) => train::run(args),
         Command::Coordinator(args) => coordinator::run(args),
+        Command::Demo(args) => demo::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Monitor(args) => watch::monitor(args),
         Command::Status(args) => watch::status(args),

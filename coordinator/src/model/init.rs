@@ -1,7 +1,7 @@
 //! A new model directory: random weights, and a tokenizer trained on a corpus. transformers opens it.
 
 use super::vocabulary::{self, Split, END, PAD};
-use super::weights::{self, Dtype, DEVIATION};
+use super::weights::{self, Dtype};
 use super::Error;
 use crate::data::Progress;
 use serde_json::{json, Value};
@@ -31,6 +31,8 @@ pub struct Plan {
     pub rope_theta: f64,
     pub tied: bool,
     pub dtype: Dtype,
+    /// Standard deviation of matrices: transformers' `initializer_range`.
+    pub deviation: f64,
     pub seed: u64,
 }
 
@@ -74,7 +76,8 @@ pub fn init(plan: &Plan, progress: &dyn Progress) -> Result<Made, Error> {
         std::fs::write(&path, text + "\n").map_err(|error| refuse(&path, error))?;
     }
     let path = plan.out.join("model.safetensors");
-    let bytes = weights::write(&path, &layout, plan.dtype, plan.seed).map_err(|error| refuse(&path, error))?;
+    let bytes =
+        weights::write(&path, &layout, plan.dtype, plan.deviation, plan.seed).map_err(|error| refuse(&path, error))?;
     Ok(Made { parameters: layout.parameters(), vocab, bytes })
 }
 
@@ -95,6 +98,10 @@ impl Plan {
         if !self.heads.is_multiple_of(self.kv_heads) {
             let problem = format!("is {} and must divide --heads {}", self.kv_heads, self.heads);
             return Err(Error::Option { option: "kv-heads", problem });
+        }
+        if !(self.deviation > 0.0 && self.deviation.is_finite()) {
+            let problem = format!("is {} and must be a number above 0", self.deviation);
+            return Err(Error::Option { option: "deviation", problem });
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             let problem = format!("is {} and must be even and above 0; give --head-dim", self.head_dim);
@@ -126,7 +133,7 @@ impl Plan {
             "num_key_value_heads": self.kv_heads,
             "hidden_act": "silu",
             "max_position_embeddings": self.max_positions,
-            "initializer_range": DEVIATION,
+            "initializer_range": self.deviation,
             "rms_norm_eps": 1e-5,
             "rope_theta": self.rope_theta,
             "attention_dropout": 0.0,
@@ -190,6 +197,7 @@ mod tests {
             rope_theta: 10_000.0,
             tied: true,
             dtype: Dtype::Fp32,
+            deviation: 0.02,
             seed: 7,
         }
     }
@@ -235,7 +243,12 @@ mod tests {
     fn text_survives_the_tokenizer_and_splits_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let text = "the number 12345 ist größer als 9\n🙂 fin";
-        for (split, name) in [(Split::Words, "words"), (Split::Digits, "digits"), (Split::Characters, "characters")] {
+        for (split, name) in [
+            (Split::Words, "words"),
+            (Split::Digits, "digits"),
+            (Split::Letters, "letters"),
+            (Split::Characters, "characters"),
+        ] {
             let plan = Plan { split, vocab: 400, ..plan(dir.path(), name) };
             let made = init(&plan, &()).unwrap();
             let tokenizer = TextTokenizer::read(&plan.out, made.vocab).unwrap();
@@ -255,7 +268,7 @@ mod tests {
             };
             match split {
                 Split::Words => assert!(longest(true) > Some(1) && longest(false) > Some(2)),
-                Split::Digits => assert!(longest(true) == Some(1) && longest(false) > Some(2)),
+                Split::Digits | Split::Letters => assert!(longest(true) == Some(1) && longest(false) > Some(2)),
                 Split::Characters => assert!(longest(true) == Some(1) && longest(false) == Some(1)),
             }
         }
@@ -299,7 +312,7 @@ mod tests {
         assert!(values("model.norm.weight").iter().all(|&v| v == 1.0));
         let matrix = values("model.layers.1.mlp.up_proj.weight");
         let n = matrix.len() as f64;
-        let moment = |k: i32| matrix.iter().map(|v| (v / DEVIATION).powi(k)).sum::<f64>() / n;
+        let moment = |k: i32| matrix.iter().map(|v| (v / plan.deviation).powi(k)).sum::<f64>() / n;
         // Standard errors over 16,384 numbers: 0.008, 0.011, 0.077.
         assert!(moment(1).abs() < 0.03 && (moment(2) - 1.0).abs() < 0.04 && (moment(4) - 3.0).abs() < 0.3);
     }

@@ -26,6 +26,9 @@ const LEAST: usize = 258;
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// `Split::Letters`.
+const LETTERS: &str = r" ?\p{Lu}?\p{Ll}+|\p{L}|\p{N}|\s|[^\s\p{L}\p{N}]";
+
 /// What no token of a trained tokenizer may join.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Split {
@@ -34,6 +37,9 @@ pub enum Split {
     Words,
     /// Words, and each digit by itself.
     Digits,
+    /// Lower-case words with the blank before them; capitals inside words, digits and marks by themselves. Good where
+    /// letters and digits are to be counted, copied or turned round.
+    Letters,
     /// Every character by itself.
     Characters,
 }
@@ -63,9 +69,10 @@ pub(super) fn train(
     };
     let mut tokenizer = Tokenizer::new(BPE::default());
     let parts: Vec<PreTokenizerWrapper> = match split {
-        Split::Characters if family == Family::Qwen2 => {
-            let problem = "characters cannot be had with --family qwen2, whose words transformers splits by a rule of its own; choose another family";
-            return Err(Error::Option { option: "split", problem: problem.into() });
+        Split::Characters | Split::Letters if family == Family::Qwen2 => {
+            let name = if split == Split::Letters { "letters" } else { "characters" };
+            let problem = format!("{name} cannot be had with --family qwen2, whose words transformers splits by a rule of its own; choose another family");
+            return Err(Error::Option { option: "split", problem });
         }
         // Qwen2's rule isolates digits.
         Split::Words | Split::Digits if family == Family::Qwen2 => {
@@ -74,6 +81,7 @@ pub(super) fn train(
         }
         Split::Words => vec![bytes(true)],
         Split::Digits => vec![Digits::new(true).into(), bytes(true)],
+        Split::Letters => vec![isolate(LETTERS)?.into(), bytes(false)],
         Split::Characters => vec![isolate(r"[\s\S]")?.into(), bytes(false)],
     };
     tokenizer.with_pre_tokenizer(Some(Sequence::new(parts)));

@@ -9,8 +9,6 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use unisono_configs::model::{Layout, TensorSlot};
 
-/// Standard deviation of matrices: transformers' `initializer_range`.
-pub(super) const DEVIATION: f64 = 0.02;
 /// Elements that one thread draws at a time.
 const BLOCK: usize = 1 << 16;
 
@@ -30,8 +28,8 @@ impl Dtype {
     }
 }
 
-/// Writes `path`, whole or not at all, and returns its size in bytes.
-pub(super) fn write(path: &Path, layout: &Layout, dtype: Dtype, seed: u64) -> std::io::Result<u64> {
+/// Writes `path`, whole or not at all, and returns its size in bytes. `deviation` is the matrices' standard deviation.
+pub(super) fn write(path: &Path, layout: &Layout, dtype: Dtype, deviation: f64, seed: u64) -> std::io::Result<u64> {
     let header = header(layout, dtype);
     let unfinished = path.with_extension("unfinished");
     let mut file = BufWriter::with_capacity(1 << 20, File::create(&unfinished)?);
@@ -45,7 +43,14 @@ pub(super) fn write(path: &Path, layout: &Layout, dtype: Dtype, seed: u64) -> st
             let drawn: Vec<Vec<u8>> = group
                 .par_iter()
                 .map(|&block| {
-                    draw(slot, dtype, seed, stream as u64, block * BLOCK..((block + 1) * BLOCK).min(elements))
+                    draw(
+                        slot,
+                        dtype,
+                        deviation,
+                        seed,
+                        stream as u64,
+                        block * BLOCK..((block + 1) * BLOCK).min(elements),
+                    )
                 })
                 .collect();
             drawn.iter().try_for_each(|bytes| file.write_all(bytes))?;
@@ -83,7 +88,14 @@ fn header(layout: &Layout, dtype: Dtype) -> String {
 
 /// Elements `range` of one tensor: norms 1, biases 0, matrices normal. Each element takes two words of the tensor's own
 /// stream at its own place, so that it depends neither on the threads nor on its neighbours.
-fn draw(slot: &TensorSlot, dtype: Dtype, seed: u64, stream: u64, range: std::ops::Range<usize>) -> Vec<u8> {
+fn draw(
+    slot: &TensorSlot,
+    dtype: Dtype,
+    deviation: f64,
+    seed: u64,
+    stream: u64,
+    range: std::ops::Range<usize>,
+) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(range.len() * dtype.bytes());
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     generator.set_stream(stream);
@@ -93,7 +105,7 @@ fn draw(slot: &TensorSlot, dtype: Dtype, seed: u64, stream: u64, range: std::ops
             slot if slot.name.ends_with(".bias") => 0.0,
             slot if slot.shape.len() == 1 => 1.0,
             // The centre of one of 2^52 equal parts of (0, 1).
-            _ => (DEVIATION * quantile(((generator.next_u64() >> 12) as f64 + 0.5) / (1u64 << 52) as f64)) as f32,
+            _ => (deviation * quantile(((generator.next_u64() >> 12) as f64 + 0.5) / (1u64 << 52) as f64)) as f32,
         };
         match dtype {
             Dtype::Fp32 => bytes.extend_from_slice(&value.to_le_bytes()),
