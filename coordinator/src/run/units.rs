@@ -5,8 +5,9 @@ use super::cost::CostModel;
 use super::plan::{fits, limits, Error, MicroBatch, Size, Worst};
 use unisono_configs::run::Train;
 
-/// Prompts continued side by side in one unit.
-const PROMPTS_PER_UNIT: usize = 16;
+/// Prompts continued side by side in one unit: as many as a worker decodes at once, fewer where there are not many, so
+/// that every worker finds some.
+const PROMPTS_PER_UNIT: std::ops::RangeInclusive<usize> = 16..=64;
 
 /// The units of one suite, in the order in which their results are summed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,7 +62,8 @@ impl Units {
         let sizes: Vec<Size> = lengths.iter().map(size).collect();
         let mut units = Units::default();
         let rows: Vec<u32> = (0..lengths.len() as u32).collect();
-        for rows in rows.chunks(PROMPTS_PER_UNIT) {
+        let together = lengths.len().div_ceil(8).clamp(*PROMPTS_PER_UNIT.start(), *PROMPTS_PER_UNIT.end());
+        for rows in rows.chunks(together) {
             units.push(0, MicroBatch::new(&sizes, rows.to_vec(), cost), &sizes);
         }
         units.worst.document += max_new_tokens;
@@ -124,5 +126,7 @@ mod tests {
         let rows: Vec<u32> = units.as_slice().iter().flat_map(|u| u.work.rows.clone()).collect();
         assert_eq!(rows, (0..40).collect::<Vec<_>>());
         assert_eq!(units.worst().document, 15);
+        assert_eq!(units.as_slice().len(), 3);
+        assert_eq!(Units::prompts(&[5; 400], 10, COST).as_slice().len(), 8);
     }
 }
