@@ -23,7 +23,7 @@ use unisono_configs::run::RunConfig;
 #[command(after_help = "\
 Example:
   unisono coordinator recipe.toml --workers 2 --listen 10.0.0.1:7070
-  # on each worker's machine, with the worker token from the run's control.json in worker.token:
+  # on each worker's machine, with a copy of the run's worker.token:
   UNISONO_TOKEN_FILE=worker.token unisono-worker join 10.0.0.1:7070
 
 Exit codes: 0 done, 2 bad input, 3 the run failed, 130 interrupted by Ctrl-C, 143 by SIGTERM.")]
@@ -57,7 +57,7 @@ pub fn run(args: Args) -> Result<()> {
     // Last, so that a refused run leaves no directory.
     let run_dir = run_dir::create(args.run_dir.as_deref(), &args.config.name())?;
     run_dir::record(&run_dir, &config)?;
-    let screen = Arc::new(Screen::new(reporter, workers(&config), args.json, false));
+    let screen = Arc::new(Screen::new(reporter, &run_dir, workers(&config), args.json, false));
     let conclude = conclude(config.clone(), run_dir.clone());
     let setup = Setup {
         listener,

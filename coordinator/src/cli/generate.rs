@@ -111,7 +111,7 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
         return Err(Error::BadInput(format!("{place}: {problem}")));
     }
     let work = Work::generate(ids, args.max_new_tokens, end_tokens(&config.model.path, tokenizer.eos()), &spec);
-    let screen = Arc::new(Screen::new(reporter, 1, false, true));
+    let screen = Arc::new(Screen::new(reporter, scratch, 1, false, true));
     let setup = Setup {
         listener,
         advertise: None,

@@ -10,7 +10,10 @@ use crate::monitor::{Display, View};
 use crate::serve::control::Control;
 use crate::serve::setup::Observer;
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use std::io::IsTerminal;
+use std::fs::OpenOptions;
+use std::io::{IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use unisono_proto::v1::{event::Body, Event};
 
@@ -26,13 +29,13 @@ struct Inner {
     display: Display,
     reporter: Reporter,
     workers: usize,
-    /// Said once workers may join and no supervisor starts them.
-    invitation: bool,
+    /// The run's directory, where no supervisor starts the workers: its user has to be told how they join.
+    invitation: Option<PathBuf>,
 }
 
 impl Screen {
     /// `quiet` shows nothing of the run's events, for commands whose output is something else.
-    pub fn new(reporter: Reporter, workers: usize, json: bool, quiet: bool) -> Self {
+    pub fn new(reporter: Reporter, run_dir: &Path, workers: usize, json: bool, quiet: bool) -> Self {
         let mut views: Vec<Box<dyn View>> = Vec::new();
         if json && !quiet {
             views.push(Box::new(Json::new(std::io::stdout())));
@@ -44,7 +47,7 @@ impl Screen {
                 false => views.push(Box::new(Plain::new(std::io::stderr(), PACE).without_failure())),
             }
         }
-        let invitation = !reporter.supervised();
+        let invitation = (!reporter.supervised()).then(|| run_dir.to_path_buf());
         Screen { inner: Mutex::new(Inner { display: Display::new(views), reporter, workers, invitation }) }
     }
 
@@ -63,12 +66,8 @@ impl Screen {
 impl Observer for Screen {
     fn listening(&self, control: &Control) {
         let mut inner = self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if inner.invitation {
-            let plural = if inner.workers == 1 { "worker" } else { "workers" };
-            eprintln!(
-                "waiting for {} {plural} on {}; on each machine: UNISONO_TOKEN_FILE=worker.token unisono-worker join {}",
-                inner.workers, control.address, control.address
-            );
+        if let Some(run_dir) = &inner.invitation {
+            eprint!("{}", invitation(run_dir, control, inner.workers));
         }
         let ready = report::Report::Ready {
             address: control.address.clone(),
@@ -86,6 +85,25 @@ impl Observer for Screen {
             inner.reporter.send(&report::Report::Progress { step: step.step, steps });
         }
     }
+}
+
+/// How workers join. The token goes into a file of its own, so that it can be copied to their machines.
+fn invitation(run_dir: &Path, control: &Control, workers: usize) -> String {
+    let path = run_dir.join("worker.token");
+    let written = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
+    let told = match written.and_then(|mut file| writeln!(file, "{}", control.tokens.worker)) {
+        Ok(()) => format!("with {}", path.display()),
+        Err(error) => format!(
+            "with tokens.worker of {}/control.json as worker.token ({}: {error})",
+            run_dir.display(),
+            path.display()
+        ),
+    };
+    let plural = if workers == 1 { "worker" } else { "workers" };
+    format!(
+        "waiting for {workers} {plural}; on each machine, {told}:\n  UNISONO_TOKEN_FILE=worker.token unisono-worker join {}\n",
+        control.address
+    )
 }
 
 /// Reading and tokenizing, as a bar where there is a terminal.
