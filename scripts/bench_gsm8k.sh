@@ -5,13 +5,13 @@
 #
 # MODEL is a Hugging Face directory, TRAIN_JSONL has "question" and "answer" in every row. PEERS is a directory with
 # trl_sft.py and torch_eager.py; PYTHON names an interpreter with torch, transformers and trl. ROUNDS (2), STEPS (12),
-# ROWS (8 per step) and WORKERS (2) can be set. Real tokens are counted, never padding; the first quarter of the steps
+# ROWS (8 per step), MICRO_BATCHES (2) and WORKERS (2) can be set. Real tokens are counted, never padding; the first quarter of the steps
 # is left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
 model=$(realpath "$1") data=$(realpath "$2") peers=${3:+$(realpath "$3")}
-rounds=${ROUNDS:-2} steps=${STEPS:-12} rows=${ROWS:-8} workers=${WORKERS:-2} python=${PYTHON:-python3}
+rounds=${ROUNDS:-2} steps=${STEPS:-12} rows=${ROWS:-8} workers=${WORKERS:-2} micro=${MICRO_BATCHES:-2} python=${PYTHON:-python3}
 unisono=${UNISONO:-${CARGO_TARGET_DIR:-target}/release/unisono}
 [ -x "$unisono" ] || { echo "$unisono is not built: run make build" >&2; exit 2; }
 scratch=$(mktemp -d)
@@ -20,7 +20,7 @@ trap 'rm -rf "$scratch"' EXIT
 ours() {
     "$unisono" train --model "$model" --data "$data" --workers "$1" --run-dir "$scratch/run-$2-$1" --json \
         --set 'data.template=Question: {{ question }}\nAnswer:||| {{ answer }}' \
-        --set model.compute=bf16 --set train.global_batch_size="$rows" --set train.steps="$steps" \
+        --set model.compute=bf16 --set train.global_batch_size="$rows" --set train.micro_batches="$micro" --set train.steps="$steps" \
         --set train.learning_rate=1e-3 --set train.schedule=constant --set split.validation=0 --set split.test=0 \
         --set eval.every=0 2>"$scratch/log" |
         python3 -c '
