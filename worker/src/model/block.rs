@@ -8,10 +8,11 @@ use super::linear::{input_gradient, view, Linear, Sink};
 use super::Error;
 use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::clock::timed;
-use crate::ops::documents::Documents;
+use crate::ops::documents::{Documents, TOKENS};
 use crate::ops::heads::{self, Columns, HeadNorm, Heads, NormGradient};
 use crate::ops::norm::{self, Addend, Normed};
 use crate::ops::rotation::Rotation;
+use crate::ops::rows;
 use crate::ops::swiglu::{self, GateUp};
 use tch::{Kind, Tensor};
 use unisono_configs::model::{Bucket, ModelSpec};
@@ -63,12 +64,20 @@ pub struct Saved {
     projections: Vec<Buffer>,
     heads: Projected,
     attended: Attended,
-    /// The residual stream between attention and MLP: wide `[T, H]`.
+    chosen: Option<Chosen>,
+    /// The residual stream between attention and MLP: wide `[T, H]`, or the chosen rows of it.
     pub middle: Buffer,
     middle_rstd: Buffer,
     middle_normed: Buffer,
     gate_up: Vec<Buffer>,
     activated: Buffer,
+}
+
+/// The rows that go on after the last attention: those with targets. What others would become reaches no loss.
+struct Chosen {
+    at: Vec<u32>,
+    /// Their part of the attention's output, rounded up with zero rows.
+    attended: Buffer,
 }
 
 impl Saved {
@@ -165,10 +174,17 @@ impl<'a> Block<'a> {
     }
 
     /// The block over `stream`: what to keep, and what its MLP adds to `Saved::middle`, `[T, H]` of the compute kind.
-    pub fn forward(&self, scene: Scene<'_>, stream: Stream<'_>) -> Result<(Saved, Buffer), Error> {
+    /// After attention only the rows `chosen` go on, if there is such a choice: then `T` becomes their number, rounded up.
+    pub fn forward(
+        &self,
+        scene: Scene<'_>,
+        stream: Stream<'_>,
+        chosen: Option<&[u32]>,
+    ) -> Result<(Saved, Buffer), Error> {
         let (pool, wide, compute) = (scene.pool, scene.wide, self.output.weight.kind());
         let (rows, hidden) = (scene.documents.rows, self.spec.hidden);
         let norm = |input: &Tensor, addend: Option<Addend<'_>>, scale: &Scale, residual: Option<&mut Tensor>| {
+            let rows = input.size()[0] as usize;
             let (mut rstd, mut output) = (pool.take(wide, &[rows]), pool.take(compute, &[rows, hidden]));
             let out = Normed { residual, rstd: &mut rstd, output: &mut output };
             timed("norm", || norm::forward(input, addend, &scale.weight, self.spec.norm_eps, out));
@@ -195,10 +211,13 @@ impl<'a> Block<'a> {
             projections.clear();
         }
         let attended = self.attention(scene).forward(&heads)?;
-        let attention = self.output.forward(&attended.output, pool)?;
+        let (chosen, chosen_input) = chosen.map(|at| self.choose(at, &attended, &input, pool)).unzip();
+        let attention = self.output.forward(chosen.as_ref().map_or(&attended.output, |c| &c.attended), pool)?;
+        let rows = attention.size()[0] as usize;
         let mut middle = pool.take(wide, &[rows, hidden]);
         let addend = Addend { output: &attention, bias: self.output.bias.as_ref() };
-        let (middle_rstd, middle_normed) = norm(&input, Some(addend), &self.mlp_norm, Some(&mut *middle));
+        let before = chosen_input.as_ref().unwrap_or(&input);
+        let (middle_rstd, middle_normed) = norm(before, Some(addend), &self.mlp_norm, Some(&mut *middle));
         drop(attention);
         let mut gate_up = Vec::new();
         for layer in &self.gate_up {
@@ -216,6 +235,7 @@ impl<'a> Block<'a> {
             projections,
             heads,
             attended,
+            chosen,
             middle,
             middle_rstd,
             middle_normed,
@@ -223,6 +243,17 @@ impl<'a> Block<'a> {
             activated,
         };
         Ok((saved, mlp))
+    }
+
+    /// The rows `at` of attention's output and of the stream before it, rounded up with zero rows.
+    fn choose(&self, at: &[u32], attended: &Attended, input: &Tensor, pool: &Pool) -> (Chosen, Buffer) {
+        let rows = at.len().next_multiple_of(TOKENS);
+        let pick = |all: &Tensor| {
+            let mut few = pool.take(all.kind(), &[rows, all.size()[1] as usize]);
+            timed("choice", || rows::pick(all, at, &mut few));
+            few
+        };
+        (Chosen { at: at.to_vec(), attended: pick(&attended.output) }, pick(input))
     }
 
     pub(super) fn gate_up_bias(&self) -> Option<(&Tensor, &Tensor)> {
@@ -257,8 +288,18 @@ impl<'a> Block<'a> {
         self.norm_backward(&grad_normed, (&middle, &middle_rstd), &self.mlp_norm, grad, &mut sink)?;
         drop((grad_normed, middle));
 
-        self.output.gradients(&grad.rounded, &saved.attended.output, wide, &mut sink)?;
-        let grad_attended = input_gradient(std::slice::from_ref(&self.output), &[&grad.rounded], pool)?;
+        let attended = saved.chosen.as_ref().map_or(&saved.attended.output, |c| &c.attended);
+        self.output.gradients(&grad.rounded, attended, wide, &mut sink)?;
+        let mut grad_attended = input_gradient(std::slice::from_ref(&self.output), &[&grad.rounded], pool)?;
+        if let Some(chosen) = &saved.chosen {
+            let spread = |few: &Tensor| {
+                let mut all = pool.take(few.kind(), &[scene.documents.rows, few.size()[1] as usize]);
+                timed("choice", || rows::scatter(few, &chosen.at, &mut all));
+                all
+            };
+            grad_attended = spread(&grad_attended);
+            *grad = Gradient { wide: spread(&grad.wide), rounded: spread(&grad.rounded) };
+        }
         let grad_heads = self.attention(scene).backward(&grad_attended, &saved.heads, &saved.attended)?;
         drop((grad_attended, saved.attended, saved.heads));
         let grad_projections = self.join(scene, &grad_heads, &saved.projections, &mut sink)?;

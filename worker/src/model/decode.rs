@@ -73,7 +73,8 @@ impl Model {
         let scene = Scene { documents: &documents, rotation, wide: wide(self.compute()), pool: &self.pool };
         let mut caches = Vec::new();
         let (kv_heads, dim) = (self.spec().kv_heads, self.spec().head_dim);
-        let passed = self.run_blocks(prompt, scene, false, |_, saved| {
+        let last = [prompt.len() as u32 - 1];
+        let passed = self.run_blocks(prompt, &last, scene, false, |_, saved| {
             let (keys, values) = saved.keys_and_values();
             // [kv heads, padded, D] -> [positions, kv heads * D]
             let by_position = |flat: &Tensor| -> Vec<f32> {
@@ -83,7 +84,7 @@ impl Model {
             };
             caches.push(Cache { keys: by_position(keys), values: by_position(values) });
         })?;
-        let mut logits = self.head().logits_of(&self.last(&passed), &[prompt.len() as u32 - 1], &self.pool)?;
+        let mut logits = self.head().logits_of(&self.last(&passed), &self.pool)?;
         let next = first_choices(&mut logits)[0];
         Ok(Slot { caches, position: prompt.len(), next, result: Vec::new(), ended: false, done: false })
     }
@@ -101,8 +102,7 @@ impl Model {
             (residual, mlp) = self.block(layer).step(layer, stream, slots, rotation, self)?;
         }
         let last = Last { residual: &residual, mlp: &mlp, bias: self.block(spec.layers - 1).down_bias() };
-        let all: Vec<u32> = (0..ROWS as u32).collect();
-        let choices = first_choices(&mut *self.head().logits_of(&last, &all, pool)?);
+        let choices = first_choices(&mut *self.head().logits_of(&last, pool)?);
         for (slot, choice) in slots.iter_mut().zip(choices) {
             slot.next = choice;
             slot.position += usize::from(!slot.done);

@@ -1,7 +1,7 @@
 //! The passes of a whole model over one packed row: forward, forward with backward, evaluation.
 
 use super::block::{Block, Saved, Scene, Stream};
-use super::head::{wide, Head, Last, Selected};
+use super::head::{wide, Head, Last};
 use super::linear::view;
 use super::{Batch, Error, Leaves, Loss, Model};
 use crate::ops::buffer::Buffer;
@@ -82,23 +82,26 @@ impl Model {
         }
     }
 
-    /// Runs all blocks; `visit` sees each block's intermediate results before they are dropped or kept.
+    /// Runs all blocks, the last one to the end only for the rows `chosen`; `visit` sees each block's intermediate results
+    /// before they are dropped or kept.
     pub(super) fn run_blocks(
         &self,
         tokens: &[u32],
+        chosen: &[u32],
         scene: Scene<'_>,
         keep: bool,
         mut visit: impl FnMut(usize, &Saved),
     ) -> Result<Passed, Error> {
         let mut embedded = scene.pool.take(scene.wide, &[scene.documents.rows, self.spec().hidden]);
         timed("embedding", || rows::look_up(&self.embedding(), tokens, &mut embedded));
-        let (saved, mut mlp) = self.block(0).forward(scene, Stream::Embedded(embedded))?;
+        let choice = |layer: usize| (layer + 1 == self.spec().layers).then_some(chosen);
+        let (saved, mut mlp) = self.block(0).forward(scene, Stream::Embedded(embedded), choice(0))?;
         visit(0, &saved);
         let mut blocks = vec![saved];
         for layer in 1..self.spec().layers {
             let residual = &blocks[blocks.len() - 1].middle;
             let stream = Stream::Within { residual, mlp, bias: self.block(layer - 1).down_bias() };
-            let (saved, next) = self.block(layer).forward(scene, stream)?;
+            let (saved, next) = self.block(layer).forward(scene, stream, choice(layer))?;
             visit(layer, &saved);
             mlp = next;
             if !keep {
@@ -129,9 +132,9 @@ impl Model {
         let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
         let wide = wide(self.compute());
         let scene = Scene { documents: &documents, rotation: &rotation, wide, pool: &self.pool };
-        let mut passed = self.run_blocks(&batch.tokens, scene, true, |_, _| ())?;
+        let mut passed = self.run_blocks(&batch.tokens, &selected.rows, scene, true, |_, _| ())?;
         let (sum, mut grad) =
-            self.head().forward_backward(&self.last(&passed), &selected, scale, leaves, &self.pool)?;
+            self.head().forward_backward(&self.last(&passed), &selected.targets, scale, leaves, &self.pool)?;
         while let Some(saved) = passed.blocks.pop() {
             self.block(passed.blocks.len()).backward(scene, saved, &mut grad, leaves)?;
         }
@@ -149,8 +152,8 @@ impl Model {
         let documents = Documents::new(&batch.starts, batch.tokens.len());
         let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
         let scene = Scene { documents: &documents, rotation: &rotation, wide: wide(self.compute()), pool: &self.pool };
-        let passed = self.run_blocks(&batch.tokens, scene, false, |_, _| ())?;
-        let (sum, correct) = self.head().evaluate(&self.last(&passed), &selected, &self.pool)?;
+        let passed = self.run_blocks(&batch.tokens, &selected.rows, scene, false, |_, _| ())?;
+        let (sum, correct) = self.head().evaluate(&self.last(&passed), &selected.targets, &self.pool)?;
         Ok(Loss { sum, targets: selected.rows.len() as u64, correct })
     }
 }
@@ -161,10 +164,16 @@ impl Model {
         let documents = Documents::new(&batch.starts, batch.tokens.len());
         let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
         let scene = Scene { documents: &documents, rotation: &rotation, wide: wide(self.compute()), pool: &self.pool };
-        let passed = self.run_blocks(&batch.tokens, scene, false, |_, _| ())?;
-        let logits = self.head().logits_of(&self.last(&passed), at, &self.pool)?;
+        let passed = self.run_blocks(&batch.tokens, at, scene, false, |_, _| ())?;
+        let logits = self.head().logits_of(&self.last(&passed), &self.pool)?;
         Ok(logits.narrow(0, 0, at.len() as i64).copy())
     }
+}
+
+/// Rows with targets.
+struct Selected {
+    rows: Vec<u32>,
+    targets: Vec<u32>,
 }
 
 impl Selected {

@@ -1,8 +1,9 @@
 //! Loops over rows of matrices: lookup, selection, sums of columns, conversion.
 
 use super::simd::{vectorised, Narrow};
-use super::view::{elements, elements_mut};
+use super::view::{elements, elements_mut, Element};
 use half::bf16;
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// Rows of `table` `[_, H]` by id to the first rows of the wide `output` `[rows, H]`; the rest becomes zero.
@@ -106,61 +107,39 @@ vectorised! {
     }
 }
 
-/// Rows `at` of the wide `base` `[_, H]` plus those of `addend` (compute kind, with a bias) to the first rows of the wide
-/// `output`; the rest becomes zero.
-pub fn select_sum(base: &Tensor, addend: &Tensor, bias: Option<&Tensor>, at: &[u32], output: &mut Tensor) {
-    let width = output.size()[1] as usize;
-    let (rest, wide) = (output.size()[0] as usize - at.len(), output.kind());
-    match addend.kind() {
-        Kind::Float => {
-            select_rows::<f32>(elements(base), elements(addend), bias.map(elements), width, at, elements_mut(output));
-        }
-        Kind::BFloat16 => {
-            select_rows::<bf16>(elements(base), elements(addend), bias.map(elements), width, at, elements_mut(output));
-        }
-        _ => {
-            let rows = index(at);
-            let mut sum = base.index_select(0, &rows) + addend.index_select(0, &rows).to_kind(wide);
-            if let Some(bias) = bias {
-                sum += bias.to_kind(wide);
-            }
-            output.copy_(&sum.constant_pad_nd([0, 0, 0, rest as i64]));
-        }
+/// For each of the chosen rows its elements among them, and those of row `at[i]` among all.
+fn pairs(at: &[u32], width: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
+    let range = move |row: usize| row * width..(row + 1) * width;
+    at.iter().enumerate().map(move |(i, &row)| (range(i), range(row as usize)))
+}
+
+/// Copies the rows `at` of `all` to the first rows of `chosen`, both `[_, N]` of one kind; the rest becomes zero.
+pub fn pick(all: &Tensor, at: &[u32], chosen: &mut Tensor) {
+    fn copy<T: Element + Default>(all: &Tensor, at: &[u32], chosen: &mut Tensor) {
+        let width = chosen.size()[1] as usize;
+        let (all, chosen) = (elements::<T>(all), elements_mut::<T>(chosen));
+        pairs(at, width).for_each(|(few, many)| chosen[few].copy_from_slice(&all[many]));
+        chosen[at.len() * width..].fill(T::default());
+    }
+    match all.kind() {
+        Kind::Float => copy::<f32>(all, at, chosen),
+        Kind::BFloat16 => copy::<bf16>(all, at, chosen),
+        _ => copy::<f64>(all, at, chosen),
     }
 }
 
-vectorised! {
-    fn select_rows<C: Narrow>(
-        base: &[f32], addend: &[C], bias: Option<&[C]>, width: usize, at: &[u32], output: &mut [f32],
-    ) {
-        let (real, padding) = output.split_at_mut(at.len() * width);
-        for (out, &row) in real.chunks_exact_mut(width).zip(at) {
-            let from = row as usize * width..(row as usize + 1) * width;
-            for ((o, b), a) in out.iter_mut().zip(&base[from.clone()]).zip(&addend[from]) {
-                *o = b + a.load();
-            }
-            for (o, b) in out.iter_mut().zip(bias.into_iter().flatten()) {
-                *o += b.load();
-            }
-        }
-        padding.fill(0.0);
+/// The backward of [`pick`]: copies the first rows of `chosen` to the rows `at` of `all`; other rows become zero.
+pub fn scatter(chosen: &Tensor, at: &[u32], all: &mut Tensor) {
+    fn copy<T: Element + Default>(chosen: &Tensor, at: &[u32], all: &mut Tensor) {
+        let width = all.size()[1] as usize;
+        let (chosen, all) = (elements::<T>(chosen), elements_mut::<T>(all));
+        all.fill(T::default());
+        pairs(at, width).for_each(|(few, many)| all[many].copy_from_slice(&chosen[few]));
     }
-}
-
-/// Writes the first rows of `source` to the rows `at` of `output`, both `[_, H]` of one kind; other rows become zero.
-pub fn scatter(source: &Tensor, at: &[u32], output: &mut Tensor) {
-    fn copy<T: super::view::Element + Default>(source: &Tensor, at: &[u32], output: &mut Tensor) {
-        let width = output.size()[1] as usize;
-        let output = elements_mut::<T>(output);
-        output.fill(T::default());
-        for (from, &row) in elements::<T>(source).chunks_exact(width).zip(at) {
-            output[row as usize * width..][..width].copy_from_slice(from);
-        }
-    }
-    match output.kind() {
-        Kind::Float => copy::<f32>(source, at, output),
-        Kind::BFloat16 => copy::<bf16>(source, at, output),
-        _ => copy::<f64>(source, at, output),
+    match all.kind() {
+        Kind::Float => copy::<f32>(chosen, at, all),
+        Kind::BFloat16 => copy::<bf16>(chosen, at, all),
+        _ => copy::<f64>(chosen, at, all),
     }
 }
 
