@@ -121,3 +121,58 @@ fn costs(out: &mut String, run: &RunState) {
         bytes(peak)
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::demo::corpus::{Corpus, Row};
+    use crate::demo::score::Answer;
+    use unisono_proto::v1::{event::Body, Event, RunDone};
+
+    fn run(digest: &str) -> RunState {
+        let done = RunDone { digest: digest.into(), ..Default::default() };
+        let mut state = RunState::default();
+        state.apply(&Event { sequence: 1, time: 0.0, body: Some(Body::Done(done)) });
+        state
+    }
+
+    fn story(one: &str) -> Story {
+        let corpus = Corpus::new(0);
+        // Right on known templates, silent on the unseen ones.
+        let right = |row: &Row| Answer { completion: row.completion.clone(), ended: true };
+        let wrong = |_: &Row| Answer { completion: String::new(), ended: true };
+        let asked = questions(&corpus);
+        let after = asked.iter().flat_map(|(_, known, unseen)| known.iter().map(right).chain(unseen.iter().map(wrong)));
+        let after: Vec<Answer> = after.collect();
+        Story {
+            directory: "runs/demo-001".into(),
+            before: Vec::new(),
+            after,
+            pretrained: RunState::default(),
+            several: run("d1"),
+            one: run(one),
+            seconds: 61.0,
+            corpus,
+        }
+    }
+
+    #[test]
+    fn every_answer_is_held_against_its_own_question() {
+        let text = screen(&story("d1"));
+        let row = text.lines().find(|l| l.starts_with("reverse")).unwrap();
+        let figures: Vec<&str> = row.split_whitespace().skip(2).collect();
+        assert_eq!(figures, ["0.0%", "100.0%", "0.0%"], "{text}");
+        assert!(text.contains("8 of 8 tasks reach 90%"), "{text}");
+        assert!(text.contains("the same, bit for bit"), "{text}");
+    }
+
+    #[test]
+    fn two_results_are_called_a_defect() {
+        let other = story("d2");
+        assert!(!is_one_result(&other));
+        assert!(screen(&other).contains("DIFFERENT"));
+        // Two runs without a digest are no proof.
+        let unknown = Story { several: run(""), ..story("") };
+        assert!(!is_one_result(&unknown));
+    }
+}

@@ -84,6 +84,8 @@ pub fn line(event: &Event, state: &RunState) -> Option<String> {
             }
             line
         }
+        // One task is all tasks together.
+        Body::Eval(e) if e.task.is_empty() && state.tasks(&e.split) == 1 => return None,
         Body::Eval(e) => eval(e),
         Body::Memory(m) => format!(
             "memory rank {} planned {} peak {} optimizer {}",

@@ -96,6 +96,11 @@ impl RunState {
         self.started.as_ref().map_or(0, |s| s.steps)
     }
 
+    /// Tasks that `split` was evaluated on by name.
+    pub fn tasks(&self, split: &str) -> usize {
+        self.evals.keys().filter(|(s, task)| s == split && !task.is_empty()).count()
+    }
+
     /// Whether the run has ended, well or badly.
     pub fn ended(&self) -> bool {
         self.done.is_some() || self.failed.is_some()
