@@ -120,22 +120,28 @@ fn an_independent_script_recomputes_the_digest() {
     assert!(text.contains(&run.digest()), "digest.py says {text}, the run {}", run.digest());
 }
 
+/// Builds the worker with these features into the target directory of this test.
+fn build_worker(features: &[&str]) {
+    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(binaries::checkout())
+        .args(["build", "--locked", "-p", "unisono-worker", "--bin", "unisono-worker", "--target-dir"])
+        .arg(binaries::profile_dir().parent().unwrap())
+        .args(features)
+        .status()
+        .unwrap();
+    assert!(status.success(), "the worker does not build with {features:?}");
+}
+
 /// The negative control: a worker that adds leaves as fp32 must not give one result, else the tests above prove
 /// nothing. Builds a second worker, so it runs with `make chaos`.
 #[test]
 #[ignore = "builds a second worker: make chaos"]
 fn a_build_that_sums_in_fp32_differs() {
-    let target = binaries::profile_dir().join("float-sum");
-    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .current_dir(binaries::checkout())
-        .args(["build", "--locked", "-p", "unisono-worker", "--bin", "unisono-worker", "--features", "float-sum"])
-        .arg("--target-dir")
-        .arg(&target)
-        .status()
-        .unwrap();
-    assert!(status.success(), "the worker with float-sum does not build");
-    let worker = target.join("debug/unisono-worker");
     let dir = tempfile::tempdir().unwrap();
+    let worker = dir.path().join("unisono-worker");
+    build_worker(&["--features", "float-sum"]);
+    std::fs::copy(binaries::worker(), &worker).unwrap();
+    build_worker(&[]);
     let runs: Vec<Finished> = [1, 2, 3]
         .into_iter()
         .map(|workers| train(dir.path(), "fp32").workers(workers).env("UNISONO_WORKER", &worker).succeed())
