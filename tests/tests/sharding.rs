@@ -29,7 +29,6 @@ fn optimizer_state_shrinks_with_the_number_of_workers() {
             .start();
         let parameters = live.wait_for("started")["parameters"].as_f64().unwrap();
         live.wait_for("step");
-        live.wait_for("step");
         let of_each: Vec<u64> = live.workers().iter().filter_map(|worker| resident_bytes(worker.pid)).collect();
         assert_eq!(of_each.len(), workers);
         resident.push(of_each.iter().copied().max().unwrap() as f64);
