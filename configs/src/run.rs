@@ -4,6 +4,7 @@ mod error;
 mod names;
 mod read;
 mod resolve;
+mod resume;
 mod section;
 #[cfg(test)]
 mod tests;

@@ -114,6 +114,7 @@ impl Served {
             spec: self.spec.clone(),
             work,
             observer: Arc::new(Notes { control: Mutex::new(Some(told)), events: events.clone() }),
+            resume: None,
             conclude: None,
         };
         let shutdown = async move {

@@ -100,7 +100,7 @@ impl<W: Write> Write for Hashing<W> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::optim::adamw::Settings;
     use safetensors::SafeTensors;
@@ -114,7 +114,7 @@ mod tests {
         Arc::new(Layout { buckets: vec![Bucket { name: "block.0".into(), tensors, elements: 200_100 }] })
     }
 
-    fn optimizer(rank: usize, world: usize) -> Optimizer {
+    pub(crate) fn optimizer(rank: usize, world: usize) -> Optimizer {
         let settings = Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
         let mut optimizer = Optimizer::new(layout(), rank, world, settings, 1);
         let fill = |name: &str, range: std::ops::Range<usize>, to: &mut [f32]| -> Result<(), ()> {

@@ -10,5 +10,6 @@ pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod restore;
 pub mod session;
 pub mod train;

@@ -8,9 +8,10 @@ use crate::model::weights::{self, Weights};
 use crate::model::{self, Batch, Model};
 use crate::optim::adamw::Settings;
 use crate::optim::Optimizer;
+use crate::restore::{self, Part, Saved};
 use crate::train::{self, Trainer};
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tch::{Device, Kind};
 use unisono_configs::model::{spec, ModelSpec};
@@ -32,6 +33,8 @@ pub enum Error {
     #[error("{path}: {source}", path = path.display())]
     Model { path: PathBuf, source: model::Error },
     #[error(transparent)]
+    Restore(#[from] restore::Error),
+    #[error(transparent)]
     Memory(#[from] memory::Error),
     #[error(transparent)]
     Train(#[from] train::Error),
@@ -46,7 +49,7 @@ impl Error {
             Error::Spec(_) | Error::Weights(_) | Error::Model { .. } | Error::Memory(_) | Error::Unsupported(_) => true,
             Error::Link(link::Error::Aborted(failure)) => failure.bad_input,
             Error::Link(link::Error::Refused(_) | link::Error::Dial(_)) => true,
-            Error::Link(_) | Error::Collective(_) | Error::Train(_) => false,
+            Error::Link(_) | Error::Collective(_) | Error::Restore(_) | Error::Train(_) => false,
         }
     }
 }
@@ -119,16 +122,28 @@ impl<'l> Loading<'l> {
         weights.check(&layout)?;
         let tied = spec.tied;
         let failed = |source| Error::Model { path: path.clone(), source };
-        let model = Model::load(&path, spec, compute, Device::Cpu).map_err(failed)?;
+        let saved = assign.resume.as_ref().map(|resume| Saved::open(Path::new(&resume.path), resume.step)).transpose()?;
+        let model = match &saved {
+            None => Model::load(&path, spec, compute, Device::Cpu).map_err(failed)?,
+            Some(saved) => {
+                let mut model = Model::new(spec, compute, Device::Cpu);
+                let filled = model.fill(|name, range, out| saved.read(name, Part::Master, range, out).map_err(Filling::from));
+                filled.map_err(|error| error.named(&path))?;
+                model
+            }
+        };
         let mut optimizer = None;
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.
             let leaves = assign.micro_batches as usize * if tied { 2 } else { 1 };
             let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(), leaves);
-            new.load_masters(|name, range, out| weights.read_f32(name, range, out))?;
+            match &saved {
+                None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
+                Some(saved) => new.load_state(|name, part, range, out| saved.read(name, part, range, out))?,
+            }
             optimizer = Some(new);
         }
-        drop(weights);
+        drop((weights, saved));
         try_worst(assign, &model, optimizer.as_mut()).map_err(failed)?;
 
         let (link, epoch) = (*link, *epoch);
@@ -171,10 +186,6 @@ impl<'l> Loading<'l> {
             let sentence = format!("device \"{}\" is not supported yet; set cluster.device = \"cpu\"", assign.device);
             return Err(Error::Unsupported(sentence));
         }
-        if let Some(resume) = &assign.resume {
-            let sentence = format!("{}: resuming from a checkpoint is not supported yet; start a new run", resume.path);
-            return Err(Error::Unsupported(sentence));
-        }
         Ok((PathBuf::from(&model.path), compute))
     }
 
@@ -186,6 +197,33 @@ impl<'l> Loading<'l> {
             eps: optimizer.eps,
             weight_decay: optimizer.weight_decay,
             max_grad_norm: optimizer.max_grad_norm,
+        }
+    }
+}
+
+/// Why parameters could not be filled from a checkpoint.
+enum Filling {
+    Model(model::Error),
+    Restore(restore::Error),
+}
+
+impl From<model::Error> for Filling {
+    fn from(error: model::Error) -> Self {
+        Filling::Model(error)
+    }
+}
+
+impl From<restore::Error> for Filling {
+    fn from(error: restore::Error) -> Self {
+        Filling::Restore(error)
+    }
+}
+
+impl Filling {
+    fn named(self, path: &Path) -> Error {
+        match self {
+            Filling::Model(source) => Error::Model { path: path.into(), source },
+            Filling::Restore(error) => Error::Restore(error),
         }
     }
 }

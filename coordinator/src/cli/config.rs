@@ -11,7 +11,7 @@ use unisono_configs::run::{Count, Device, RunConfig};
 #[derive(Debug, Clone, clap::Args)]
 pub struct ConfigArgs {
     /// Run configuration (TOML); instead of it: --model and --data
-    #[arg(value_name = "CONFIG", conflicts_with_all = ["model", "data"], required_unless_present_all = ["model", "data"])]
+    #[arg(value_name = "CONFIG", conflicts_with_all = ["model", "data"])]
     config: Option<PathBuf>,
     /// Hugging Face model directory
     #[arg(long, value_name = "DIR", requires = "data")]
@@ -48,6 +48,25 @@ impl ConfigArgs {
         resolve(&mut config)?;
         let spec = model::check(&config.model.path).map_err(Error::bad_input)?.spec;
         Ok((config, spec))
+    }
+
+    /// Whether a configuration is named at all.
+    pub fn is_given(&self) -> bool {
+        self.config.is_some() || self.model.is_some()
+    }
+
+    /// The configuration with which the run in `run_dir` goes on: the one given here, else the one that it recorded, with
+    /// the options given here. A change that would make it another run is refused.
+    pub fn load_again(&self, run_dir: &Path) -> Result<(RunConfig, ModelSpec)> {
+        let path = run_dir.join(super::run_dir::CONFIG);
+        let recorded = RunConfig::read(&path, &[]).map_err(Error::bad_input)?;
+        let (wanted, place) = match &self.config {
+            Some(given) => (self.load()?, given.display().to_string()),
+            None if self.is_given() => (self.load()?, "command line".into()),
+            None => (ConfigArgs { config: Some(path), ..self.clone() }.load()?, "command line".into()),
+        };
+        recorded.check_resume(&wanted.0, &place).map_err(Error::bad_input)?;
+        Ok(wanted)
     }
 
     /// What a run of this configuration is called.

@@ -2,13 +2,14 @@
 
 use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading, Screen};
-use super::{print, run_dir, Error, Result};
+use super::{print, resume, run_dir, Error, Result};
 use crate::launch::report::Reporter;
 use crate::launch::{child, LISTEN_FD};
 use crate::monitor::plain::failure;
 use crate::monitor::state::RunState;
 use crate::monitor::summary::summary;
 use crate::run::event::{Conclusion, Outcome};
+use crate::serve::ledger::Ledger;
 use crate::serve::setup::{Conclude, Setup};
 use crate::serve::work::Work;
 use crate::{data, digest, export};
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Arc;
 use tokio::signal::unix::{signal, SignalKind};
+use unisono_configs::model::Layout;
 use unisono_configs::run::RunConfig;
 
 #[derive(Debug, clap::Args)]
@@ -39,6 +41,11 @@ pub struct Args {
     /// Directory of the run, which must not exist; default: runs/<name>-<number>
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
+    /// Go on with a run that ended, from its newest checkpoint, with any number of workers; auto: with the newest run of
+    /// this configuration, or start one. A CONFIG beside it may change only train.epochs, train.steps, [eval],
+    /// [checkpoint] and [cluster]
+    #[arg(long, value_name = "RUN|auto")]
+    resume: Option<String>,
     /// One JSON object per event on standard output
     #[arg(long)]
     json: bool,
@@ -48,17 +55,36 @@ pub fn run(args: Args) -> Result<()> {
     let reporter = Reporter::from_environment();
     // Bound before the data is read: an address that is taken is known at once.
     let listener = listener(args.listen.as_deref())?;
-    let (config, spec) = args.config.load()?;
+    let resumed = resume::target(args.resume.as_deref(), args.run_dir.as_deref(), &args.config)?;
+    let (config, spec) = match &resumed {
+        Some(run_dir) => args.config.load_again(run_dir)?,
+        None => args.config.load()?,
+    };
     // Said before the data is read, which may take minutes; making the directory is what decides.
-    args.run_dir.as_deref().map_or(Ok(()), run_dir::refuse_existing)?;
+    if resumed.is_none() {
+        args.run_dir.as_deref().map_or(Ok(()), run_dir::refuse_existing)?;
+    }
+    // Locks the run: nobody else serves it while its checkpoints are looked at.
+    let ledger = resumed.as_deref().map(Ledger::open).transpose().map_err(Error::bad_input)?;
     let dataset = data::prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
     dataset.reports.iter().for_each(|report| eprint!("{}", data_lines(report)));
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
-    // Last, so that a refused run leaves no directory.
-    let run_dir = run_dir::create(args.run_dir.as_deref(), &args.config.name())?;
+    let (run_dir, work, resumption) = match (resumed, ledger) {
+        (Some(run_dir), Some(ledger)) => {
+            let resumed = resume::resume(&run_dir, ledger, work, &Layout::new(&spec))?;
+            if let Some(done) = resumed.done {
+                eprintln!("{} is finished: {} steps, digest {}", run_dir.display(), done.steps, done.digest);
+                return Ok(());
+            }
+            (run_dir, resumed.work, Some(resumed.resumption))
+        }
+        // Last, so that a refused run leaves no directory.
+        _ => (run_dir::create(args.run_dir.as_deref(), &args.config.name())?, work, None),
+    };
     run_dir::record(&run_dir, &config)?;
     let screen = Arc::new(Screen::new(reporter, &run_dir, workers(&config), args.json, false));
-    let conclude = conclude(config.clone(), run_dir.clone());
+    let term = resumption.as_ref().map(|r| r.ledger.term());
+    let conclude = conclude(config.clone(), run_dir.clone(), term);
     let setup = Setup {
         listener,
         advertise: args.advertise,
@@ -67,10 +93,11 @@ pub fn run(args: Args) -> Result<()> {
         spec,
         work,
         observer: screen.clone(),
+        resume: resumption,
         conclude: Some(conclude),
     };
     if let Err(error) = serve(setup, &screen) {
-        if matches!(error, Error::BadInput(_)) {
+        if matches!(error, Error::BadInput(_)) && term.is_none() {
             run_dir::withdraw(&run_dir);
         }
         return Err(error);
@@ -131,11 +158,15 @@ pub fn serve(setup: Setup, screen: &Screen) -> Result<Outcome> {
     }
 }
 
-/// What a finished training run leaves behind: its digest, and a Hugging Face directory.
-fn conclude(config: RunConfig, run_dir: PathBuf) -> Conclude {
+/// What a finished training run leaves behind: its digest, and a Hugging Face directory. `resumed`: in which term of the
+/// coordinator, if the run was resumed.
+fn conclude(config: RunConfig, run_dir: PathBuf, resumed: Option<u64>) -> Conclude {
     Box::new(move |checkpoint: &Path| {
         let digest = digest::digest(checkpoint).map_err(|error| error.to_string())?;
         let out = run_dir.join("export");
+        if let Some(term) = resumed {
+            resume::keep_export(&out, term).map_err(|error| format!("{}: cannot be moved ({error})", out.display()))?;
+        }
         let request = export::Request { config: &config, checkpoint, out: &out, digest: &digest };
         let exported = export::export(request).map_err(|error| error.to_string())?;
         Ok(Conclusion { export: exported.path.display().to_string(), digest })

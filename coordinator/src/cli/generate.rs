@@ -120,6 +120,7 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
         spec,
         work,
         observer: screen.clone(),
+        resume: None,
         conclude: None,
     };
     let outcome = coordinator::serve(setup, &screen)?;

@@ -8,6 +8,7 @@ pub mod demo;
 pub mod generate;
 pub mod init_model;
 pub mod inspect;
+pub mod resume;
 pub mod run_dir;
 pub mod screen;
 pub mod train;
@@ -28,6 +29,7 @@ const EXAMPLES: &str = "\
 Examples:
   unisono train --model models/tiny --data rows.jsonl
   unisono train recipe.toml --workers 2 --set train.learning_rate=1e-4
+  unisono train --resume runs/recipe-001 --workers 3
   unisono monitor runs/recipe-001
   unisono generate runs/recipe-001 --prompt \"Question: what is 2 + 3?\\nAnswer:\"";
 

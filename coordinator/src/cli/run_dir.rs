@@ -6,6 +6,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use unisono_configs::run::RunConfig;
 
+/// Name of the resolved configuration within a run's directory.
+pub const CONFIG: &str = "config.toml";
+
 /// Makes the run's directory. One that exists is refused: it belongs to another run.
 pub fn create(wanted: Option<&Path>, name: &str) -> Result<PathBuf> {
     match wanted {
@@ -36,7 +39,7 @@ pub fn withdraw(run_dir: &Path) {
 }
 
 fn exists(path: &Path) -> Error {
-    Error::BadInput(format!("{} exists; choose another --run-dir, or remove it", path.display()))
+    Error::BadInput(format!("{0} exists; go on with --resume {0}, choose another --run-dir, or remove it", path.display()))
 }
 
 /// The first free number. Creating a directory is atomic, so two runs that start at once get two numbers.
@@ -63,10 +66,25 @@ fn cannot(path: &Path, error: &io::Error) -> Error {
     Error::BadInput(format!("{}: cannot be created ({error}); choose a --run-dir that you may write", path.display()))
 }
 
-/// Records the resolved configuration.
+/// The run called `name` with the highest number that has recorded its configuration.
+pub fn newest(runs: &Path, name: &str) -> Option<PathBuf> {
+    let number = |entry: fs::DirEntry| -> Option<(u64, PathBuf)> {
+        let number = entry.file_name().to_str()?.strip_prefix(name)?.strip_prefix('-')?.parse().ok()?;
+        entry.path().join(CONFIG).is_file().then(|| (number, entry.path()))
+    };
+    fs::read_dir(runs).ok()?.flatten().filter_map(number).max().map(|(_, path)| path)
+}
+
+/// Records the resolved configuration, whole or not at all.
 pub fn record(run_dir: &Path, config: &RunConfig) -> Result<()> {
-    let path = run_dir.join("config.toml");
-    fs::write(&path, config.to_toml()).map_err(|error| cannot(&path, &error))
+    let (path, partial) = (run_dir.join(CONFIG), run_dir.join(format!(".{CONFIG}.{}", std::process::id())));
+    let write = || {
+        let mut file = fs::File::create(&partial)?;
+        io::Write::write_all(&mut file, config.to_toml().as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&partial, &path)
+    };
+    write().map_err(|error| cannot(&path, &error))
 }
 
 #[cfg(test)]
@@ -79,6 +97,13 @@ mod tests {
         assert!(numbered(dir.path(), "a").unwrap().ends_with("a-001"));
         assert!(numbered(dir.path(), "a").unwrap().ends_with("a-002"));
         assert!(numbered(dir.path(), "b").unwrap().ends_with("b-001"));
+        assert!(newest(dir.path(), "a").is_none(), "nothing is recorded");
+        for (run, other) in [("a-001", "a-x"), ("a-002", "b-007")] {
+            fs::write(dir.path().join(run).join(CONFIG), "").unwrap();
+            fs::create_dir_all(dir.path().join(other)).unwrap();
+            fs::write(dir.path().join(other).join(CONFIG), "").unwrap();
+        }
+        assert!(newest(dir.path(), "a").unwrap().ends_with("a-002"));
         let path = dir.path().join("deep/own");
         create(Some(&path), "a").unwrap();
         match create(Some(&path), "a") {

@@ -16,6 +16,8 @@ Example:
   unisono train --model models/tiny --data rows.jsonl
   unisono train recipe.toml --workers 2 --set train.epochs=3 --set train.learning_rate=1e-4
   unisono train recipe.toml --json > events.jsonl
+  unisono train --resume runs/recipe-001 --workers 3
+  unisono train recipe.toml --resume auto
 
 Exit codes: 0 done, 2 bad input, 3 the run failed, 130 interrupted by Ctrl-C, 143 by SIGTERM.")]
 pub struct Args {
@@ -24,6 +26,11 @@ pub struct Args {
     /// Directory of the run, which must not exist; default: runs/<name>-<number>
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
+    /// Go on with a run that ended, from its newest checkpoint, with any number of workers; auto: with the newest run of
+    /// this configuration, or start one. A CONFIG beside it may change only train.epochs, train.steps, [eval],
+    /// [checkpoint] and [cluster]
+    #[arg(long, value_name = "RUN|auto")]
+    resume: Option<String>,
     /// One JSON object per event on standard output
     #[arg(long)]
     json: bool,
@@ -39,6 +46,9 @@ pub fn run(args: Args) -> Result<()> {
     let mut arguments: Vec<OsString> = vec!["coordinator".into()];
     if let Some(run_dir) = &args.run_dir {
         arguments.extend(["--run-dir".into(), run_dir.into()]);
+    }
+    if let Some(resume) = &args.resume {
+        arguments.extend(["--resume".into(), resume.into()]);
     }
     if args.json {
         arguments.push("--json".into());
@@ -57,7 +67,7 @@ pub fn supervise(arguments: Vec<OsString>) -> Result<()> {
         Ok(Ended::Code(code)) => Err(Error::Code(code)),
         Ok(Ended::Interrupted { signal, place }) => {
             let name = if signal == libc::SIGINT { "Ctrl-C" } else { "SIGTERM" };
-            eprintln!("unisono: stopped by {name}{place}; what was committed before stays in the run directory");
+            eprintln!("unisono: stopped by {name}{place}; go on from its newest checkpoint with --resume RUN");
             Err(Error::Code(128 + u8::try_from(signal).unwrap_or(0)))
         }
         Err(error) if error.bad_input() => Err(Error::bad_input(error)),

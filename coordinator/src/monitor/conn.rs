@@ -149,13 +149,10 @@ async fn watch(target: &Target, state: &mut RunState, sink: &mut dyn FnMut(&Even
     let mut request = tonic::Request::new(WatchRequest { after: state.sequence });
     token.authorize(&mut request);
     let mut events = client.watch(request).await.map_err(|status| refused(&address, &status))?.into_inner();
-    // A stream that breaks is a coordinator that ended: what it wrote before is in the ledger.
+    // The coordinator ends the stream; an end within it was that of an earlier start. A stream that breaks is a coordinator that ended: what it wrote before is in the ledger.
     while let Ok(Some(event)) = events.message().await {
         if state.apply(&event) {
             sink(&event);
-        }
-        if state.ended() {
-            break;
         }
     }
     Ok(())

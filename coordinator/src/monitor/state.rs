@@ -49,7 +49,11 @@ impl RunState {
         self.sequence = event.sequence;
         self.time = event.time;
         match &event.body {
-            Some(Body::Started(started)) => self.started = Some(started.clone()),
+            Some(Body::Started(started)) => {
+                self.started = Some(started.clone());
+                // A run that goes on has not ended.
+                (self.done, self.failed) = (None, None);
+            }
             Some(Body::Step(step)) => self.step(step),
             Some(Body::Eval(eval)) => {
                 let key = (eval.split.clone(), eval.task.clone());

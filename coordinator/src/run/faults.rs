@@ -3,7 +3,7 @@
 use super::event::{Connection, Effect};
 use super::machine::Machine;
 use super::phases::Phase;
-use super::program::Item;
+use super::program::{Item, Program};
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::{self as wire, Abort, Failure};
@@ -62,7 +62,12 @@ impl Machine {
 
     fn lost(&self, rank: usize, how: &str) -> Failure {
         let (phase, step) = self.place_of(rank);
-        let advice = "look at its log for the cause (out of memory, killed), then start the run again";
+        let run = self.settings.run_dir.display();
+        let again = match self.program {
+            Program::Train(_) => format!("go on with --resume {run}"),
+            _ => "start it again".into(),
+        };
+        let advice = format!("look at its log for the cause (out of memory, killed), then {again}");
         self.failure(Some(rank as u32), phase, step, format!("the worker was lost: {how}; {advice}"))
     }
 

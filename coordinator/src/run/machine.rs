@@ -9,6 +9,7 @@ use super::event::{Connection, Effect, Event, Outcome, PendingCheckpoint, Refusa
 use super::outstanding::{generate_of, name, step_of, Outstanding};
 use super::phases::Phase;
 use super::program::{Agenda, Item, Program};
+use super::recorded::Recorded;
 use super::roster::Roster;
 use super::settle::{self, Fault};
 use crate::checkpoint::manifest;
@@ -40,6 +41,8 @@ pub struct Settings {
     /// Peer keys of each generation are derived from it.
     pub peer_secret: [u8; 32],
     pub started: RunStarted,
+    /// What earlier starts committed and this one may compute again.
+    pub recorded: Recorded,
     /// Names of the tasks, by index.
     pub tasks: Vec<String>,
     /// Seconds of silence after which a worker is lost.
@@ -69,6 +72,7 @@ pub struct Machine {
 impl Machine {
     pub fn new(settings: Settings, program: Program) -> Self {
         let committed = program.start();
+        let outcome = Outcome { tokens: settings.recorded.tokens(committed), ..Outcome::default() };
         Machine {
             agenda: Agenda::new(&program),
             settings,
@@ -82,9 +86,9 @@ impl Machine {
             last_commit: 0.0,
             started: 0.0,
             committing: 0,
-            last_checkpoint: 0,
+            last_checkpoint: committed,
             complaint: None,
-            outcome: Outcome::default(),
+            outcome,
         }
     }
 
@@ -283,9 +287,11 @@ impl Machine {
                     generation: self.generation,
                     rank_tokens: totals.rank_tokens,
                 };
+                let known = self.settings.recorded.knows_step(&entry).map_err(contradiction)?;
                 (self.committed, self.last_commit) = (step, now);
                 self.outcome.tokens += totals.tokens;
-                let mut effects = vec![Effect::Append(Entry::Step(entry))];
+                let append = (!known).then(|| Effect::Append(Entry::Step(entry)));
+                let mut effects: Vec<Effect> = append.into_iter().collect();
                 effects.extend(self.broadcast(Order::Acknowledge(Acknowledge { step })));
                 Ok(effects)
             }
@@ -297,7 +303,13 @@ impl Machine {
                 let split = if suite == Suite::Test { "test" } else { "validation" };
                 let entries = settle::evaluation(&settled.expected, parts, &self.settings.tasks, split, step)?;
                 self.outcome.evaluations.extend(entries.iter().cloned());
-                Ok(entries.into_iter().map(|e| Effect::Append(Entry::Eval(e))).collect())
+                let mut effects = Vec::new();
+                for entry in entries {
+                    if !self.settings.recorded.knows_evaluation(&entry).map_err(contradiction)? {
+                        effects.push(Effect::Append(Entry::Eval(entry)));
+                    }
+                }
+                Ok(effects)
             }
             Item::Checkpoint(step) => {
                 self.committing += 1;
@@ -372,4 +384,9 @@ impl Machine {
     pub(super) fn broadcast(&self, body: Order) -> Vec<Effect> {
         self.roster.workers().iter().map(|w| self.send(w.connection, body.clone())).collect()
     }
+}
+
+/// Nobody's fault that could be named: all ranks agree, and not with the ledger.
+fn contradiction(message: String) -> Fault {
+    Fault { rank: None, message }
 }

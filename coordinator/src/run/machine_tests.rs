@@ -7,6 +7,7 @@ use super::phases::Phase;
 use super::plan::tests::{reversed, sizes, train, COST};
 use super::plan::Plan;
 use super::program::{Program, Training};
+use super::recorded::Recorded;
 use super::schedule::LearningRate;
 use super::units::Units;
 use proptest::prelude::*;
@@ -24,7 +25,7 @@ use unisono_proto::v1::{
 
 const ROWS: usize = 23;
 
-fn program(assignment_steps: u64) -> Program {
+pub(super) fn program(assignment_steps: u64) -> Program {
     let train = unisono_configs::run::Train { steps: Some(assignment_steps), ..train(5, 4) };
     let cost: CostModel = COST;
     let plan = Plan::new(sizes(ROWS), reversed(ROWS), &train, cost).unwrap();
@@ -49,6 +50,7 @@ fn machine(world: u32, steps: u64, assignment: Assignment) -> Machine {
         assign: Assign { trains: true, ..Assign::default() },
         peer_secret: [7; 32],
         started: RunStarted::default(),
+        recorded: Recorded::default(),
         tasks: vec!["a".into(), "b".into(), "c".into()],
         silence: 10.0,
     };
@@ -62,21 +64,21 @@ fn join(listen: &str) -> Join {
 
 /// A worker that does what it is told, and what it has not said yet.
 #[derive(Default)]
-struct Simulated {
+pub(super) struct Simulated {
     rank: u32,
     epoch: Option<Epoch>,
     outbox: VecDeque<Report>,
-    steps: Vec<u64>,
+    pub(super) steps: Vec<u64>,
     acknowledged: u64,
     aborted: bool,
 }
 
 /// The world around a machine: workers, ledger and committer.
-struct World {
-    machine: Machine,
-    now: f64,
-    workers: BTreeMap<Connection, Simulated>,
-    ledger: Vec<Entry>,
+pub(super) struct World {
+    pub(super) machine: Machine,
+    pub(super) now: f64,
+    pub(super) workers: BTreeMap<Connection, Simulated>,
+    pub(super) ledger: Vec<Entry>,
     commits: VecDeque<PendingCheckpoint>,
     concluding: bool,
     over: bool,
@@ -87,12 +89,16 @@ fn loss(step: u64, micro_batch: u32) -> f64 {
 }
 
 impl World {
-    fn new(world: u32, steps: u64, assignment: Assignment) -> Self {
+    pub(super) fn new(world: u32, steps: u64, assignment: Assignment) -> Self {
+        Self::with(machine(world, steps, assignment), world, Vec::new())
+    }
+
+    fn with(machine: Machine, world: u32, ledger: Vec<Entry>) -> Self {
         let mut this = World {
-            machine: machine(world, steps, assignment),
+            machine,
             now: 100.0,
             workers: BTreeMap::new(),
-            ledger: Vec::new(),
+            ledger,
             commits: VecDeque::new(),
             concluding: false,
             over: false,
@@ -105,6 +111,18 @@ impl World {
             this.apply(Event::Joined { from, join: join(&format!("ada:{id}")) }).unwrap();
         }
         this
+    }
+
+    /// A run that goes on after `start` steps; `ledger` is what it committed before it ended.
+    pub(super) fn resumed(world: u32, steps: u64, start: u64, ledger: &[Entry]) -> Self {
+        let Program::Train(mut training) = program(steps) else { unreachable!() };
+        training.start = start;
+        let program = Program::Train(training);
+        let mut recorded = Recorded::default();
+        ledger.iter().for_each(|entry| recorded.note(entry));
+        recorded.follow(&program);
+        let settings = Settings { recorded, ..machine(world, steps, Assignment::Balanced).settings };
+        Self::with(Machine::new(settings, program), world, ledger.to_vec())
     }
 
     fn apply(&mut self, event: Event) -> Result<(), Refusal> {
@@ -219,7 +237,7 @@ impl World {
         assert_eq!(told, if over { Err(Refusal::Over) } else { Ok(()) });
     }
 
-    fn steps(&self) -> Vec<(u64, u64)> {
+    pub(super) fn steps(&self) -> Vec<(u64, u64)> {
         let step = |e: &Entry| match e {
             Entry::Step(s) => Some((s.step, s.loss.to_bits())),
             _ => None,
@@ -231,12 +249,12 @@ impl World {
         self.ledger.iter().map(Entry::kind).collect()
     }
 
-    fn failure(&self) -> Failure {
+    pub(super) fn failure(&self) -> Failure {
         self.machine.status(self.now).failure.expect("the run has failed")
     }
 
     /// Everyone speaks in turn until nobody has anything to say.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         let connections: Vec<Connection> = self.workers.keys().copied().collect();
         loop {
             let mut spoke = false;
@@ -253,7 +271,7 @@ impl World {
 }
 
 /// The losses of an undisturbed run with one worker.
-fn alone(steps: u64) -> Vec<(u64, u64)> {
+pub(super) fn alone(steps: u64) -> Vec<(u64, u64)> {
     let mut world = World::new(1, steps, Assignment::Balanced);
     world.settle();
     assert_eq!(world.machine.phase(), Phase::Finished);

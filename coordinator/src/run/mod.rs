@@ -9,9 +9,12 @@ pub mod machine;
 #[cfg(test)]
 mod machine_tests;
 mod outstanding;
+#[cfg(test)]
+mod recorded_tests;
 pub mod phases;
 pub mod plan;
 pub mod program;
+pub mod recorded;
 pub mod roster;
 pub mod schedule;
 pub mod settle;

@@ -196,6 +196,10 @@ pub struct Agenda {
 impl Agenda {
     pub fn new(program: &Program) -> Self {
         let due = match program {
+            // All steps were committed before: what is left is what follows the last one's checkpoint.
+            Program::Train(training) if training.start >= training.plan.steps() => {
+                conclusion(training, training.start).into()
+            }
             Program::Train(_) => VecDeque::new(),
             Program::Evaluate(suites) => {
                 let items = suites.iter().filter(|(_, units)| !units.is_empty());
@@ -231,10 +235,13 @@ fn after(training: &Training, step: u64) -> Vec<Item> {
         items.push(Item::Checkpoint(step));
     }
     if last {
-        if !training.test.is_empty() {
-            items.push(Item::Evaluate { suite: Suite::Test, step });
-        }
-        items.push(Item::Finish);
+        items.extend(conclusion(training, step));
     }
     items
+}
+
+/// What follows the last checkpoint.
+fn conclusion(training: &Training, step: u64) -> Vec<Item> {
+    let test = (!training.test.is_empty()).then_some(Item::Evaluate { suite: Suite::Test, step });
+    test.into_iter().chain([Item::Finish]).collect()
 }

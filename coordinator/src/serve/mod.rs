@@ -13,9 +13,10 @@ mod training;
 mod viewing;
 pub mod work;
 
-pub use setup::{Conclude, Error, Observer, Setup};
+pub use setup::{Conclude, Error, Observer, Resumption, Setup};
 pub use work::Work;
 
+use crate::checkpoint::manifest;
 use crate::run::event::Outcome;
 use crate::run::machine::{Machine, Settings};
 use crate::run::program::Program;
@@ -36,7 +37,7 @@ use unisono_configs::run::{Compute, Count, Device, RunConfig, ZeroStage};
 use unisono_proto::dial::{Role, Token};
 use unisono_proto::v1::monitor_server::MonitorServer;
 use unisono_proto::v1::training_server::TrainingServer;
-use unisono_proto::v1::{self as wire, Assign, ModelSource, Optimizer, RunStarted};
+use unisono_proto::v1::{self as wire, Assign, CheckpointSource, ModelSource, Optimizer, RunStarted};
 use unisono_proto::MAX_MESSAGE_BYTES;
 use viewing::{Progress, ViewingService};
 
@@ -52,7 +53,10 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
     let file =
         |path: &std::path::Path, error: std::io::Error| Error::File { path: path.into(), problem: error.to_string() };
     let run_dir = setup.run_dir.canonicalize().map_err(|error| file(&setup.run_dir, error))?;
-    let ledger = Ledger::open(&run_dir)?;
+    let (ledger, mut recorded) = match setup.resume {
+        Some(Resumption { ledger, recorded }) => (ledger, recorded),
+        None => (Ledger::open(&run_dir)?, Default::default()),
+    };
     let (term, reader) = (ledger.term(), ledger.reader()?);
     let identity = tls::Identity::generate()?;
     let tokens = Role::ALL.map(|role| Token::generate(role, &identity.authority));
@@ -65,15 +69,17 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
 
     let layout = Layout::new(&setup.spec);
     let program = setup.work.program().clone();
+    recorded.follow(&program);
     let settings = Settings {
         run_dir: run_dir.clone(),
         term,
         world: workers,
         assignment: setup.config.cluster.assignment,
         seed: setup.config.train.seed,
-        assign: assignment(&setup.config, &program)?,
+        assign: assignment(&setup.config, &program, &run_dir)?,
         peer_secret: secret(),
         started: started(&setup.config, &run_dir, &layout, &setup.work),
+        recorded,
         tasks: setup.work.tasks(),
         silence: SILENCE,
     };
@@ -152,7 +158,7 @@ fn check(setup: &Setup) -> Result<u32, Error> {
 }
 
 /// What every rank is assigned alike.
-fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
+fn assignment(config: &RunConfig, program: &Program, run_dir: &std::path::Path) -> Result<Assign, Error> {
     let compute = match config.model.compute {
         Compute::Bf16 => wire::Compute::Bf16,
         Compute::Fp32 => wire::Compute::Fp32,
@@ -170,7 +176,12 @@ fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
     let path = &config.model.path;
     let path = path.canonicalize().map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
     let (train, worst) = (&config.train, program.worst());
+    let resume = match program.start() {
+        0 => None,
+        step => Some(CheckpointSource { path: manifest::directory(run_dir, step).display().to_string(), step }),
+    };
     Ok(Assign {
+        resume,
         model: Some(ModelSource { path: path.display().to_string(), compute: compute.into() }),
         optimizer: Some(Optimizer {
             beta1: train.betas[0],

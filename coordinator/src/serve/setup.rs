@@ -11,8 +11,10 @@
 //! returns when the run is finished or has failed: [`Outcome::failure`] tells which. It never prints.
 
 use super::control::Control;
+use super::ledger::Ledger;
 use super::work::Work;
 use crate::run::event::{Conclusion, Outcome};
+use crate::run::recorded::Recorded;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,8 +34,18 @@ pub struct Setup {
     pub work: Work,
     /// Is told everything, from the loop's own thread: it must return soon.
     pub observer: Arc<dyn Observer>,
+    /// The run that this one goes on with; absent: a new one.
+    pub resume: Option<Resumption>,
     /// What a finished training run leaves behind, besides its last checkpoint.
     pub conclude: Option<Conclude>,
+}
+
+/// What is left of a run's earlier starts, besides the checkpoint after which `Setup::work` starts.
+pub struct Resumption {
+    /// Locked since before anything of the run was read.
+    pub ledger: Ledger,
+    /// What it holds.
+    pub recorded: Recorded,
 }
 
 /// Called once, on a thread of its own, with the directory of the last checkpoint: exports it, computes its digest.

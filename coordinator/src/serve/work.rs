@@ -46,6 +46,14 @@ impl Work {
         Ok(Work { program, content: Content::Rows(dataset) })
     }
 
+    /// The same training, of which the first `steps` steps are committed already.
+    pub fn after(mut self, steps: u64) -> Self {
+        if let Program::Train(training) = &mut self.program {
+            training.start = steps;
+        }
+        self
+    }
+
     /// Evaluates the model as it is on `dataset.validation` or `dataset.test` or both, in the order of `suites`.
     pub fn evaluate(
         dataset: Arc<Dataset>,
@@ -100,7 +108,7 @@ impl Work {
     }
 
     /// Source rows that `steps` steps train on, in the order in which they do.
-    pub(super) fn samples(&self, steps: u64) -> Vec<u64> {
+    pub fn samples(&self, steps: u64) -> Vec<u64> {
         match (&self.content, self.plan()) {
             (Content::Rows(dataset), Some(plan)) => {
                 plan.committed_rows(steps).into_iter().map(|row| dataset.train[row as usize].row).collect()

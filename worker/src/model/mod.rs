@@ -11,6 +11,7 @@ pub mod weights;
 use crate::ops::buffer::Pool;
 use crate::ops::rotation::Rotation;
 use crate::ops::view;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
@@ -93,16 +94,28 @@ impl Model {
     /// A model with the weights of a Hugging Face directory, rounded to `compute`.
     pub fn load(dir: &Path, spec: ModelSpec, compute: Kind, device: Device) -> Result<Self, Error> {
         let weights = Weights::open(dir)?;
-        let model = Model::new(spec, compute, device);
+        let mut model = Model::new(spec, compute, device);
         weights.check(&model.layout)?;
-        for (index, bucket) in model.layout.buckets.iter().enumerate() {
+        model.fill(|name, range, out| weights.read_f32(name, range, out).map_err(Error::from))?;
+        Ok(model)
+    }
+
+    /// Replaces all parameters by what `read(tensor name, its elements, destination)` gives, rounded to the compute kind.
+    pub fn fill<E: From<Error>>(
+        &mut self,
+        mut read: impl FnMut(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for (index, bucket) in self.layout.buckets.iter().enumerate() {
             for slot in &bucket.tensors {
-                let mut read = Tensor::zeros([slot.elements() as i64], (Kind::Float, Device::Cpu));
-                weights.read_f32(&slot.name, 0..slot.elements(), view::elements_mut(&mut read))?;
-                model.buckets[index].f_narrow(0, slot.offset as i64, slot.elements() as i64)?.f_copy_(&read)?;
+                let mut values = Tensor::zeros([slot.elements() as i64], (Kind::Float, Device::Cpu));
+                read(&slot.name, 0..slot.elements(), view::elements_mut(&mut values))?;
+                let copy = || {
+                    self.buckets[index].f_narrow(0, slot.offset as i64, slot.elements() as i64)?.f_copy_(&values)
+                };
+                copy().map_err(Error::from)?;
             }
         }
-        Ok(model)
+        Ok(())
     }
 
     pub fn layout(&self) -> &Arc<Layout> {

@@ -9,6 +9,7 @@ pub mod shard;
 
 use crate::collective::{self, Collective};
 use crate::ops::view;
+use crate::restore::Part;
 use adamw::{Parameter, Scalars, Settings, Span};
 use exact::ExactSum;
 use half::bf16;
@@ -67,6 +68,19 @@ impl Optimizer {
         self.shard.pieces(&self.layout).try_for_each(|piece| {
             let master = &mut self.states[piece.bucket].master[piece.of_shard];
             read(&piece.tensor.name, piece.of_tensor, master)
+        })
+    }
+
+    /// Fills the own masters and moments: `read(tensor name, part, its elements, destination)`.
+    pub fn load_state<E>(
+        &mut self,
+        mut read: impl FnMut(&str, Part, Range<usize>, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.shard.pieces(&self.layout).try_for_each(|piece| {
+            let State { master, m, v } = &mut self.states[piece.bucket];
+            [(Part::Master, master), (Part::M, m), (Part::V, v)].into_iter().try_for_each(|(part, values)| {
+                read(&piece.tensor.name, part, piece.of_tensor.clone(), &mut values[piece.of_shard.clone()])
+            })
         })
     }
 

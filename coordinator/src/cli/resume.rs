@@ -1,0 +1,151 @@
+//! `--resume`: which run is meant, what may change, and from which checkpoint it goes on.
+
+use super::config::ConfigArgs;
+use super::{run_dir, Error, Result};
+use crate::checkpoint::newest::newest;
+use crate::checkpoint::state::{Error as StateError, State};
+use crate::run::recorded::Recorded;
+use crate::serve::ledger::{Ledger, LEDGER};
+use crate::serve::setup::Resumption;
+use crate::serve::work::Work;
+use std::io;
+use std::path::{Path, PathBuf};
+use unisono_configs::model::Layout;
+use unisono_proto::v1::{event::Body, RunDone};
+
+/// The word that names the newest run of the configuration.
+const AUTO: &str = "auto";
+
+/// Entries read from the ledger at once.
+const PAGE: usize = 1024;
+
+/// The directory of the run that `--resume` means; `None`: a new run is to be started.
+pub fn target(resume: Option<&str>, wanted: Option<&Path>, config: &ConfigArgs) -> Result<Option<PathBuf>> {
+    let found = match (resume, wanted) {
+        (None, _) => return Ok(None),
+        (Some(AUTO), _) if !config.is_given() => {
+            return Err(Error::bad_input("--resume auto needs the run's configuration beside it; give CONFIG, or --model DIR --data FILE, or name the run: --resume RUN"))
+        }
+        (Some(AUTO), Some(path)) if path.symlink_metadata().is_err() => return Ok(None),
+        (Some(AUTO), Some(path)) => path.to_owned(),
+        (Some(AUTO), None) => match run_dir::newest(Path::new("runs"), &config.name()) {
+            Some(path) => path,
+            None => return Ok(None),
+        },
+        (Some(_), Some(_)) => {
+            return Err(Error::bad_input("--resume RUN and --run-dir both name a directory; leave --run-dir out"))
+        }
+        (Some(path), None) => PathBuf::from(path),
+    };
+    match found.join(run_dir::CONFIG).is_file() && found.join(LEDGER).is_file() {
+        true => Ok(Some(found)),
+        false => Err(Error::BadInput(format!(
+            "{}: holds no run ({} and {LEDGER} are missing); give --resume the directory of a run, for example runs/tiny-001",
+            found.display(),
+            run_dir::CONFIG
+        ))),
+    }
+}
+
+/// A run that is gone on with.
+pub struct Resumed {
+    pub work: Work,
+    pub resumption: Resumption,
+    /// Its last word, where nothing is left to do.
+    pub done: Option<RunDone>,
+}
+
+/// Goes on with the run in `run_dir`, which the ledger's lock keeps from others, as far as `work` has been done. Says on
+/// standard error from where.
+pub fn resume(run_dir: &Path, ledger: Ledger, work: Work, layout: &Layout) -> Result<Resumed> {
+    let (recorded, done) = replay(&ledger)?;
+    let (state, damaged) = newest(run_dir, ledger.term(), layout).map_err(Error::bad_input)?;
+    for bad in &damaged {
+        eprintln!("unisono: the checkpoint after step {} is set aside: {}", bad.step, bad.reason);
+    }
+    let start = match &state {
+        None => 0,
+        Some(state) => {
+            let step = state.manifest.step;
+            check(run_dir, state, &work)?;
+            step
+        }
+    };
+    drop(state);
+    let steps = work.program().steps();
+    let done = done.filter(|done| done.steps == steps && start == steps);
+    let newest = recorded.newest();
+    let run = run_dir.display();
+    match (start, done.is_some()) {
+        (_, true) => {}
+        (0, _) => eprintln!("resuming {run} from the model's weights: it has no checkpoint"),
+        _ => eprintln!("resuming {run} from the checkpoint after step {start} of {steps}"),
+    }
+    if newest > start && start < steps {
+        let last = newest.min(steps);
+        eprintln!("steps {} to {last} are computed again, and must come out the same", start + 1);
+    }
+    Ok(Resumed { work: work.after(start), resumption: Resumption { ledger, recorded }, done })
+}
+
+/// What the ledger holds, and the run's end if that was its last word.
+fn replay(ledger: &Ledger) -> Result<(Recorded, Option<RunDone>)> {
+    let reader = ledger.reader().map_err(Error::bad_input)?;
+    let (mut recorded, mut done, mut cursor) = (Recorded::default(), None, 0);
+    loop {
+        let events = reader.after(cursor, PAGE).map_err(Error::bad_input)?;
+        let Some(last) = events.last() else { return Ok((recorded, done)) };
+        cursor = last.sequence;
+        for body in events.iter().filter_map(|event| event.body.as_ref()) {
+            match body {
+                Body::Done(end) => done = Some(end.clone()),
+                Body::Started(_) => done = None,
+                body => recorded.note(body),
+            }
+        }
+    }
+}
+
+/// The rows that the checkpoint was trained on are those that the plan gives now, so the next one is the right one.
+fn check(run_dir: &Path, state: &State, work: &Work) -> Result<()> {
+    let cursor = state.manifest.cursor;
+    let (step, steps) = (cursor.step, work.program().steps());
+    if step > steps {
+        return Err(Error::BadInput(format!(
+            "{}: the run has done {step} steps already, more than the {steps} of train.steps or train.epochs; raise them",
+            run_dir.display()
+        )));
+    }
+    let planned = work.samples(step);
+    let mut expected = planned.iter();
+    let mut same = true;
+    let read = state.read_samples(&mut |block| {
+        for row in block.as_chunks::<8>().0 {
+            same &= expected.next() == Some(&u64::from_le_bytes(*row));
+        }
+        match same {
+            true => Ok(()),
+            false => Err(io::Error::other("another row")),
+        }
+    });
+    match read {
+        Ok(()) | Err(StateError::Sink(_)) => {}
+        Err(error) => return Err(Error::bad_input(error)),
+    }
+    let place = work.plan().map_or((0, 0), |plan| plan.place_after(step));
+    match same && expected.next().is_none() && place == (cursor.epoch, cursor.position) {
+        true => Ok(()),
+        false => Err(Error::BadInput(format!(
+            "{}: the data files give other rows than those that the {step} steps so far were trained on; put back the files as they were, or start a new run",
+            run_dir.display()
+        ))),
+    }
+}
+
+/// Makes room for the export of a run that went on: an earlier one is moved beside it.
+pub fn keep_export(export: &Path, term: u64) -> io::Result<()> {
+    match export.symlink_metadata() {
+        Ok(_) => std::fs::rename(export, export.with_file_name(format!("export-before-{term}"))),
+        Err(_) => Ok(()),
+    }
+}

@@ -1,0 +1,231 @@
+//! Reads a checkpoint back: any range of any parameter's master and moments, whoever wrote how much of it. What the files
+//! hold is named in the manifest; that they are whole, the coordinator has verified before it assigns them.
+
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+const MANIFEST: &str = "MANIFEST.json";
+/// Elements read at once.
+const BLOCK: usize = 1 << 16;
+/// A header above this is damage, not a header (safetensors' own limit).
+const MAX_HEADER: u64 = 100 << 20;
+
+/// Why a checkpoint cannot be read. Each is one sentence for a person.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{path}: the checkpoint cannot be read ({source}); the run directory must be one and the same for coordinator and workers")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path}: {problem}; the checkpoint is damaged, resume the run again")]
+    Damaged { path: PathBuf, problem: String },
+    #[error("{path}: elements {begin}..{end} of \"{tensor}\" are missing; the checkpoint is damaged, resume the run again")]
+    Missing { path: PathBuf, tensor: String, begin: usize, end: usize },
+    #[error("{path}: is of step {found} where step {expected} was assigned; resume the run again")]
+    Step { path: PathBuf, found: u64, expected: u64 },
+}
+
+/// One of the three tensors that describe a parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    Master,
+    M,
+    V,
+}
+
+impl Part {
+    const ALL: [Part; 3] = [Part::Master, Part::M, Part::V];
+
+    fn name(self) -> &'static str {
+        match self {
+            Part::Master => "master",
+            Part::M => "m",
+            Part::V => "v",
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Manifest {
+    step: u64,
+    files: Vec<Listed>,
+}
+
+#[derive(Deserialize)]
+struct Listed {
+    name: String,
+    kind: String,
+    #[serde(default)]
+    ranges: Vec<Held>,
+}
+
+#[derive(Deserialize)]
+struct Held {
+    tensor: String,
+    begin: usize,
+    end: usize,
+}
+
+/// Where a range of a parameter lies: the file, and the first byte of each part in it.
+struct Place {
+    elements: Range<usize>,
+    file: usize,
+    offsets: [u64; 3],
+}
+
+/// An open checkpoint. Only headers are in memory.
+pub struct Saved {
+    directory: PathBuf,
+    files: Vec<(PathBuf, File)>,
+    places: BTreeMap<String, Vec<Place>>,
+}
+
+impl Saved {
+    /// Opens the checkpoint after `step` in `directory`.
+    pub fn open(directory: &Path, step: u64) -> Result<Self, Error> {
+        let path = directory.join(MANIFEST);
+        let text = std::fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+        let manifest: Manifest = serde_json::from_slice(&text)
+            .map_err(|error| Error::Damaged { path: path.clone(), problem: format!("not a manifest ({error})") })?;
+        if manifest.step != step {
+            return Err(Error::Step { path, found: manifest.step, expected: step });
+        }
+        let mut saved = Saved { directory: directory.into(), files: Vec::new(), places: BTreeMap::new() };
+        for listed in manifest.files.iter().filter(|file| file.kind == "state") {
+            saved.add(listed)?;
+        }
+        Ok(saved)
+    }
+
+    fn add(&mut self, listed: &Listed) -> Result<(), Error> {
+        let path = self.directory.join(&listed.name);
+        let damaged = |problem: String| Error::Damaged { path: path.clone(), problem };
+        let read = |source| Error::Read { path: path.clone(), source };
+        let file = File::open(&path).map_err(read)?;
+        let size = file.metadata().map_err(read)?.len();
+        let mut length = [0; 8];
+        file.read_exact_at(&mut length, 0).map_err(read)?;
+        let length = u64::from_le_bytes(length);
+        if length > MAX_HEADER || length + 8 > size {
+            return Err(damaged(format!("claims a header of {length} bytes")));
+        }
+        let mut text = vec![0; length as usize];
+        file.read_exact_at(&mut text, 8).map_err(read)?;
+        let header: serde_json::Value =
+            serde_json::from_slice(&text).map_err(|error| damaged(format!("its header is not JSON ({error})")))?;
+        for Held { tensor, begin, end } in &listed.ranges {
+            let mut offsets = [0; 3];
+            for (offset, part) in offsets.iter_mut().zip(Part::ALL) {
+                let key = format!("{tensor}/{}/{begin}-{end}", part.name());
+                let entry = &header[&key];
+                let bytes = entry["data_offsets"][0].as_u64().zip(entry["data_offsets"][1].as_u64());
+                let whole = |&(first, last): &(u64, u64)| {
+                    begin <= end && last.checked_sub(first) == Some((end - begin) as u64 * 4) && 8 + length + last <= size
+                };
+                let Some((first, _)) = bytes.filter(whole) else {
+                    return Err(damaged(format!("does not hold \"{key}\" whole")));
+                };
+                *offset = 8 + length + first;
+            }
+            let place = Place { elements: *begin..*end, file: self.files.len(), offsets };
+            self.places.entry(tensor.clone()).or_default().push(place);
+        }
+        self.files.push((path, file));
+        Ok(())
+    }
+
+    /// Elements `range` of one part of the flat parameter `tensor`; `out` has `range.len()` elements.
+    pub fn read(&self, tensor: &str, part: Part, range: Range<usize>, out: &mut [f32]) -> Result<(), Error> {
+        let mut filled = 0;
+        for place in self.places.get(tensor).into_iter().flatten() {
+            let (begin, end) = (place.elements.start.max(range.start), place.elements.end.min(range.end));
+            if begin < end {
+                let offset = place.offsets[part as usize] + 4 * (begin - place.elements.start) as u64;
+                self.copy(place.file, offset, &mut out[begin - range.start..end - range.start])?;
+                filled += end - begin;
+            }
+        }
+        // Ranges do not overlap (the coordinator has checked that they tile), so the count tells.
+        if filled != range.len() {
+            let (path, tensor) = (self.directory.clone(), tensor.to_owned());
+            return Err(Error::Missing { path, tensor, begin: range.start, end: range.end });
+        }
+        Ok(())
+    }
+
+    fn copy(&self, file: usize, mut offset: u64, out: &mut [f32]) -> Result<(), Error> {
+        let (path, file) = &self.files[file];
+        let mut bytes = vec![0; 4 * BLOCK.min(out.len())];
+        for out in out.chunks_mut(BLOCK) {
+            let bytes = &mut bytes[..4 * out.len()];
+            file.read_exact_at(bytes, offset).map_err(|source| Error::Read { path: path.clone(), source })?;
+            offset += bytes.len() as u64;
+            out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{tests::optimizer, write};
+    use unisono_proto::v1::Epoch;
+
+    /// What `world` workers wrote as the checkpoint after step 7.
+    fn written(dir: &Path, world: usize) {
+        let epoch = Epoch { term: 1, generation: 1 };
+        let files: Vec<_> = (0..world).map(|rank| write(dir, &optimizer(rank, world), &epoch, 1).unwrap()).collect();
+        let listed = |file: &unisono_proto::v1::CheckpointFile| {
+            let ranges: Vec<_> = file
+                .ranges
+                .iter()
+                .map(|r| serde_json::json!({"tensor": r.tensor, "begin": r.begin, "end": r.end}))
+                .collect();
+            serde_json::json!({"name": file.name, "kind": "state", "ranges": ranges})
+        };
+        let files: Vec<_> = files.iter().map(listed).collect();
+        let manifest = serde_json::json!({"step": 7, "files": files});
+        std::fs::write(dir.join(MANIFEST), manifest.to_string()).unwrap();
+    }
+
+    #[test]
+    fn any_number_of_workers_reads_what_any_number_wrote() {
+        for (writers, readers) in [(1, 3), (3, 1), (3, 2), (2, 5)] {
+            let dir = tempfile::tempdir().unwrap();
+            written(dir.path(), writers);
+            let saved = Saved::open(dir.path(), 7).unwrap();
+            for rank in 0..readers {
+                let expected = optimizer(rank, readers);
+                let mut read = optimizer(rank, readers);
+                read.load_state(|_, _, _, out| {
+                    out.fill(f32::NAN);
+                    Ok::<_, Error>(())
+                })
+                .unwrap();
+                read.load_state(|name, part, range, out| saved.read(name, part, range, out)).unwrap();
+                for bucket in 0..expected.layout().buckets.len() {
+                    assert_eq!(read.state(bucket), expected.state(bucket), "{writers} wrote, {rank} of {readers} read");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn another_step_a_torn_file_and_a_range_beyond_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        written(dir.path(), 2);
+        let refused = |error: Option<Error>| error.expect("an error").to_string();
+        assert!(refused(Saved::open(dir.path(), 8).err()).contains("step 7"));
+        let saved = Saved::open(dir.path(), 7).unwrap();
+        let beyond = saved.read("norm", Part::M, 90..110, &mut [0.0; 20]);
+        assert!(refused(beyond.err()).contains("90..110"));
+        let path = dir.path().join("shard-1of2-1-1-1.safetensors");
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() - 4]).unwrap();
+        assert!(refused(Saved::open(dir.path(), 7).err()).contains("shard-1of2"));
+    }
+}
