@@ -22,7 +22,9 @@ pub enum Error {
     Read { path: PathBuf, source: io::Error },
     #[error("{path}: {problem}; the checkpoint is damaged, resume the run again")]
     Damaged { path: PathBuf, problem: String },
-    #[error("{path}: elements {begin}..{end} of \"{tensor}\" are missing; the checkpoint is damaged, resume the run again")]
+    #[error(
+        "{path}: elements {begin}..{end} of \"{tensor}\" are missing; the checkpoint is damaged, resume the run again"
+    )]
     Missing { path: PathBuf, tensor: String, begin: usize, end: usize },
     #[error("{path}: is of step {found} where step {expected} was assigned; resume the run again")]
     Step { path: PathBuf, found: u64, expected: u64 },
@@ -123,7 +125,9 @@ impl Saved {
                 let entry = &header[&key];
                 let bytes = entry["data_offsets"][0].as_u64().zip(entry["data_offsets"][1].as_u64());
                 let whole = |&(first, last): &(u64, u64)| {
-                    begin <= end && last.checked_sub(first) == Some((end - begin) as u64 * 4) && 8 + length + last <= size
+                    begin <= end
+                        && last.checked_sub(first) == Some((end - begin) as u64 * 4)
+                        && 8 + length + last <= size
                 };
                 let Some((first, _)) = bytes.filter(whole) else {
                     return Err(damaged(format!("does not hold \"{key}\" whole")));

@@ -122,12 +122,14 @@ impl<'l> Loading<'l> {
         weights.check(&layout)?;
         let tied = spec.tied;
         let failed = |source| Error::Model { path: path.clone(), source };
-        let saved = assign.resume.as_ref().map(|resume| Saved::open(Path::new(&resume.path), resume.step)).transpose()?;
+        let saved =
+            assign.resume.as_ref().map(|resume| Saved::open(Path::new(&resume.path), resume.step)).transpose()?;
         let model = match &saved {
             None => Model::load(&path, spec, compute, Device::Cpu).map_err(failed)?,
             Some(saved) => {
                 let mut model = Model::new(spec, compute, Device::Cpu);
-                let filled = model.fill(|name, range, out| saved.read(name, Part::Master, range, out).map_err(Filling::from));
+                let filled =
+                    model.fill(|name, range, out| saved.read(name, Part::Master, range, out).map_err(Filling::from));
                 filled.map_err(|error| error.named(&path))?;
                 model
             }

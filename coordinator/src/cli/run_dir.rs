@@ -39,7 +39,10 @@ pub fn withdraw(run_dir: &Path) {
 }
 
 fn exists(path: &Path) -> Error {
-    Error::BadInput(format!("{0} exists; go on with --resume {0}, choose another --run-dir, or remove it", path.display()))
+    Error::BadInput(format!(
+        "{0} exists; go on with --resume {0}, choose another --run-dir, or remove it",
+        path.display()
+    ))
 }
 
 /// The first free number. Creating a directory is atomic, so two runs that start at once get two numbers.

@@ -43,7 +43,9 @@ pub enum Error {
     Spawn { path: PathBuf, source: io::Error },
     #[error("{path} cannot load {library}; run `make setup` and `make build`, or point LIBTORCH at a libtorch 2.11.0 and build again")]
     CannotLoad { path: PathBuf, library: String },
-    #[error("a worker (pid {pid}) {how} before the coordinator could name its rank{place}{words}; go on with --resume RUN")]
+    #[error(
+        "a worker (pid {pid}) {how} before the coordinator could name its rank{place}{words}; go on with --resume RUN"
+    )]
     Worker { pid: u32, how: String, place: String, words: String, bad_input: bool },
     #[error("the coordinator (pid {pid}) {how}{place}; the workers were stopped, go on with --resume RUN")]
     Coordinator { pid: u32, how: String, place: String },

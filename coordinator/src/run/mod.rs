@@ -9,12 +9,12 @@ pub mod machine;
 #[cfg(test)]
 mod machine_tests;
 mod outstanding;
-#[cfg(test)]
-mod recorded_tests;
 pub mod phases;
 pub mod plan;
 pub mod program;
 pub mod recorded;
+#[cfg(test)]
+mod recorded_tests;
 pub mod roster;
 pub mod schedule;
 pub mod settle;

@@ -109,9 +109,8 @@ impl Model {
             for slot in &bucket.tensors {
                 let mut values = Tensor::zeros([slot.elements() as i64], (Kind::Float, Device::Cpu));
                 read(&slot.name, 0..slot.elements(), view::elements_mut(&mut values))?;
-                let copy = || {
-                    self.buckets[index].f_narrow(0, slot.offset as i64, slot.elements() as i64)?.f_copy_(&values)
-                };
+                let copy =
+                    || self.buckets[index].f_narrow(0, slot.offset as i64, slot.elements() as i64)?.f_copy_(&values);
                 copy().map_err(Error::from)?;
             }
         }
