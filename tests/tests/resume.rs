@@ -52,8 +52,8 @@ fn digest(output: &Output) -> String {
     let words = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{words}");
     let text = String::from_utf8(output.stdout.clone()).unwrap();
-    let done = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
-    let done = done.filter(|event| event["event"] == "done").last().expect("a run that went on is done");
+    let mut done = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+    let done = done.rfind(|event| event["event"] == "done").expect("a run that went on is done");
     assert_eq!(done["steps"], STEPS);
     done["digest"].as_str().unwrap().to_owned()
 }

@@ -18,5 +18,7 @@ mod recorded_tests;
 pub mod roster;
 pub mod schedule;
 pub mod settle;
+#[cfg(test)]
+mod simulated;
 mod status;
 pub mod units;

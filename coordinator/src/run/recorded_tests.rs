@@ -1,10 +1,10 @@
 //! A run that goes on, against simulated workers: it ends like the undisturbed one, and says nothing twice.
 
 use super::event::{Effect, Event};
-use super::machine_tests::{alone, program, World};
 use super::phases::Phase;
 use super::program::Program;
 use super::recorded::Recorded;
+use super::simulated::{alone, program, World};
 use proptest::prelude::*;
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::event::Body as Entry;

@@ -1,0 +1,278 @@
+//! Simulated workers and a world around the machine, for its tests: no clock, no network.
+
+use super::cost::CostModel;
+use super::event::{Connection, Effect, Event, PendingCheckpoint, Refusal};
+use super::machine::{Machine, Settings};
+use super::phases::Phase;
+use super::plan::tests::{reversed, sizes, train, COST};
+use super::plan::Plan;
+use super::program::{Program, Training};
+use super::recorded::Recorded;
+use super::schedule::LearningRate;
+use super::units::Units;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use unisono_configs::run::Assignment;
+use unisono_proto::v1::coordinator_message::Body as Order;
+use unisono_proto::v1::directive::Body as Task;
+use unisono_proto::v1::event::Body as Entry;
+use unisono_proto::v1::worker_message::Body as Report;
+use unisono_proto::v1::{
+    Assign, CheckpointCommitted, CheckpointReport, Drained, Epoch, EvaluateReport, Failure, Fingerprint, Join,
+    LossPart, Pass, Ready, RunStarted, StepReport, WorkerMessage,
+};
+
+const ROWS: usize = 23;
+
+pub(super) fn program(assignment_steps: u64) -> Program {
+    let train = unisono_configs::run::Train { steps: Some(assignment_steps), ..train(5, 4) };
+    let cost: CostModel = COST;
+    let plan = Plan::new(sizes(ROWS), reversed(ROWS), &train, cost).unwrap();
+    Program::Train(Training {
+        rate: LearningRate::new(&train, plan.steps()),
+        plan: Arc::new(plan),
+        validation: Units::evaluation("validation", &sizes(9), &train, cost, 256).unwrap(),
+        test: Units::evaluation("test", &sizes(4), &train, cost, 256).unwrap(),
+        eval_every: 3,
+        checkpoint_every: 4,
+        start: 0,
+    })
+}
+
+pub(super) fn machine(world: u32, steps: u64, assignment: Assignment) -> Machine {
+    let settings = Settings {
+        run_dir: "/runs/one".into(),
+        term: 3,
+        world,
+        assignment,
+        seed: 1,
+        assign: Assign { trains: true, ..Assign::default() },
+        peer_secret: [7; 32],
+        started: RunStarted::default(),
+        recorded: Recorded::default(),
+        tasks: vec!["a".into(), "b".into(), "c".into()],
+        silence: 10.0,
+    };
+    Machine::new(settings, program(steps))
+}
+
+pub(super) fn join(listen: &str) -> Join {
+    let fingerprint = Fingerprint { device: "cpu".into(), libtorch: "2.11.0".into(), ..Default::default() };
+    Join { listen: listen.into(), host: "ada".into(), pid: 1, fingerprint: Some(fingerprint) }
+}
+
+/// A worker that does what it is told, and what it has not said yet.
+#[derive(Default)]
+pub(super) struct Simulated {
+    pub(super) rank: u32,
+    pub(super) epoch: Option<Epoch>,
+    pub(super) outbox: VecDeque<Report>,
+    pub(super) steps: Vec<u64>,
+    pub(super) acknowledged: u64,
+    pub(super) aborted: bool,
+}
+
+/// The world around a machine: workers, ledger and committer.
+pub(super) struct World {
+    pub(super) machine: Machine,
+    pub(super) now: f64,
+    pub(super) workers: BTreeMap<Connection, Simulated>,
+    pub(super) ledger: Vec<Entry>,
+    pub(super) commits: VecDeque<PendingCheckpoint>,
+    pub(super) concluding: bool,
+    pub(super) over: bool,
+}
+
+pub(super) fn loss(step: u64, micro_batch: u32) -> f64 {
+    1.0 + step as f64 * 0.37 + f64::from(micro_batch) * 0.011
+}
+
+impl World {
+    pub(super) fn new(world: u32, steps: u64, assignment: Assignment) -> Self {
+        Self::with(machine(world, steps, assignment), world, Vec::new())
+    }
+
+    pub(super) fn with(machine: Machine, world: u32, ledger: Vec<Entry>) -> Self {
+        let mut this = World {
+            machine,
+            now: 100.0,
+            workers: BTreeMap::new(),
+            ledger,
+            commits: VecDeque::new(),
+            concluding: false,
+            over: false,
+        };
+        let effects = this.machine.start();
+        this.carry_out(effects);
+        for id in 0..world {
+            let from = Connection(u64::from(id));
+            this.workers.insert(from, Simulated::default());
+            this.apply(Event::Joined { from, join: join(&format!("ada:{id}")) }).unwrap();
+        }
+        this
+    }
+
+    /// A run that goes on after `start` steps; `ledger` is what it committed before it ended.
+    pub(super) fn resumed(world: u32, steps: u64, start: u64, ledger: &[Entry]) -> Self {
+        let Program::Train(mut training) = program(steps) else { unreachable!() };
+        training.start = start;
+        let program = Program::Train(training);
+        let mut recorded = Recorded::default();
+        ledger.iter().for_each(|entry| recorded.note(entry));
+        recorded.follow(&program);
+        let settings = Settings { recorded, ..machine(world, steps, Assignment::Balanced).settings };
+        Self::with(Machine::new(settings, program), world, ledger.to_vec())
+    }
+
+    pub(super) fn apply(&mut self, event: Event) -> Result<(), Refusal> {
+        let effects = self.machine.apply(self.now, event)?;
+        self.carry_out(effects);
+        Ok(())
+    }
+
+    pub(super) fn carry_out(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            assert!(!self.over, "{effect:?} after the end");
+            match effect {
+                Effect::Append(entry) => self.ledger.push(entry),
+                Effect::Send { to, message } => self.deliver(to, message.epoch.unwrap(), message.body.unwrap()),
+                Effect::Close { .. } | Effect::MakeCheckpoint { .. } => {}
+                Effect::CommitCheckpoint(pending) => self.commits.push_back(pending),
+                Effect::Conclude { step } => {
+                    assert!(self.commits.is_empty() && !self.concluding);
+                    assert_eq!(step, self.machine.status(self.now).steps);
+                    self.concluding = true;
+                }
+                Effect::Done(_) => self.over = true,
+            }
+        }
+    }
+
+    pub(super) fn deliver(&mut self, to: Connection, epoch: Epoch, order: Order) {
+        let worker = self.workers.get_mut(&to).unwrap();
+        match order {
+            Order::Assign(assign) => {
+                worker.rank = assign.rank;
+                worker.epoch = Some(epoch);
+                worker.outbox.push_back(Report::Ready(Ready::default()));
+            }
+            Order::Go(_) => {}
+            Order::Acknowledge(acknowledge) => {
+                // Nothing is acknowledged before it is in the ledger.
+                assert!(self.ledger.iter().any(|e| matches!(e, Entry::Step(s) if s.step == acknowledge.step)));
+                worker.acknowledged = acknowledge.step;
+            }
+            Order::Abort(_) => worker.aborted = true,
+            Order::Directive(directive) => {
+                assert!(!worker.aborted, "a directive after the abort");
+                let mine = |passes: &[Pass]| -> Vec<u32> {
+                    let shares = passes.iter().flat_map(|p| &p.shares);
+                    shares.filter(|s| s.rank == worker.rank).map(|s| s.micro_batch).collect()
+                };
+                let report = match directive.body.unwrap() {
+                    Task::Step(step) => {
+                        worker.steps.push(step.step);
+                        let Program::Train(training) = program(self.machine.status(0.0).steps) else { unreachable!() };
+                        let dealt = training.plan.step(step.step);
+                        assert_eq!(step.target_tokens, dealt.target_tokens);
+                        let all: BTreeSet<u32> =
+                            step.passes.iter().flat_map(|p| &p.shares).map(|s| s.micro_batch).collect();
+                        assert_eq!(all.len(), dealt.micro_batches.len());
+                        let part = |micro_batch: u32| LossPart {
+                            micro_batch,
+                            loss_sum: loss(step.step, micro_batch),
+                            targets: u64::from(dealt.micro_batches[micro_batch as usize].targets),
+                            correct: 0,
+                        };
+                        let parts = mine(&step.passes).into_iter().map(part).collect();
+                        Report::Step(StepReport { step: step.step, parts, grad_norm: 0.5, ..Default::default() })
+                    }
+                    Task::Evaluate(evaluate) => {
+                        let Program::Train(training) = program(1) else { unreachable!() };
+                        let units = if evaluate.suite() == unisono_proto::v1::Suite::Test {
+                            training.test
+                        } else {
+                            training.validation
+                        };
+                        let part = |micro_batch: u32| LossPart {
+                            micro_batch,
+                            loss_sum: 1.0,
+                            targets: u64::from(units.as_slice()[micro_batch as usize].work.targets),
+                            correct: 1,
+                        };
+                        let parts = mine(&evaluate.passes).into_iter().map(part).collect();
+                        Report::Evaluate(EvaluateReport { id: directive.id, parts })
+                    }
+                    Task::Checkpoint(checkpoint) => {
+                        Report::Checkpoint(CheckpointReport { step: checkpoint.step, files: Vec::new() })
+                    }
+                    Task::Generate(_) => unreachable!(),
+                    Task::Finish(_) => Report::Drained(Drained {}),
+                };
+                worker.outbox.push_back(report);
+            }
+        }
+    }
+
+    /// Lets worker `from` say its next word; false when it has none.
+    pub(super) fn say(&mut self, from: Connection) -> bool {
+        let worker = self.workers.get_mut(&from).unwrap();
+        let Some(body) = worker.outbox.pop_front() else { return false };
+        let message = WorkerMessage { epoch: worker.epoch, body: Some(body) };
+        self.apply(Event::Message { from, message }).is_ok()
+    }
+
+    /// Does what the committer has to do next; a run that is over does not want to hear of it.
+    pub(super) fn commit(&mut self) {
+        let over = self.machine.phase().is_final();
+        let told = if let Some(PendingCheckpoint { step, .. }) = self.commits.pop_front() {
+            let entry = CheckpointCommitted { step, ..Default::default() };
+            self.apply(Event::CheckpointCommitted { step, result: Ok(entry) })
+        } else if std::mem::take(&mut self.concluding) {
+            self.apply(Event::Concluded { result: Ok(Default::default()) })
+        } else {
+            return;
+        };
+        assert_eq!(told, if over { Err(Refusal::Over) } else { Ok(()) });
+    }
+
+    pub(super) fn steps(&self) -> Vec<(u64, u64)> {
+        let step = |e: &Entry| match e {
+            Entry::Step(s) => Some((s.step, s.loss.to_bits())),
+            _ => None,
+        };
+        self.ledger.iter().filter_map(step).collect()
+    }
+
+    pub(super) fn kinds(&self) -> Vec<&'static str> {
+        self.ledger.iter().map(Entry::kind).collect()
+    }
+
+    pub(super) fn failure(&self) -> Failure {
+        self.machine.status(self.now).failure.expect("the run has failed")
+    }
+
+    /// Everyone speaks in turn until nobody has anything to say.
+    pub(super) fn settle(&mut self) {
+        let connections: Vec<Connection> = self.workers.keys().copied().collect();
+        loop {
+            let mut spoke = false;
+            for &from in &connections {
+                spoke |= self.say(from);
+            }
+            let busy = !self.commits.is_empty() || self.concluding;
+            self.commit();
+            if !spoke && !busy {
+                return;
+            }
+        }
+    }
+}
+
+/// The losses of an undisturbed run with one worker.
+pub(super) fn alone(steps: u64) -> Vec<(u64, u64)> {
+    let mut world = World::new(1, steps, Assignment::Balanced);
+    world.settle();
+    assert_eq!(world.machine.phase(), Phase::Finished);
+    world.steps()
+}
