@@ -57,7 +57,8 @@ pub struct Data {
     /// Name of the task in metrics; default: the file's stem.
     #[serde(default)]
     pub name: Option<String>,
-    /// A .jsonl file: one JSON object per line.
+    /// A .jsonl file (one JSON object per line), a .json file (a list of objects), a directory of such files, or a glob
+    /// (`*` and `?`); several files are read in the order of their names.
     pub path: PathBuf,
     /// What the rows hold.
     #[serde(default)]
@@ -66,6 +67,12 @@ pub struct Data {
     /// included. Absent: the row's own columns.
     #[serde(default)]
     pub template: Option<String>,
+    /// Of conversations: the messages of these roles are what the model is asked for.
+    #[serde(default = "default_roles")]
+    pub roles_to_train: Vec<String>,
+    /// Of conversations: which of the messages of these roles.
+    #[serde(default)]
+    pub turns: Turns,
     /// Rows held out to validate on: a share, or a .jsonl file; overrides split.validation.
     #[serde(default)]
     pub validation: Option<Held>,
@@ -92,14 +99,35 @@ fn default_max_dropped() -> f64 {
     0.01
 }
 
+fn default_roles() -> Vec<String> {
+    vec!["assistant".into()]
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Turns {
+    /// Each of them.
+    #[default]
+    All,
+    /// The last one: for templates that show earlier turns otherwise than they were written, as thinking models' do.
+    Last,
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// "text" where the first row has a column text and neither prompt nor completion, else "prompt-completion".
+    /// What the columns of the first hundred rows look like; where they differ, the run is refused.
     #[default]
     Auto,
-    /// Columns prompt and completion.
+    /// Columns prompt and completion: texts, or lists of messages that the model's chat template renders.
     PromptCompletion,
+    /// A column messages (or conversations) of objects with role and content, and where there are some, tools: rendered by
+    /// the model's chat template.
+    Messages,
+    /// Columns instruction, output and where there is one, input, in the words of Stanford Alpaca's prompt.
+    Alpaca,
+    /// A column conversations of objects with from and value: rendered by the model's chat template.
+    Sharegpt,
     /// A column text: all of it is the completion, there is no prompt.
     Text,
 }

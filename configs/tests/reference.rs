@@ -75,6 +75,8 @@ fn defaults() -> toml::Table {
         path: PathBuf::from("rows.jsonl"),
         format: Default::default(),
         template: None,
+        roles_to_train: vec!["assistant".into()],
+        turns: Default::default(),
         validation: None,
         test: None,
         on_bad_row: Default::default(),

@@ -74,6 +74,7 @@ impl Served {
             row: i as u64,
             tokens: (0..8 + i * 7 % 20).map(|t| ((i * 31 + t * 13) % 96) as u32).collect(),
             prompt: (2 + i % 4) as u32,
+            gaps: Box::default(),
         };
         let dataset = Dataset {
             tasks: vec!["copy".into(), "count".into()],

@@ -6,7 +6,21 @@ use super::Error;
 /// Every section with its keys, in the order of the reference file.
 pub(super) const KEYS: &[(&str, &[&str])] = &[
     ("model", &["path", "compute"]),
-    ("data", &["name", "path", "format", "template", "validation", "test", "on_bad_row", "max_dropped"]),
+    (
+        "data",
+        &[
+            "name",
+            "path",
+            "format",
+            "template",
+            "roles_to_train",
+            "turns",
+            "validation",
+            "test",
+            "on_bad_row",
+            "max_dropped",
+        ],
+    ),
     ("split", &["validation", "test"]),
     (
         "train",

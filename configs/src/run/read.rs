@@ -5,7 +5,7 @@ use super::tree::{Document, Node, Place, Value};
 use super::{names, Error};
 use super::{
     Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Model, OnBadRow, RunConfig,
-    Schedule, Split, Train, ZeroStage,
+    Schedule, Split, Train, Turns, ZeroStage,
 };
 use std::path::{Path, PathBuf};
 
@@ -97,22 +97,22 @@ fn model(s: &Section<'_>) -> Result<Model, Error> {
 }
 
 fn table(s: &Section<'_>, split: &Split) -> Result<Data, Error> {
-    if let Some(Node { value: Value::Text(format), .. }) = s.node("format") {
-        if ["messages", "alpaca", "sharegpt"].contains(&format.as_str()) {
-            return Err(s.fail("format", format!("\"{format}\" is not supported yet; set data.template")));
-        }
-    }
     let format = s.choice(
         "format",
         Format::Auto,
-        &[("auto", Format::Auto), ("prompt-completion", Format::PromptCompletion), ("text", Format::Text)],
+        &[
+            ("auto", Format::Auto),
+            ("prompt-completion", Format::PromptCompletion),
+            ("messages", Format::Messages),
+            ("alpaca", Format::Alpaca),
+            ("sharegpt", Format::Sharegpt),
+            ("text", Format::Text),
+        ],
     )?;
     let template = s.text("template")?;
-    if template.is_some() && format == Format::Text {
-        return Err(s.fail(
-            "format",
-            "\"text\" reads the column \"text\" and takes no template; remove data.format or data.template",
-        ));
+    if template.is_some() && !matches!(format, Format::Auto | Format::PromptCompletion) {
+        let problem = "this format reads its own columns and takes no template; remove data.format or data.template";
+        return Err(s.fail("format", problem));
     }
     let (validation, test) = (held(s, "validation")?, held(s, "test")?);
     let of = |held: &Option<Held>, default: f64| match held {
@@ -132,6 +132,8 @@ fn table(s: &Section<'_>, split: &Split) -> Result<Data, Error> {
         path: path.ok_or_else(|| s.fail("path", "is missing; set it to a .jsonl file"))?,
         format,
         template: template.map(str::to_owned),
+        roles_to_train: roles(s)?,
+        turns: s.choice("turns", Turns::All, &[("all", Turns::All), ("last", Turns::Last)])?,
         validation,
         test,
         on_bad_row: s.choice(
@@ -141,6 +143,23 @@ fn table(s: &Section<'_>, split: &Split) -> Result<Data, Error> {
         )?,
         max_dropped: s.real("max_dropped", 0.01, |x| (0.0..=1.0).contains(&x), "a share between 0 and 1")?,
     })
+}
+
+fn roles(s: &Section<'_>) -> Result<Vec<String>, Error> {
+    let Some(node) = s.node("roles_to_train") else { return Ok(vec!["assistant".into()]) };
+    let names: Option<Vec<String>> = match &node.value {
+        Value::Array(list) => (list.iter())
+            .map(|role| match &role.value {
+                Value::Text(role) if !role.is_empty() => Some(role.clone()),
+                _ => None,
+            })
+            .collect(),
+        _ => None,
+    };
+    match names {
+        Some(names) if !names.is_empty() => Ok(names),
+        _ => Err(s.fail("roles_to_train", "must be a list of roles; for example [\"assistant\"]")),
+    }
 }
 
 fn share(s: &Section<'_>, key: &str, default: f64) -> Result<f64, Error> {

@@ -103,7 +103,7 @@ fn values_out_of_range_are_refused() {
         ("[train]\nmax_length = 8192", "run.toml:6: train.max_length: a row of train.max_length = 8192 does not fit into train.max_tokens_per_micro_batch = 4096; set train.max_tokens_per_micro_batch = 8192"),
         ("[split]\ntest = 1.0", "run.toml:6: split.test: is 1 and must be a share of the rows from 0 to below 1"),
         ("validation = 0.6\ntest = 0.5", "run.toml:5: data.validation: the shares of validation and test add up to 1.1 and leave nothing to train on; lower one"),
-        ("format = \"alpaca\"", "run.toml:5: data.format: \"alpaca\" is not supported yet; set data.template"),
+        ("roles_to_train = \"user\"", "run.toml:5: data.roles_to_train: must be a list of roles; for example [\"assistant\"]"),
         ("on_bad_row = \"skip\"", "run.toml:5: data.on_bad_row: is \"skip\" and must be \"refuse\" or \"drop\""),
         ("[cluster]\nworkers = 0", "run.toml:6: cluster.workers: is 0 and must be a whole number of at least 1"),
         ("[cluster]\nzero_stage = 3", "run.toml:6: cluster.zero_stage: stages 2 and 3 are not supported yet; set \"auto\" or 1"),

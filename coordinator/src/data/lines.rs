@@ -1,4 +1,5 @@
-//! A JSONL file, a few megabytes at a time: its lines are worked on in parallel and come back in order.
+//! A file of rows, a few megabytes at a time: JSONL, or one JSON list. Rows are worked on in parallel and come back in
+//! order.
 
 use super::{Error, Progress};
 use rayon::prelude::*;
@@ -11,8 +12,8 @@ const BLOCK: usize = 8 << 20;
 /// A longer line is refused: the file is hardly JSONL.
 const LONGEST: usize = 256 << 20;
 
-/// Calls `work(line number from 1, line)` for every line of `path` that is not blank and returns the results in order.
-/// `key` is the configuration key that named the file.
+/// Calls `work(line number from 1, row)` for every row of `path` and returns the results in order: for every line that is
+/// not blank, or for every element where the file is one JSON list. `key` is the configuration key that named the file.
 pub fn map_lines<T: Send>(
     path: &Path,
     key: &str,
@@ -35,6 +36,13 @@ pub fn map_lines<T: Send>(
             check_beginning(path, &buffer)?;
             if buffer.starts_with(b"\xEF\xBB\xBF") {
                 buffer.drain(..3);
+            }
+            if is_list(&buffer) {
+                file.read_to_end(&mut buffer).map_err(read_error)?;
+                let rows = elements(&buffer).map_err(|problem| Error::File { path: path.into(), problem })?;
+                results.par_extend(rows.into_par_iter().with_min_len(32).map(|(number, text)| work(number, text)));
+                progress.advance(bytes);
+                return Ok(results);
             }
         }
         let end = if ended { buffer.len() } else { buffer.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1) };
@@ -59,7 +67,76 @@ pub fn map_lines<T: Send>(
     Ok(results)
 }
 
-/// Names the formats that are not JSONL but look like a data file.
+/// What `work` makes of the first rows of `path`, at most `count`, with their lines.
+pub fn first_rows<T>(path: &Path, key: &str, count: usize, work: impl Fn(&[u8]) -> T) -> Result<Vec<(u64, T)>, Error> {
+    let read_error = |error| Error::Read { path: path.into(), key: key.into(), error };
+    let mut bytes = Vec::new();
+    File::open(path).map_err(read_error)?.take(BLOCK as u64).read_to_end(&mut bytes).map_err(read_error)?;
+    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes);
+    if is_list(bytes) {
+        let rows = scan(bytes).map(|(rows, _)| rows).unwrap_or_default();
+        return Ok(rows.into_iter().take(count).map(|(line, text)| (line, work(text))).collect());
+    }
+    let lines = bytes.split(|&b| b == b'\n').enumerate().map(|(at, text)| (at as u64 + 1, text.trim_ascii()));
+    Ok(lines.filter(|(_, text)| !text.is_empty()).take(count).map(|(line, text)| (line, work(text))).collect())
+}
+
+/// Whether a file that begins so is one JSON list of objects, rather than lines of which the first is a list.
+fn is_list(bytes: &[u8]) -> bool {
+    match bytes.trim_ascii_start().strip_prefix(b"[") {
+        Some(rest) => matches!(rest.trim_ascii_start().first(), None | Some(b'{' | b']')),
+        None => false,
+    }
+}
+
+/// The elements of a JSON list with the line that each begins on. What is inside of them is not looked at, so that a
+/// malformed element is refused as a malformed row is.
+fn elements(bytes: &[u8]) -> Result<Vec<(u64, &[u8])>, String> {
+    match scan(bytes)? {
+        (rows, None) => Ok(rows),
+        (_, Some(line)) => Err(format!(
+            "the list does not end (what is open begins on line {line}); the file is cut off, or a bracket or quote is missing"
+        )),
+    }
+}
+
+/// Elements with their lines, and where the list has no end, the line of what is open.
+type Scanned<'b> = (Vec<(u64, &'b [u8])>, Option<u64>);
+
+fn scan(bytes: &[u8]) -> Result<Scanned<'_>, String> {
+    let (mut line, mut depth, mut quoted, mut escaped) = (1u64, 0usize, false, false);
+    let mut begin: Option<(u64, usize)> = None;
+    let mut rows = Vec::new();
+    for (at, &byte) in bytes.iter().enumerate() {
+        line += u64::from(byte == b'\n');
+        if depth == 0 && !rows.is_empty() && byte == b'{' {
+            return Err(format!("line {line}: text follows the list; write one list, or one object per line"));
+        }
+        if quoted {
+            (quoted, escaped) = (escaped || byte != b'"', !escaped && byte == b'\\');
+            continue;
+        }
+        let blank = byte.is_ascii_whitespace();
+        if depth == 1 && begin.is_none() && !blank && !matches!(byte, b',' | b']') {
+            begin = Some((line, at));
+        }
+        match byte {
+            b'"' => quoted = true,
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            _ => (),
+        }
+        let ends = (depth == 1 && byte == b',') || (depth == 0 && byte == b']');
+        if let (true, Some((number, from))) = (ends, begin) {
+            rows.push((number, bytes[from..at].trim_ascii()));
+            begin = None;
+        }
+    }
+    let open = (begin.is_some() || depth > 0).then(|| begin.map_or(line, |(number, _)| number));
+    Ok((rows, open))
+}
+
+/// Names the formats that are not JSON but look like a data file.
 fn check_beginning(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let problem = if bytes.starts_with(b"version https://git-lfs") {
         "is a Git LFS pointer, not the data; run git lfs pull"
@@ -67,10 +144,25 @@ fn check_beginning(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         "is compressed, which is not supported yet; decompress it first"
     } else if bytes.starts_with(b"PAR1") {
         "is a Parquet file, which is not supported yet; write one JSON object per line, for example with to_json(..., lines=True)"
-    } else if bytes.trim_ascii_start().starts_with(b"[") {
-        "is one JSON list, which is not supported yet; write one object per line, for example with jq -c '.[]'"
     } else {
         return Ok(());
     };
     Err(Error::File { path: path.into(), problem: problem.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_falls_into_its_elements_with_their_lines() {
+        let text = b" [\n {\"a\": \"],\\\\\\\"{\"},\n\n{\"b\": [1, {}]} , 3]\n";
+        let rows: Vec<(u64, &str)> =
+            elements(text).unwrap().into_iter().map(|(n, t)| (n, std::str::from_utf8(t).unwrap())).collect();
+        assert_eq!(rows, [(2, "{\"a\": \"],\\\\\\\"{\"}"), (4, "{\"b\": [1, {}]}"), (4, "3")]);
+        assert_eq!(elements(b"[]").unwrap(), []);
+        assert!(elements(b"[{\"a\": 1},\n{\"b\"").unwrap_err().contains("begins on line 2"));
+        assert!(elements(b"[{}]\n{}").unwrap_err().contains("line 2: text follows"));
+        assert!(is_list(b" [\n{") && is_list(b"[]") && !is_list(b"[1]\n") && !is_list(b"{"));
+    }
 }

@@ -1,9 +1,14 @@
 //! From files of rows to examples of tokens: read, render, tokenize, gate, split, shuffle, pack. Everything here is a
 //! pure function of the files and the configuration.
 
+mod chat;
+mod conversation;
+mod detect;
 mod error;
+mod files;
 mod lines;
 mod pack;
+mod python;
 mod render;
 mod row;
 mod shuffle;
@@ -21,6 +26,7 @@ pub use tokenizer::TextTokenizer;
 
 use split::{split, Part};
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::PathBuf;
 use table::{Reading, Rows, Tokenized};
 use unisono_configs::model::ModelSpec;
@@ -35,8 +41,10 @@ pub struct Example {
     pub row: u64,
     /// Prompt, completion, end of text. A completion cut at `train.max_length` has no end of text.
     pub tokens: Box<[u32]>,
-    /// First token of the completion.
+    /// First token of the completion, or of a conversation's first turn that is trained on.
     pub prompt: u32,
+    /// Later tokens that the model is not asked for, in order; the last token is none of them. Empty but in conversations.
+    pub gaps: Box<[Range<u32>]>,
 }
 
 impl Example {
@@ -50,9 +58,15 @@ impl Example {
         (self.prompt as usize).max(1)
     }
 
+    /// Whether the model is asked for token `at`.
+    pub fn asks(&self, at: usize) -> bool {
+        at >= self.first_target() && !self.gaps.iter().any(|gap| gap.contains(&(at as u32)))
+    }
+
     /// Tokens that the model is asked for.
     pub fn targets(&self) -> usize {
-        self.tokens.len() - self.first_target()
+        let skipped: usize = self.gaps.iter().map(|gap| gap.len()).sum();
+        self.tokens.len() - self.first_target() - skipped
     }
 }
 
@@ -75,12 +89,14 @@ pub struct Dataset {
 pub struct Report {
     pub task: String,
     pub path: PathBuf,
+    /// What the rows look like: data.format, or what was found.
+    pub format: &'static str,
     /// Source rows, files of held-out rows included.
     pub rows: u64,
     pub train: u64,
     pub validation: u64,
     pub test: u64,
-    /// Tokens of prompts, of all parts.
+    /// Tokens of prompts and of turns that are not trained on, of all parts.
     pub prompt_tokens: u64,
     /// Tokens of completions with their end of text, of all parts.
     pub completion_tokens: u64,
@@ -131,6 +147,7 @@ pub fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Dataset, E
         let reading = Reading {
             data,
             table: &table,
+            model: &config.model.path,
             tokenizer: &tokenizer,
             vocab: spec.vocab,
             max_length: config.train.max_length,
@@ -153,13 +170,14 @@ fn add_table(dataset: &mut Dataset, config: &RunConfig, reading: &Reading<'_>, m
     let Data { path, validation, test, .. } = reading.data;
     let task = dataset.tasks.len() as u32;
     dataset.tasks.push(reading.table.to_owned());
-    let mut report = Report { task: reading.table.to_owned(), path: path.clone(), ..Report::default() };
     let share = |held: &Option<Held>, default: f64| match held {
         None => default,
         Some(Held::Share(share)) => *share,
         Some(Held::File(_)) => 0.0,
     };
     let main = reading.read(path, "data.path")?;
+    let (task_name, format) = (reading.table.to_owned(), main.format);
+    let mut report = Report { task: task_name, path: path.clone(), format, ..Report::default() };
     let hashes: Vec<u128> = main.good.iter().map(|r| r.hash).collect();
     let parts = split(&hashes, share(validation, config.split.validation), share(test, config.split.test));
     let mut held_out = HashSet::new();
@@ -171,7 +189,7 @@ fn add_table(dataset: &mut Dataset, config: &RunConfig, reading: &Reading<'_>, m
         for (index, row) in found.good.into_iter().enumerate() {
             let part = part(index);
             report.count(&row, part);
-            let example = Example { task, row: rows + row.row, tokens: row.tokens, prompt: row.prompt };
+            let example = Example { task, row: rows + row.row, tokens: row.tokens, prompt: row.prompt, gaps: row.gaps };
             match part {
                 Part::Train => dataset.train.push(example),
                 Part::Validation => dataset.validation.push(example),
@@ -216,8 +234,9 @@ impl Report {
             Part::Validation => &mut self.validation,
             Part::Test => &mut self.test,
         } += 1;
-        self.prompt_tokens += u64::from(row.prompt);
-        self.completion_tokens += row.tokens.len() as u64 - u64::from(row.prompt);
+        let unasked = u64::from(row.prompt) + row.gaps.iter().map(|gap| gap.len() as u64).sum::<u64>();
+        self.prompt_tokens += unasked;
+        self.completion_tokens += row.tokens.len() as u64 - unasked;
         self.longest = self.longest.max(row.tokens.len());
         self.truncated += u64::from(row.truncated);
     }

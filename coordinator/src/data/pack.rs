@@ -34,7 +34,14 @@ pub fn pack(examples: &[&Example]) -> Packed {
         put_u32s(&mut tokens, &example.tokens[..example.inputs()]);
         let asked = example.first_target();
         put_u32s(&mut targets, &vec![NO_TARGET; asked - 1]);
-        put_u32s(&mut targets, &example.tokens[asked..]);
+        let mut from = asked;
+        for gap in &example.gaps {
+            let (begin, end) = ((gap.start as usize).max(from), gap.end as usize);
+            put_u32s(&mut targets, &example.tokens[from..begin]);
+            put_u32s(&mut targets, &vec![NO_TARGET; end - begin]);
+            from = end;
+        }
+        put_u32s(&mut targets, &example.tokens[from..]);
         start += example.inputs() as u32;
     }
     Packed { tokens: tokens.into(), targets: targets.into(), starts: starts.into() }
@@ -49,7 +56,10 @@ mod tests {
     fn example() -> impl Strategy<Value = Example> {
         (2usize..40, any::<u32>(), 0..5u32).prop_map(|(length, seed, task)| {
             let tokens: Vec<u32> = (0..length as u32).map(|i| (seed.wrapping_add(i * 7919)) % 1000).collect();
-            Example { task, row: 0, prompt: seed % length as u32, tokens: tokens.into() }
+            let prompt = seed % length as u32;
+            // Every third token, but neither the first of the completion nor the last.
+            let gaps = (prompt + 1..length as u32 - 1).filter(|at| seed % 2 == 0 && at % 3 == 0).map(|at| at..at + 1);
+            Example { task, row: 0, prompt, gaps: gaps.collect(), tokens: tokens.into() }
         })
     }
 
@@ -69,7 +79,9 @@ mod tests {
                 prop_assert_eq!(&tokens[begin..end], &example.tokens[..example.tokens.len() - 1]);
                 for (at, &target) in targets[begin..end].iter().enumerate() {
                     let predicted = at + 1;
-                    let expected = if predicted >= example.prompt as usize { example.tokens[predicted] } else { NO_TARGET };
+                    let gap = example.gaps.iter().any(|gap| gap.start as usize == predicted);
+                    let asked = predicted >= example.prompt as usize && !gap;
+                    let expected = if asked { example.tokens[predicted] } else { NO_TARGET };
                     prop_assert_eq!(target, expected);
                 }
             }

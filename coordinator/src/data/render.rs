@@ -1,5 +1,8 @@
 //! A source row becomes prompt and completion: by its columns, or by a Jinja template that sees nothing but the row.
 
+use super::chat::ChatTemplate;
+use super::conversation::Conversation;
+use super::detect::Kind;
 use super::row::{Field, Row};
 use super::Error;
 use minijinja::syntax::SyntaxConfig;
@@ -7,8 +10,10 @@ use minijinja::value::{Object, Value};
 use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use std::borrow::Cow;
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
-use unisono_configs::run::{Data, Format};
+use unisono_configs::run::{Data, Turns};
 
 /// Stands for `|||` while a template is rendered, so that a row which contains `|||` is not cut there.
 const SEPARATOR: &str = "\u{10FFFD}";
@@ -19,17 +24,26 @@ const RECURSION: usize = 64;
 /// Bytes that a template may print for one row.
 const OUTPUT: usize = 16 << 20;
 
-/// Prompt and completion of one row.
-pub struct Rendered<'r> {
-    pub prompt: Cow<'r, str>,
-    pub completion: Cow<'r, str>,
+/// One row as text.
+pub enum Rendered<'r> {
+    Pair {
+        prompt: Cow<'r, str>,
+        completion: Cow<'r, str>,
+    },
+    /// A conversation, and the byte ranges of it that the model is asked for.
+    Chat {
+        text: String,
+        spans: Vec<Range<usize>>,
+    },
 }
 
 /// How one data table is rendered.
 pub enum Renderer {
     Columns,
     Text,
+    Alpaca,
     Template(Box<Template>),
+    Chat { template: Box<ChatTemplate>, kind: Kind, roles: Vec<String>, turns: Turns },
 }
 
 pub struct Template {
@@ -39,16 +53,28 @@ pub struct Template {
 }
 
 impl Renderer {
-    /// `first` is the table's first row: with `format = "auto"` it decides.
-    pub fn new(data: &Data, table: &str, first: &Row<'_>) -> Result<Self, Error> {
-        if let Some(source) = &data.template {
-            return Template::new(source, table).map(|t| Renderer::Template(Box::new(t)));
-        }
-        let has = |name: &str| first.get(name).is_some();
-        Ok(match data.format {
-            Format::Text => Renderer::Text,
-            Format::Auto if has("text") && !has("prompt") && !has("completion") => Renderer::Text,
-            Format::Auto | Format::PromptCompletion => Renderer::Columns,
+    /// `model` is the directory whose chat template renders conversations.
+    pub fn new(data: &Data, table: &str, kind: Kind, model: &Path) -> Result<Self, Error> {
+        Ok(match kind {
+            Kind::Template => {
+                let source = data.template.as_deref().unwrap_or_default();
+                Renderer::Template(Box::new(Template::new(source, table)?))
+            }
+            Kind::Columns => Renderer::Columns,
+            Kind::Text => Renderer::Text,
+            Kind::Alpaca => Renderer::Alpaca,
+            Kind::ChatColumns | Kind::Messages | Kind::Sharegpt => {
+                let Some(template) = ChatTemplate::read(model)? else {
+                    let problem = format!(
+                        "its rows are conversations, but {} has no chat template; put a chat_template.jinja there, for \
+                         example of the model's instruction-tuned sister, or set data.template",
+                        model.display()
+                    );
+                    return Err(Error::Table { table: table.into(), problem });
+                };
+                let (roles, turns) = (data.roles_to_train.clone(), data.turns);
+                Renderer::Chat { template: Box::new(template), kind, roles, turns }
+            }
         })
     }
 
@@ -56,10 +82,20 @@ impl Renderer {
     pub fn render<'r>(&self, row: &'r Row<'_>) -> Result<Rendered<'r>, String> {
         match self {
             Renderer::Columns => {
-                Ok(Rendered { prompt: column(row, "prompt")?, completion: column(row, "completion")? })
+                Ok(Rendered::Pair { prompt: column(row, "prompt")?, completion: column(row, "completion")? })
             }
-            Renderer::Text => Ok(Rendered { prompt: "".into(), completion: column(row, "text")? }),
+            Renderer::Text => Ok(Rendered::Pair { prompt: "".into(), completion: column(row, "text")? }),
+            Renderer::Alpaca => alpaca(row),
             Renderer::Template(template) => template.render(row),
+            Renderer::Chat { template, kind, roles, turns } => {
+                let talk = match kind {
+                    Kind::ChatColumns => Conversation::of_columns(row)?,
+                    Kind::Sharegpt => Conversation::of_sharegpt(row)?,
+                    _ => Conversation::of_messages(row)?,
+                };
+                let rendered = template.render(&talk, roles, *turns)?;
+                Ok(Rendered::Chat { text: rendered.text, spans: rendered.spans })
+            }
         }
     }
 }
@@ -72,11 +108,29 @@ fn column<'r>(row: &'r Row<'_>, name: &str) -> Result<Cow<'r, str>, String> {
     }
 }
 
+/// The words that Stanford Alpaca's models were trained on.
+fn alpaca<'r>(row: &'r Row<'_>) -> Result<Rendered<'r>, String> {
+    let (instruction, completion) = (column(row, "instruction")?, column(row, "output")?);
+    let input = match row.get("input") {
+        None | Some(Field::Other(serde_json::Value::Null)) => "".into(),
+        Some(_) => column(row, "input")?,
+    };
+    let prompt = match input.is_empty() {
+        true => format!(
+            "Below is an instruction that describes a task. Write a response that appropriately completes the \
+             request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+        ),
+        false => format!(
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write \
+             a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### \
+             Input:\n{input}\n\n### Response:\n"
+        ),
+    };
+    Ok(Rendered::Pair { prompt: prompt.into(), completion })
+}
+
 /// What to do about a row without `prompt`, `completion` or `text`.
 fn advice(row: &Row<'_>) -> String {
-    if row.get("messages").is_some() || row.get("conversations").is_some() {
-        return ", and conversations are not supported yet".into();
-    }
     let known = [
         ("question", "answer"),
         ("instruction", "output"),
@@ -136,7 +190,7 @@ impl Template {
         let mut parts = text.split(SEPARATOR);
         match (parts.next(), parts.next(), parts.next()) {
             (Some(prompt), Some(completion), None) => {
-                Ok(Rendered { prompt: prompt.to_owned().into(), completion: completion.to_owned().into() })
+                Ok(Rendered::Pair { prompt: prompt.to_owned().into(), completion: completion.to_owned().into() })
             }
             (_, None, _) => Err("the template printed no ||| for this row".into()),
             _ => Err("the template printed more than one ||| for this row".into()),
@@ -199,7 +253,7 @@ fn value(field: &Field<'_>) -> Value {
     }
 }
 
-fn json(value: &serde_json::Value) -> Value {
+pub fn json(value: &serde_json::Value) -> Value {
     match value {
         serde_json::Value::Null => Value::from(()),
         serde_json::Value::Bool(b) => Value::from(*b),

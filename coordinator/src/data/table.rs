@@ -1,12 +1,14 @@
 //! One file of rows: read, rendered, tokenized and gated, in the order of the file.
 
+use super::detect::Kind;
+use super::files::files;
 use super::lines::map_lines;
-use super::render::Renderer;
+use super::render::{Rendered, Renderer};
 use super::row::Row;
 use super::tokenizer::TextTokenizer;
 use super::{Error, Progress};
+use std::ops::Range;
 use std::path::Path;
-use std::sync::OnceLock;
 use unisono_configs::run::{Data, OnBadRow};
 
 /// A row that can be trained on.
@@ -18,6 +20,8 @@ pub struct Tokenized {
     pub tokens: Box<[u32]>,
     /// First token of the completion.
     pub prompt: u32,
+    /// Later tokens that the model is not asked for.
+    pub gaps: Box<[Range<u32>]>,
     /// The completion was cut at its right end and has lost its end of text.
     pub truncated: bool,
 }
@@ -30,12 +34,16 @@ pub struct Rows {
     pub dropped: u64,
     /// Place and problem of the first three bad rows.
     pub bad: Vec<String>,
+    /// What the rows look like, in the configuration's words.
+    pub format: &'static str,
 }
 
 /// What it takes to read a table's files.
 pub struct Reading<'a> {
     pub data: &'a Data,
     pub table: &'a str,
+    /// The model's directory.
+    pub model: &'a Path,
     pub tokenizer: &'a TextTokenizer,
     pub vocab: usize,
     pub max_length: usize,
@@ -52,8 +60,22 @@ struct Bad {
 impl Reading<'_> {
     /// Reads `path`, which `key` of the configuration named.
     pub fn read(&self, path: &Path, key: &str) -> Result<Rows, Error> {
-        check_kind(path)?;
-        let renderer = OnceLock::new();
+        let mut all: Option<Rows> = None;
+        for file in files(path, key)? {
+            let found = self.read_file(&file, key)?;
+            match &mut all {
+                None => all = Some(found),
+                Some(all) => all.extend(found),
+            }
+        }
+        let problem =
+            || Error::File { path: path.into(), problem: "has no rows; write one JSON object per line".into() };
+        all.ok_or_else(problem)
+    }
+
+    fn read_file(&self, path: &Path, key: &str) -> Result<Rows, Error> {
+        let kind = Kind::of_file(self.data, path, key)?;
+        let renderer = Renderer::new(self.data, self.table, kind, self.model)?;
         let outcomes = map_lines(path, key, self.progress, |line, text| self.row(line, text, &renderer))?;
         let count = outcomes.len() as u64;
         if count == 0 {
@@ -96,27 +118,26 @@ impl Reading<'_> {
                 first: shown.join("; "),
             });
         }
-        Ok(Rows { good, count, dropped, bad: shown })
+        Ok(Rows { good, count, dropped, bad: shown, format: kind.name() })
     }
 
-    fn row(&self, line: u64, text: &[u8], renderer: &OnceLock<Renderer>) -> Result<Tokenized, Stop> {
+    fn row(&self, line: u64, text: &[u8], renderer: &Renderer) -> Result<Tokenized, Stop> {
         let bad = |problem: String| Stop::Row(Bad { line, column: None, problem });
         let text = std::str::from_utf8(text).map_err(|error| {
             bad(format!("byte {} of the line is not UTF-8; save the file as UTF-8", error.valid_up_to() + 1))
         })?;
         let row: Row<'_> = serde_json::from_str(text).map_err(|error| malformed(line, text, &error))?;
-        let renderer = match renderer.get() {
-            Some(renderer) => renderer,
-            None => {
-                let made = Renderer::new(self.data, self.table, &row).map_err(Stop::All)?;
-                renderer.get_or_init(|| made)
+        let (prompt, completion) = match renderer.render(&row).map_err(bad)? {
+            Rendered::Pair { prompt, completion } => (prompt, completion),
+            Rendered::Chat { text, spans } => {
+                let found = self.conversation(&text, &spans).map_err(|stop| stop.on(line))?;
+                return Ok(Tokenized { hash: row.hash(), ..found });
             }
         };
-        let rendered = renderer.render(&row).map_err(bad)?;
-        if rendered.completion.trim().is_empty() {
+        if completion.trim().is_empty() {
             return Err(bad("the completion is empty".into()));
         }
-        let mut tokens = self.tokenizer.encode_prompt(&rendered.prompt).map_err(Stop::All)?;
+        let mut tokens = self.tokenizer.encode_prompt(&prompt).map_err(Stop::All)?;
         let prompt = tokens.len();
         if prompt >= self.max_length {
             return Err(bad(format!(
@@ -124,7 +145,7 @@ impl Reading<'_> {
                 self.max_length
             )));
         }
-        tokens.extend(self.tokenizer.encode_completion(&rendered.completion).map_err(Stop::All)?);
+        tokens.extend(self.tokenizer.encode_completion(&completion).map_err(Stop::All)?);
         let eos = self.tokenizer.eos();
         if tokens[prompt..].iter().all(|&id| id == eos) {
             return Err(bad("the completion has no token but the end of text".into()));
@@ -137,7 +158,42 @@ impl Reading<'_> {
         }
         let truncated = tokens.len() > self.max_length;
         tokens.truncate(self.max_length);
-        Ok(Tokenized { row: 0, hash: row.hash(), tokens: tokens.into(), prompt: prompt as u32, truncated })
+        let (tokens, gaps) = (tokens.into(), Box::default());
+        Ok(Tokenized { row: 0, hash: row.hash(), tokens, prompt: prompt as u32, gaps, truncated })
+    }
+
+    /// A conversation's tokens, as far as the last that the model is asked for.
+    fn conversation(&self, text: &str, spans: &[Range<usize>]) -> Result<Tokenized, Stop> {
+        let bad = |problem: String| Stop::Row(Bad { line: 0, column: None, problem });
+        let (mut tokens, mut asked) = self.tokenizer.encode_spans(text, spans).map_err(Stop::All)?;
+        if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.vocab) {
+            return Err(Stop::All(self.tokenizer.beyond(*id, self.vocab)));
+        }
+        let length = |asked: &[bool]| asked.iter().rposition(|&a| a).map_or(0, |last| last + 1);
+        if length(&asked[1.min(asked.len())..]) == 0 {
+            return Err(bad("the turns to train on have no tokens".into()));
+        }
+        let whole = length(&asked);
+        let prompt = asked.iter().position(|&a| a).unwrap_or(0);
+        asked.truncate(whole.min(self.max_length));
+        asked.truncate(length(&asked));
+        if asked.len() < 2 {
+            return Err(bad(format!(
+                "the prompt fills the whole length ({prompt} tokens, train.max_length = {}) and leaves no completion token",
+                self.max_length
+            )));
+        }
+        tokens.truncate(asked.len());
+        let mut gaps: Vec<Range<u32>> = Vec::new();
+        for at in (prompt..asked.len()).filter(|&at| !asked[at]) {
+            let at = at as u32;
+            match gaps.last_mut() {
+                Some(gap) if gap.end == at => gap.end += 1,
+                _ => gaps.push(at..at + 1),
+            }
+        }
+        let (tokens, gaps, truncated) = (tokens.into(), gaps.into(), whole > self.max_length);
+        Ok(Tokenized { row: 0, hash: 0, tokens, prompt: prompt as u32, gaps, truncated })
     }
 }
 
@@ -145,6 +201,27 @@ impl Reading<'_> {
 enum Stop {
     Row(Bad),
     All(Error),
+}
+
+impl Stop {
+    fn on(self, line: u64) -> Self {
+        match self {
+            Stop::Row(bad) => Stop::Row(Bad { line, ..bad }),
+            all => all,
+        }
+    }
+}
+
+impl Rows {
+    /// The rows of a further file.
+    fn extend(&mut self, other: Rows) {
+        let before = self.count;
+        self.good.extend(other.good.into_iter().map(|row| Tokenized { row: before + row.row, ..row }));
+        self.count += other.count;
+        self.dropped += other.dropped;
+        self.bad.extend(other.bad);
+        self.bad.truncate(3);
+    }
 }
 
 fn malformed(line: u64, text: &str, error: &serde_json::Error) -> Stop {
@@ -171,15 +248,4 @@ fn others(bad: &[Bad], count: u64) -> String {
         2 => format!(" (line {} is bad, too)", line(1)),
         n => format!(" ({n} of {count} rows are bad, lines {} and {} among them)", line(1), line(2)),
     }
-}
-
-fn check_kind(path: &Path) -> Result<(), Error> {
-    let refuse = |problem: &str| Err(Error::File { path: path.into(), problem: problem.into() });
-    if path.is_dir() {
-        return refuse("is a directory, which is not supported yet; name one .jsonl file per [[data]] table");
-    }
-    if !path.exists() && path.to_string_lossy().contains(['*', '?', '[']) {
-        return refuse("globs are not supported yet; name one .jsonl file per [[data]] table");
-    }
-    Ok(())
 }

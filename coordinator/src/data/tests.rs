@@ -202,7 +202,7 @@ fn templates_are_refused_in_a_sentence() {
 fn files_are_refused_in_a_sentence() {
     let row = "{\"prompt\":\"w5\",\"completion\":\"w6\"}\n";
     assert_eq!(sentence("\n \n", |_| ()), "rows.jsonl: has no rows; write one JSON object per line");
-    assert!(sentence("[{}]", |_| ()).starts_with("rows.jsonl: is one JSON list, which is not supported yet"));
+    assert!(sentence("[{}]", |_| ()).starts_with("rows.jsonl:1: field \"prompt\" is missing"));
     assert!(sentence("PAR1", |_| ()).starts_with("rows.jsonl: is a Parquet file"));
     let missing = sentence(row, |c| c.data[0].path.set_file_name("absent.jsonl"));
     assert_eq!(
@@ -307,4 +307,51 @@ fn tokenizers_are_refused_in_a_sentence() {
     assert!(refused().starts_with("tokenizer.json: not a tokenizer ("), "{}", refused());
     std::fs::remove_file(path("tokenizer.json")).unwrap();
     assert!(refused().starts_with("tokenizer.json: cannot be read (No such file"), "{}", refused());
+}
+
+#[test]
+fn rows_of_other_formats_are_found_out() {
+    let (dir, mut config) = setup("[{\"instruction\": \"w5\", \"input\": \"w6\", \"output\": \"w7\"},\n {\"instruction\": \"w8\", \"output\": \"w9\"}]\n");
+    let dataset = prepare(&config, &()).unwrap();
+    assert_eq!((dataset.reports[0].format, dataset.train.len()), ("alpaca", 2));
+    assert_eq!(dataset.train[1].tokens[dataset.train[1].prompt as usize..], [9, EOS]);
+    // A template of words, each turn ending in the end of text; its white space is the tokenizer's.
+    let template = "{{ bos_token }}{% for m in messages %} {{ m.content }} {{ eos_token if m.role == 'assistant' else 'w9' }}{% endfor %}";
+    let tokens = r#"{"bos_token": "<s>", "eos_token": "</s>"}"#;
+    let chat = r#"{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}, {"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8"}, {"role": "user", "content": "w5"}]}"#;
+    let from = r#"{"conversations": [{"from": "human", "value": "w5"}, {"from": "gpt", "value": "w6"}, {"from": "human", "value": "w7"}, {"from": "gpt", "value": "w8"}]}"#;
+    let columns = r#"{"prompt": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}, {"role": "user", "content": "w7"}], "completion": [{"role": "assistant", "content": "w8"}]}"#;
+    let path = dir.path().join("rows.jsonl");
+    std::fs::write(&path, chat).unwrap();
+    let none = prepare(&config, &()).unwrap_err().to_string();
+    assert!(none.contains("its rows are conversations, but") && none.contains("chat_template.jinja"), "{none}");
+    std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), tokens).unwrap();
+    for (row, format, asked) in [
+        (chat, "messages", vec![6, EOS, 8, EOS]),
+        (from, "sharegpt", vec![6, EOS, 8, EOS]),
+        (columns, "prompt-completion of messages", vec![8, EOS]),
+    ] {
+        std::fs::write(&path, row).unwrap();
+        let dataset = prepare(&config, &()).unwrap();
+        let example = &dataset.train[0];
+        // What follows the last turn that is trained on teaches nothing.
+        assert_eq!(*example.tokens, [BOS, 5, 9, 6, EOS, 7, 9, 8, EOS], "{format}");
+        assert_eq!(dataset.reports[0].format, format);
+        let found: Vec<u32> =
+            (0..example.tokens.len()).filter(|&at| example.asks(at)).map(|at| example.tokens[at]).collect();
+        assert_eq!(found, asked, "{format}");
+        assert_eq!(example.targets(), asked.len(), "{format}");
+    }
+    std::fs::write(&path, format!("{chat}\n{from}\n")).unwrap();
+    let mixed = prepare(&config, &()).unwrap_err().to_string();
+    assert!(mixed.contains("line 1 looks like messages, line 2 like sharegpt; set data.format"), "{mixed}");
+    // Cut in the middle of the second turn, and before the first.
+    std::fs::write(&path, chat).unwrap();
+    config.train.max_length = 8;
+    let dataset = prepare(&config, &()).unwrap();
+    assert_eq!((dataset.train[0].tokens.len(), dataset.reports[0].truncated), (8, 1));
+    config.train.max_length = 3;
+    let full = prepare(&config, &()).unwrap_err().to_string();
+    assert!(full.contains("rows.jsonl:1: the prompt fills the whole length"), "{full}");
 }

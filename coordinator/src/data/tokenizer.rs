@@ -2,6 +2,7 @@
 
 use super::Error;
 use serde_json::Value;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
@@ -73,6 +74,24 @@ impl TextTokenizer {
     /// Without special tokens; the end-of-text token is not appended.
     pub fn encode_completion(&self, text: &str) -> Result<Vec<u32>, Error> {
         self.encode(text, false)
+    }
+
+    /// Without special tokens but those written out; and for each token whether it lies, be it in part, in one of the
+    /// byte ranges `spans`.
+    pub fn encode_spans(&self, text: &str, spans: &[Range<usize>]) -> Result<(Vec<u32>, Vec<bool>), Error> {
+        let encoding = self.tokenizer.encode(text, false).map_err(|error| Error::Tokenizer {
+            path: self.path.clone(),
+            problem: format!("cannot encode a text ({error})"),
+        })?;
+        let mut next = 0;
+        let asked = encoding.get_offsets().iter().map(|&(begin, end)| {
+            while spans.get(next).is_some_and(|span| span.end <= begin) {
+                next += 1;
+            }
+            spans.get(next).is_some_and(|span| begin < span.end && end > span.start)
+        });
+        let asked = asked.collect();
+        Ok((encoding.get_ids().to_vec(), asked))
     }
 
     /// The text of `ids`, special tokens left out.

@@ -48,26 +48,34 @@ pub fn table(reports: &[Report]) -> String {
 
 /// A row: the prompt as it is, each completion token by itself. Without `colour`, tokens stand in ⟦ ⟧.
 pub fn row(example: &Example, task: &str, tokenizer: &TextTokenizer, colour: bool) -> String {
-    let (prompt, completion) = example.tokens.split_at(example.prompt as usize);
+    let in_gap = |at: usize| example.gaps.iter().any(|gap| gap.contains(&(at as u32)));
+    let shown: Vec<bool> = (0..example.tokens.len()).map(|at| at >= example.prompt as usize && !in_gap(at)).collect();
+    let completion = shown.iter().filter(|&&shown| shown).count();
     let mut text = format!(
-        "{} · row {} · {} prompt + {} completion tokens\n",
+        "{} · row {} · {} prompt + {completion} completion tokens\n",
         printable(task),
         example.row,
-        prompt.len(),
-        completion.len()
+        shown.len() - completion,
     );
     let pieces: Vec<String> = tokenizer.pieces(&example.tokens).iter().map(|p| printable(p)).collect();
-    let (before, after) = pieces.split_at(prompt.len());
-    let prompt: String = before.concat();
-    text += &if colour { format!("{DIM}{prompt}{RESET}") } else { prompt };
-    for (index, (piece, &id)) in after.iter().zip(completion).enumerate() {
-        // A line end is a token's, so it shows inside of it.
-        let piece = piece.replace('\n', "⏎\n");
-        text += &match colour {
-            true if id == tokenizer.eos() => format!("{END}{piece}{RESET}"),
-            true => format!("{}{piece}{RESET}", COMPLETION[index % 2]),
-            false => format!("⟦{piece}⟧"),
-        };
+    let mut at = 0;
+    for run in shown.chunk_by(|a, b| a == b) {
+        let (begin, end) = (at, at + run.len());
+        at = end;
+        if !run[0] {
+            let prompt: String = pieces[begin..end].concat();
+            text += &if colour { format!("{DIM}{prompt}{RESET}") } else { prompt };
+            continue;
+        }
+        for (index, (piece, &id)) in pieces[begin..end].iter().zip(&example.tokens[begin..end]).enumerate() {
+            // A line end is a token's, so it shows inside of it.
+            let piece = piece.replace('\n', "⏎\n");
+            text += &match colour {
+                true if id == tokenizer.eos() => format!("{END}{piece}{RESET}"),
+                true => format!("{}{piece}{RESET}", COMPLETION[index % 2]),
+                false => format!("⟦{piece}⟧"),
+            };
+        }
     }
     text.push('\n');
     text
@@ -77,7 +85,7 @@ pub fn row(example: &Example, task: &str, tokenizer: &TextTokenizer, colour: boo
 pub fn row_json(example: &Example, task: &str, tokenizer: &TextTokenizer) -> Value {
     let pieces = tokenizer.pieces(&example.tokens);
     let tokens: Vec<Value> = (example.tokens.iter().zip(pieces).enumerate())
-        .map(|(i, (id, text))| json!({"id": id, "text": text, "target": i >= example.first_target()}))
+        .map(|(i, (id, text))| json!({"id": id, "text": text, "target": example.asks(i)}))
         .collect();
     json!({"event": "row", "task": task, "row": example.row, "prompt_tokens": example.prompt, "tokens": tokens})
 }
@@ -104,7 +112,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         model(dir.path(), 100);
         let tokenizer = TextTokenizer::read(dir.path(), 100).unwrap();
-        (dir, tokenizer, Example { task: 0, row: 7, tokens: [1, 5, 6, 0].into(), prompt: 2 })
+        (dir, tokenizer, Example { task: 0, row: 7, tokens: [1, 5, 6, 0].into(), prompt: 2, gaps: Box::default() })
     }
 
     #[test]

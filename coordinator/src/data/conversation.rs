@@ -1,0 +1,117 @@
+//! A row of messages, whatever its columns are called, as a chat template takes it.
+
+use super::render::json;
+use super::row::{Field, Row};
+use minijinja::value::Value;
+use serde_json::{json, Value as Json};
+
+pub struct Conversation {
+    pub messages: Vec<Value>,
+    /// Of each message.
+    pub roles: Vec<String>,
+    /// Messages before this one are a prompt and not trained on.
+    pub first: usize,
+    /// None where there are none.
+    pub tools: Value,
+    /// Further variables of the template: the row's chat_template_kwargs.
+    pub options: Vec<(String, Value)>,
+}
+
+/// What other tools call a role.
+const ROLES: &[(&str, &str)] = &[
+    ("human", "user"),
+    ("user", "user"),
+    ("gpt", "assistant"),
+    ("assistant", "assistant"),
+    ("model", "assistant"),
+    ("chatgpt", "assistant"),
+    ("system", "system"),
+    ("tool", "tool"),
+    ("function", "tool"),
+    ("observation", "tool"),
+    ("function_response", "tool"),
+];
+
+impl Conversation {
+    /// Columns messages or conversations, of objects with role and content.
+    pub fn of_messages(row: &Row<'_>) -> Result<Self, String> {
+        let name = if row.get("messages").is_some() { "messages" } else { "conversations" };
+        Self::new(row, list(row, name)?.to_vec(), name, 0)
+    }
+
+    /// Columns prompt and completion, each a list of messages.
+    pub fn of_columns(row: &Row<'_>) -> Result<Self, String> {
+        let (prompt, completion) = (list(row, "prompt")?, list(row, "completion")?);
+        Self::new(row, [prompt, completion].concat(), "prompt and completion", prompt.len())
+    }
+
+    /// A column conversations of objects with from and value.
+    pub fn of_sharegpt(row: &Row<'_>) -> Result<Self, String> {
+        let mut messages = Vec::new();
+        if let Some(Field::Text(system)) = row.get("system") {
+            if !system.is_empty() {
+                messages.push(json!({"role": "system", "content": system}));
+            }
+        }
+        for (index, turn) in list(row, "conversations")?.iter().enumerate() {
+            let place = format!("message {} of field \"conversations\"", index + 1);
+            let (Some(from), Some(value)) = (turn["from"].as_str(), turn["value"].as_str()) else {
+                return Err(format!("{place} must have strings \"from\" and \"value\""));
+            };
+            let Some((_, role)) = ROLES.iter().find(|(known, _)| *known == from) else {
+                let known: Vec<&str> = ROLES.iter().map(|(known, _)| *known).collect();
+                return Err(format!("{place} is from \"{from}\", but must be from one of {}", known.join(", ")));
+            };
+            messages.push(json!({"role": role, "content": value}));
+        }
+        Self::new(row, messages, "conversations", 0)
+    }
+
+    fn new(row: &Row<'_>, messages: Vec<Json>, field: &str, first: usize) -> Result<Self, String> {
+        if messages.is_empty() {
+            return Err(format!("field \"{field}\" has no messages"));
+        }
+        let mut roles = Vec::with_capacity(messages.len());
+        for (index, message) in messages.iter().enumerate() {
+            let place = format!("message {} of field \"{field}\"", index + 1);
+            let Some(role) = message["role"].as_str() else {
+                return Err(format!("{place} must be an object with a string \"role\""));
+            };
+            let content = message.get("content");
+            let empty = match content {
+                None | Some(Json::Null) => true,
+                Some(Json::String(text)) => text.trim().is_empty(),
+                Some(_) => false,
+            };
+            let calls =
+                ["tool_calls", "function_call", "reasoning_content"].iter().any(|key| message.get(key).is_some());
+            if empty && !calls && role != "system" {
+                return Err(format!("{place} ({role}) is empty"));
+            }
+            roles.push(role.to_owned());
+        }
+        let tools = match row.get("tools") {
+            None | Some(Field::Other(Json::Null)) => Value::from(()),
+            Some(Field::Other(tools @ Json::Array(list))) if !list.is_empty() => json(tools),
+            Some(Field::Other(_)) => Value::from(()),
+            Some(Field::Text(text)) if text.trim().is_empty() => Value::from(()),
+            Some(Field::Text(text)) => match serde_json::from_str::<Json>(text) {
+                Ok(tools @ Json::Array(_)) => json(&tools),
+                _ => return Err("field \"tools\" is a string, but not one that holds a JSON list".into()),
+            },
+        };
+        let options = match row.get("chat_template_kwargs") {
+            Some(Field::Other(Json::Object(map))) => map.iter().map(|(k, v)| (k.clone(), json(v))).collect(),
+            _ => Vec::new(),
+        };
+        Ok(Conversation { messages: messages.iter().map(json).collect(), roles, first, tools, options })
+    }
+}
+
+fn list<'r>(row: &'r Row<'_>, name: &str) -> Result<&'r [Json], String> {
+    match row.get(name) {
+        Some(Field::Other(Json::Array(list))) => Ok(list),
+        Some(other) => Err(format!("field \"{name}\" is {}, but must be a list of messages", other.kind())),
+        None => Err(format!("field \"{name}\" is missing; the row has {}", row.names())),
+    }
+}

@@ -1,0 +1,102 @@
+//! What kind of rows a file holds, by its first ones.
+
+use super::lines::first_rows;
+use super::row::{Field, Row};
+use super::Error;
+use serde_json::Value;
+use std::path::Path;
+use unisono_configs::run::{Data, Format};
+
+/// Rows that are looked at.
+const ROWS: usize = 100;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Template,
+    /// Texts prompt and completion.
+    Columns,
+    /// Lists of messages prompt and completion.
+    ChatColumns,
+    Messages,
+    Alpaca,
+    Sharegpt,
+    Text,
+}
+
+impl Kind {
+    /// As the configuration calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Template => "template",
+            Kind::Columns => "prompt-completion",
+            Kind::ChatColumns => "prompt-completion of messages",
+            Kind::Messages => "messages",
+            Kind::Alpaca => "alpaca",
+            Kind::Sharegpt => "sharegpt",
+            Kind::Text => "text",
+        }
+    }
+
+    /// The kind of the rows of `path`, which `key` of the configuration named.
+    pub fn of_file(data: &Data, path: &Path, key: &str) -> Result<Self, Error> {
+        match data.format {
+            _ if data.template.is_some() => return Ok(Kind::Template),
+            Format::Messages => return Ok(Kind::Messages),
+            Format::Alpaca => return Ok(Kind::Alpaca),
+            Format::Sharegpt => return Ok(Kind::Sharegpt),
+            Format::Text => return Ok(Kind::Text),
+            Format::Auto | Format::PromptCompletion => (),
+        }
+        let mut found: Option<(u64, Kind)> = None;
+        for (line, kind) in
+            first_rows(path, key, ROWS, |text| serde_json::from_slice(text).ok().and_then(|r| Self::of(&r)))?
+        {
+            let Some(kind) = kind else { continue };
+            match found {
+                None => found = Some((line, kind)),
+                Some((first, known)) if known != kind => {
+                    let problem = format!(
+                        "line {first} looks like {}, line {line} like {}; set data.format, or give each its own [[data]] table",
+                        known.name(),
+                        kind.name()
+                    );
+                    return Err(Error::File { path: path.into(), problem });
+                }
+                Some(_) => (),
+            }
+        }
+        Ok(match (found.map(|(_, kind)| kind), data.format) {
+            // The columns are missing, and the rows' own error says so.
+            (None, _) => Kind::Columns,
+            (Some(kind), Format::Auto) => kind,
+            (Some(Kind::ChatColumns), _) => Kind::ChatColumns,
+            (Some(_), _) => Kind::Columns,
+        })
+    }
+
+    fn of(row: &Row<'_>) -> Option<Self> {
+        let has = |name: &str| row.get(name).is_some();
+        let list = |name: &str| match row.get(name) {
+            Some(Field::Other(Value::Array(list))) => Some(list),
+            _ => None,
+        };
+        if has("prompt") && has("completion") {
+            return Some(if list("prompt").is_some() && list("completion").is_some() {
+                Kind::ChatColumns
+            } else {
+                Kind::Columns
+            });
+        }
+        if list("messages").is_some() {
+            return Some(Kind::Messages);
+        }
+        if let Some(list) = list("conversations") {
+            let from = list.first().is_some_and(|turn| turn.get("from").is_some());
+            return Some(if from { Kind::Sharegpt } else { Kind::Messages });
+        }
+        if has("instruction") && has("output") {
+            return Some(Kind::Alpaca);
+        }
+        (has("text") && !has("prompt") && !has("completion")).then_some(Kind::Text)
+    }
+}
