@@ -102,7 +102,8 @@ impl ChatTemplate {
         context.push(("documents".into(), Value::from(())));
         context.push(("add_generation_prompt".into(), Value::from(ask)));
         let template = self.environment.get_template("chat").map_err(|error| words(&error))?;
-        template.render(context.into_iter().collect::<Value>()).map_err(|error| words(&error))
+        let context: std::collections::BTreeMap<String, Value> = context.into_iter().collect();
+        template.render(Value::from(context)).map_err(|error| words(&error))
     }
 
     /// The whole conversation and the turns to train on: those of `roles` among its messages from `talk.first` on.
