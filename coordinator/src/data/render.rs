@@ -264,7 +264,7 @@ pub fn json(value: &serde_json::Value) -> Value {
         },
         serde_json::Value::String(s) => Value::from(s.as_str()),
         serde_json::Value::Array(list) => Value::from(list.iter().map(json).collect::<Vec<_>>()),
-        serde_json::Value::Object(map) => map.iter().map(|(k, v)| (Value::from(k.as_str()), json(v))).collect(),
+        serde_json::Value::Object(map) => Value::from_pairs(map.iter().map(|(k, v)| (k.as_str(), json(v)))),
     }
 }
 

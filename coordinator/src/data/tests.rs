@@ -70,6 +70,12 @@ fn a_text_is_all_completion() {
 }
 
 #[test]
+fn a_template_reaches_into_lists_and_objects() {
+    let template = |c: &mut RunConfig| c.data[0].template = Some("{{ a.text[1] }}|||{{ a['of'].x }}".into());
+    assert_eq!(tokens(r#"{"a": {"text": ["w5", "w6"], "of": {"x": "w7"}}}"#, template), [(vec![BOS, 6, 7, EOS], 2)]);
+}
+
+#[test]
 fn a_template_cuts_at_its_own_separator_only() {
     let template =
         |c: &mut RunConfig| c.data[0].template = Some("{{ q }} w9 ||| {{ a }}{% if n > 1 %} w10{% endif %}\n".into());
@@ -312,6 +318,7 @@ fn tokenizers_are_refused_in_a_sentence() {
 #[test]
 fn rows_of_other_formats_are_found_out() {
     let (dir, mut config) = setup("[{\"instruction\": \"w5\", \"input\": \"w6\", \"output\": \"w7\"},\n {\"instruction\": \"w8\", \"output\": \"w9\"}]\n");
+    config.train.max_length = 60;
     let dataset = prepare(&config, &()).unwrap();
     assert_eq!((dataset.reports[0].format, dataset.train.len()), ("alpaca", 2));
     assert_eq!(dataset.train[1].tokens[dataset.train[1].prompt as usize..], [9, EOS]);
