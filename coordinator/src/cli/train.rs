@@ -81,7 +81,7 @@ fn dry_run(args: &Args) -> Result<()> {
     dataset.reports.iter().for_each(|report| print(&data_lines(report)));
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
     if let Some(plan) = work.plan() {
-        let totals = plan.totals();
+        let totals = plan.totals().unwrap_or_default();
         print(&format!(
             "plan: {} steps over {} examples, {} tokens, {} of them targets; {} workers\n",
             grouped(plan.steps()),

@@ -22,6 +22,10 @@ pub enum Event {
     CheckpointCommitted { step: u64, result: Result<CheckpointCommitted, String> },
     /// [`Effect::Conclude`] was carried out, or why not.
     Concluded { result: Result<Conclusion, String> },
+    /// The rows of the steps up to `steps` are tokenized, so that these steps can be dealt.
+    Prepared { steps: u64 },
+    /// A row of `step` makes it impossible to go on; a sentence that names it and the remedy.
+    Unprepared { step: u64, message: String },
     /// Somebody wants the run to end now; a sentence that says who.
     Stop { reason: String },
     /// Time passed. Comes several times a second.

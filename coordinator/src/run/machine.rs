@@ -59,6 +59,8 @@ pub struct Machine {
     /// Directives that not every rank has answered, oldest first.
     pub(super) queue: VecDeque<Outstanding>,
     next_id: u64,
+    /// Steps up to this one can be dealt: their rows are tokenized.
+    prepared: u64,
     pub(super) committed: u64,
     /// Time of the last commit, or of Go.
     last_commit: f64,
@@ -71,7 +73,7 @@ pub struct Machine {
 
 impl Machine {
     pub fn new(settings: Settings, program: Program) -> Self {
-        let committed = program.start();
+        let (committed, prepared) = (program.start(), program.prepared());
         let outcome = Outcome { tokens: settings.recorded.tokens(committed), ..Outcome::default() };
         Machine {
             agenda: Agenda::new(&program),
@@ -82,6 +84,7 @@ impl Machine {
             generation: 0,
             queue: VecDeque::new(),
             next_id: 1,
+            prepared,
             committed,
             last_commit: 0.0,
             started: 0.0,
@@ -136,6 +139,17 @@ impl Machine {
                     }
                     Err(message) => Ok(self.fail(now, self.failure(None, wire::Phase::Drain, None, message))),
                 }
+            }
+            Event::Prepared { steps } => {
+                self.prepared = self.prepared.max(steps);
+                match self.phase {
+                    Phase::Running => Ok(self.queue_ahead(now)),
+                    _ => Ok(Vec::new()),
+                }
+            }
+            Event::Unprepared { step, message } => {
+                let failure = self.failure(None, wire::Phase::Unspecified, Some(step), message);
+                Ok(self.fail(now, Failure { bad_input: true, ..failure }))
             }
             Event::Stop { reason } => {
                 let (phase, step) = self.under_way();
@@ -218,7 +232,7 @@ impl Machine {
     fn queue_ahead(&mut self, now: f64) -> Vec<Effect> {
         let mut effects = Vec::new();
         while self.queue.len() < LOOKAHEAD {
-            let Some(item) = self.agenda.next(&self.program) else { break };
+            let Some(item) = self.agenda.next(&self.program, self.prepared) else { break };
             let Settings { world, assignment, seed, .. } = self.settings;
             let mut path = String::new();
             if let Item::Checkpoint(step) = item {

@@ -1,7 +1,9 @@
 //! The machine against simulated workers: whatever the order of events, its invariants hold.
 
 use super::event::{Connection, Event};
+use super::machine::Machine;
 use super::phases::Phase;
+use super::program::Program;
 use proptest::prelude::*;
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::event::Body as Entry;
@@ -232,4 +234,27 @@ fn a_worker_that_answers_out_of_turn_or_wrongly_is_named() {
     world.settle();
     assert!(world.failure().message.contains("rank 1 has"), "{}", world.failure().message);
     assert!(world.steps().is_empty());
+}
+
+#[test]
+fn only_prepared_steps_are_dealt_and_results_do_not_depend_on_when() {
+    let mut machine = machine(2, 9, Assignment::Balanced);
+    let Program::Train(training) = &mut machine.program else { unreachable!() };
+    training.prepared = 2;
+    let mut world = World::with(Machine::new(machine.settings, machine.program), 2, Vec::new());
+    for (prepared, steps) in [(2, 2), (1, 2), (3, 3), (7, 7), (9, 9)] {
+        world.apply(Event::Prepared { steps: prepared }).unwrap();
+        world.settle();
+        assert_eq!(world.steps().len(), steps);
+    }
+    assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(9)));
+}
+
+#[test]
+fn a_row_that_cannot_be_prepared_ends_the_run_as_bad_input() {
+    let mut world = World::new(2, 9, Assignment::Balanced);
+    world.apply(Event::Unprepared { step: 7, message: "rows.jsonl:3: the completion is empty".into() }).unwrap();
+    let failure = world.failure();
+    assert!(failure.bad_input && failure.step == Some(7) && failure.message.contains("rows.jsonl:3"), "{failure:?}");
+    assert!(world.workers.values().all(|w| w.aborted));
 }

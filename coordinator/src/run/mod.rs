@@ -1,6 +1,7 @@
 //! The pure heart: what the coordinator decides, as a state machine without clock, network or randomness of its own.
 
 pub mod assign;
+mod bounds;
 pub mod cost;
 pub mod deal;
 pub mod event;

@@ -1,9 +1,10 @@
 //! The plan of a training run: which rows every step trains on and how they are dealt into micro-batches. A pure
 //! function of the rows' sizes, the `[train]` table and the model's shape; nothing about the cluster enters.
 
+use super::bounds::{self, fits, limits};
 use super::cost::CostModel;
 use super::deal::{deal, Document};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use unisono_configs::run::Train;
 
@@ -35,12 +36,49 @@ pub struct Size {
     pub task: u32,
 }
 
-/// Row indexes of an epoch (from 0) in training order: a pure function of the seed.
-pub type Order = Arc<dyn Fn(u64) -> Vec<u32> + Send + Sync>;
+/// The training rows, as far as a plan has to know them. What they answer is a pure function of the rows: a size that is
+/// asked for early makes the caller wait, no more.
+pub trait Rows: Send + Sync {
+    /// How many there are, those that are left out included.
+    fn count(&self) -> usize;
+    /// `None`: the row cannot be trained on and is left out. Waits until the row is tokenized.
+    fn size(&self, row: u32) -> Option<Size>;
+    /// Whether the row is known to be left out. Never waits.
+    fn is_left_out(&self, row: u32) -> bool;
+    /// Whether every size is known, so that asking for all of them costs nothing.
+    fn all_known(&self) -> bool;
+}
+
+impl Rows for Vec<Size> {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn size(&self, row: u32) -> Option<Size> {
+        Some(self[row as usize])
+    }
+
+    fn is_left_out(&self, _: u32) -> bool {
+        false
+    }
+
+    fn all_known(&self) -> bool {
+        true
+    }
+}
+
+/// The rows of each epoch in training order: a pure function of the seed and, where tasks are mixed, of the rows.
+#[derive(Clone)]
+pub struct Order {
+    /// Rows of an epoch, alike for all.
+    pub length: usize,
+    /// Row indexes of an epoch (from 0).
+    pub epoch: Arc<dyn Fn(u64) -> Vec<u32> + Send + Sync>,
+}
 
 /// Which rows each step trains on. Steps are dealt when asked for; nothing is kept per step.
 pub struct Plan {
-    sizes: Vec<Size>,
+    rows: Arc<dyn Rows>,
     order: Order,
     orders: Mutex<VecDeque<(u64, Arc<Vec<u32>>)>>,
     cost: CostModel,
@@ -49,7 +87,7 @@ pub struct Plan {
     max_tokens: u32,
     steps: u64,
     worst: Worst,
-    totals: Totals,
+    totals: Option<Totals>,
 }
 
 /// The largest that any step of the plan brings.
@@ -108,21 +146,21 @@ pub struct MicroBatch {
 }
 
 impl Plan {
-    /// Plans the whole run and walks it once to find its worst micro-batch.
-    pub fn new(sizes: Vec<Size>, order: Order, train: &Train, cost: CostModel) -> Result<Self, Error> {
+    /// Plans the whole run. Where all sizes are known, it is walked once to find its worst micro-batch and its totals;
+    /// else the worst is what the configuration permits. Neither changes what a step consists of.
+    pub fn new(rows: Arc<dyn Rows>, order: Order, train: &Train, cost: CostModel) -> Result<Self, Error> {
         let max_tokens = limits(train)?;
-        if sizes.is_empty() {
+        if rows.count() == 0 || order.length == 0 {
             return Err(Error::NoRows);
         }
-        fits("training", &sizes, train.max_tokens_per_micro_batch)?;
-        let per_epoch = sizes.len().div_ceil(train.global_batch_size) as u64;
+        let per_epoch = order.length.div_ceil(train.global_batch_size) as u64;
         let steps = train.steps.unwrap_or_else(|| train.epochs.saturating_mul(per_epoch));
         if steps == 0 {
             let key = if train.steps.is_some() { "steps" } else { "epochs" };
             return Err(Error::Value { key, value: "0".into(), demand: "at least 1".into() });
         }
         let mut plan = Plan {
-            sizes,
+            rows,
             order,
             orders: Mutex::default(),
             cost,
@@ -130,21 +168,39 @@ impl Plan {
             micro_batches: train.micro_batches,
             max_tokens,
             steps,
-            worst: Worst::default(),
-            totals: Totals::default(),
+            worst: bounds::permitted(train),
+            totals: None,
         };
-        for step in 1..=steps {
-            let dealt = plan.step(step);
-            plan.totals.examples += dealt.examples.len() as u64;
-            plan.totals.tokens += dealt.tokens;
-            plan.totals.target_tokens += dealt.target_tokens;
-            plan.worst = plan.worst.join(Worst {
-                tokens: dealt.micro_batches.iter().map(|m| m.tokens).max().unwrap_or(0),
-                document: dealt.examples.iter().map(|&e| plan.sizes[e as usize].tokens).max().unwrap_or(0),
-                micro_batches: dealt.micro_batches.len() as u32,
-            });
+        if plan.rows.all_known() {
+            plan.walk(train)?;
         }
         Ok(plan)
+    }
+
+    /// Finds the worst micro-batch and the totals.
+    fn walk(&mut self, train: &Train) -> Result<(), Error> {
+        let sizes: Vec<Option<Size>> = (0..self.rows.count() as u32).map(|row| self.rows.size(row)).collect();
+        fits("training", sizes.iter().flatten(), train.max_tokens_per_micro_batch)?;
+        let (mut worst, mut totals) = (Worst::default(), Totals::default());
+        for step in 1..=self.steps {
+            let dealt = self.step(step);
+            if dealt.examples.is_empty() {
+                return Err(Error::NoRows);
+            }
+            totals.examples += dealt.examples.len() as u64;
+            totals.tokens += dealt.tokens;
+            totals.target_tokens += dealt.target_tokens;
+            let document = dealt.examples.iter().filter_map(|&e| sizes[e as usize]).map(|size| size.tokens).max();
+            worst = worst.join(Worst {
+                tokens: dealt.micro_batches.iter().map(|m| m.tokens).max().unwrap_or(0),
+                document: document.unwrap_or(0),
+                micro_batches: 0,
+            });
+        }
+        // Bounds the magnitude of a leaf: whether one is refused must not depend on how much was known at the start.
+        let micro_batches = self.worst.micro_batches;
+        (self.worst, self.totals) = (Worst { micro_batches, ..worst }, Some(totals));
+        Ok(())
     }
 
     pub fn steps(&self) -> u64 {
@@ -152,32 +208,54 @@ impl Plan {
     }
 
     pub fn steps_per_epoch(&self) -> u64 {
-        self.sizes.len().div_ceil(self.batch) as u64
+        self.order.length.div_ceil(self.batch) as u64
     }
 
-    pub fn rows(&self) -> usize {
-        self.sizes.len()
-    }
-
+    /// Exact where every size was known when the plan was made, else the largest that the configuration permits.
     pub fn worst(&self) -> Worst {
         self.worst
     }
 
-    pub fn totals(&self) -> Totals {
+    /// Known where every size was known when the plan was made.
+    pub fn totals(&self) -> Option<Totals> {
         self.totals
     }
 
-    /// The global batch of `step` (from 1 to [`Plan::steps`]).
+    /// The global batch of `step` (from 1 to [`Plan::steps`]). Waits for rows that are not tokenized yet. Without
+    /// examples only where the whole epoch has none.
     pub fn step(&self, step: u64) -> StepPlan {
         assert!((1..=self.steps).contains(&step), "step {step} lies outside a plan of {} steps", self.steps);
         let (epoch, position) = self.place(step);
-        let order = self.epoch_order(epoch);
-        let end = (position as usize + self.batch).min(order.len());
-        let examples = order[position as usize..end].to_vec();
-        let micro_batches = pack_rows(&self.sizes, &examples, self.micro_batches, self.max_tokens, self.cost);
+        let examples = self.examples(step, |row| self.rows.size(row).is_none());
+        let sized = |&row: &u32| self.rows.size(row).map(|size| (row, size));
+        let sized: Vec<(u32, Size)> = examples.iter().filter_map(sized).collect();
+        let micro_batches = pack_rows(&sized, self.micro_batches, self.max_tokens, self.cost);
         let tokens = micro_batches.iter().map(|m| u64::from(m.tokens)).sum();
         let target_tokens = micro_batches.iter().map(|m| u64::from(m.targets)).sum();
         StepPlan { step, epoch, position, examples, micro_batches, tokens, target_tokens }
+    }
+
+    /// The rows at the places of `step`, those that are left out included.
+    pub fn places(&self, step: u64) -> Vec<u32> {
+        let (epoch, position) = self.place(step);
+        let order = self.epoch_order(epoch);
+        let end = (position as usize + self.batch).min(order.len());
+        order[position as usize..end].to_vec()
+    }
+
+    /// The rows of `step` that are trained on. A row that is left out leaves its place empty; a step without any row takes
+    /// the next one of its epoch, so that every step has an update.
+    fn examples(&self, step: u64, is_left_out: impl Fn(u32) -> bool) -> Vec<u32> {
+        let mut rows = self.places(step);
+        let places = rows.len();
+        rows.retain(|&row| !is_left_out(row));
+        if rows.is_empty() {
+            let (epoch, position) = self.place(step);
+            let order = self.epoch_order(epoch);
+            let following = order.iter().cycle().skip(position as usize + places).take(order.len());
+            rows.extend(following.copied().find(|&row| !is_left_out(row)));
+        }
+        rows
     }
 
     /// Epoch and place of the first example that has not been trained on after `steps` steps.
@@ -185,16 +263,46 @@ impl Plan {
         self.place(steps + 1)
     }
 
-    /// Training rows of steps 1 to `steps`, in the order in which they were trained on.
-    pub fn committed_rows(&self, steps: u64) -> Vec<u64> {
-        (1..=steps)
-            .flat_map(|step| {
+    /// Training rows of steps 1 to `steps`, in the order in which they were trained on. Never waits: rows of committed
+    /// steps that are left out are known to be.
+    pub fn committed_rows(&self, steps: u64) -> Vec<u32> {
+        (1..=steps).flat_map(|step| self.examples(step, |row| self.rows.is_left_out(row))).collect()
+    }
+
+    /// The rows that were left out of steps 1 to `steps`, given what those steps were `trained` on, in order; `None` where
+    /// this plan cannot have led to it. `id` names a row as `trained` does; `may_drop` tells whether it may be left out.
+    pub fn recall(
+        &self,
+        steps: u64,
+        trained: &[u64],
+        id: impl Fn(u32) -> u64,
+        may_drop: impl Fn(u32) -> bool,
+    ) -> Option<Vec<u32>> {
+        let (mut left_out, mut trained) = (BTreeSet::new(), trained.iter().peekable());
+        for step in 1..=steps {
+            let mut taken = 0;
+            for row in self.places(step) {
+                match trained.next_if(|&&next| next == id(row)) {
+                    Some(_) if left_out.contains(&row) => return None,
+                    Some(_) => taken += 1,
+                    None if may_drop(row) => drop(left_out.insert(row)),
+                    None => return None,
+                }
+            }
+            if taken == 0 {
+                let next = *trained.next()?;
                 let (epoch, position) = self.place(step);
                 let order = self.epoch_order(epoch);
-                let end = (position as usize + self.batch).min(order.len());
-                order[position as usize..end].iter().map(|&row| u64::from(row)).collect::<Vec<_>>()
-            })
-            .collect()
+                let places = self.places(step).len();
+                let following = order.iter().cycle().skip(position as usize + places).take(order.len());
+                let passed: Vec<u32> = following.copied().take_while(|&row| id(row) != next).collect();
+                if passed.len() == order.len() || !passed.iter().all(|&row| may_drop(row)) {
+                    return None;
+                }
+                left_out.extend(passed);
+            }
+        }
+        trained.next().is_none().then(|| left_out.into_iter().collect())
     }
 
     fn place(&self, step: u64) -> (u64, u64) {
@@ -207,8 +315,8 @@ impl Plan {
         if let Some((_, order)) = orders.iter().find(|(kept, _)| *kept == epoch) {
             return order.clone();
         }
-        let order = Arc::new((self.order)(epoch));
-        assert_eq!(order.len(), self.sizes.len(), "an epoch trains on every row once");
+        let order = Arc::new((self.order.epoch)(epoch));
+        assert_eq!(order.len(), self.order.length, "epochs are equally long");
         if orders.len() == ORDERS_KEPT {
             orders.pop_front();
         }
@@ -217,134 +325,28 @@ impl Plan {
     }
 }
 
-/// Checks the limits that every dealing needs; returns the cap on tokens.
-pub(super) fn limits(train: &Train) -> Result<u32, Error> {
-    let value = |key, value: usize, demand: &str| Error::Value { key, value: value.to_string(), demand: demand.into() };
-    if train.global_batch_size == 0 {
-        return Err(value("global_batch_size", 0, "at least 1"));
-    }
-    if train.micro_batches == 0 {
-        return Err(value("micro_batches", 0, "at least 1"));
-    }
-    let max = train.max_tokens_per_micro_batch;
-    if max == 0 || max > MAX_TOKENS {
-        return Err(value("max_tokens_per_micro_batch", max, &format!("between 1 and {MAX_TOKENS}")));
-    }
-    Ok(max as u32)
-}
-
-/// Refuses rows that are longer than a micro-batch may be.
-pub(super) fn fits(suite: &'static str, sizes: &[Size], max: usize) -> Result<(), Error> {
-    match sizes.iter().position(|size| size.tokens as usize > max) {
-        Some(row) => Err(Error::TooLong { suite, row, tokens: sizes[row].tokens, max }),
-        None => Ok(()),
-    }
-}
-
-fn pack_rows(sizes: &[Size], rows: &[u32], bins: usize, max_tokens: u32, cost: CostModel) -> Vec<MicroBatch> {
-    let document = |row: &u32| {
-        let size = sizes[*row as usize];
-        Document { tokens: size.tokens, cost: cost.document(size.tokens, size.targets) }
-    };
+fn pack_rows(rows: &[(u32, Size)], bins: usize, max_tokens: u32, cost: CostModel) -> Vec<MicroBatch> {
+    let document =
+        |(_, size): &(u32, Size)| Document { tokens: size.tokens, cost: cost.document(size.tokens, size.targets) };
     let documents: Vec<Document> = rows.iter().map(document).collect();
     let dealt = deal(&documents, bins, max_tokens);
-    dealt
-        .into_iter()
-        .map(|bin| MicroBatch::new(sizes, bin.into_iter().map(|i| rows[i as usize]).collect(), cost))
-        .collect()
+    dealt.into_iter().map(|bin| MicroBatch::new(bin.into_iter().map(|i| rows[i as usize]), cost)).collect()
 }
 
 impl MicroBatch {
     /// Sums the sizes of `rows`.
-    pub(super) fn new(sizes: &[Size], rows: Vec<u32>, cost: CostModel) -> Self {
+    pub(super) fn new(rows: impl IntoIterator<Item = (u32, Size)>, cost: CostModel) -> Self {
         let mut micro_batch = MicroBatch { rows: Vec::new(), tokens: 0, targets: 0, cost: 0 };
-        for size in rows.iter().map(|&row| sizes[row as usize]) {
+        for (row, size) in rows {
+            micro_batch.rows.push(row);
             micro_batch.tokens += size.tokens;
             micro_batch.targets += size.targets;
             micro_batch.cost += cost.document(size.tokens, size.targets);
         }
-        micro_batch.rows = rows;
         micro_batch
     }
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    pub const COST: CostModel = CostModel { token: 1000, pair: 3, target: 500 };
-
-    pub fn sizes(rows: usize) -> Vec<Size> {
-        let size = |i: u32| Size { tokens: 8 + i * 37 % 90, targets: 1 + i % 7, task: i % 3 };
-        (0..rows as u32).map(size).collect()
-    }
-
-    pub fn reversed(rows: usize) -> Order {
-        Arc::new(move |epoch| {
-            let forward = 0..rows as u32;
-            if epoch % 2 == 0 {
-                forward.collect()
-            } else {
-                forward.rev().collect()
-            }
-        })
-    }
-
-    pub fn train(batch: usize, micro_batches: usize) -> Train {
-        Train { global_batch_size: batch, micro_batches, max_tokens_per_micro_batch: 256, ..Train::default() }
-    }
-
-    proptest! {
-        #[test]
-        fn an_epoch_trains_on_every_row_once(rows in 1usize..150, batch in 1usize..40, bins in 1usize..10, epochs in 1u64..4) {
-            let train = Train { epochs, ..train(batch, bins) };
-            let plan = Plan::new(sizes(rows), reversed(rows), &train, COST).unwrap();
-            prop_assert_eq!(plan.steps(), epochs * rows.div_ceil(batch) as u64);
-            for epoch in 0..epochs {
-                let steps: Vec<StepPlan> = (1..=plan.steps()).map(|s| plan.step(s)).filter(|s| s.epoch == epoch).collect();
-                let trained: Vec<u32> = steps.iter().flat_map(|s| s.examples.clone()).collect();
-                prop_assert_eq!(&trained, &reversed(rows)(epoch));
-                for step in &steps {
-                    let mut dealt: Vec<u32> = step.micro_batches.iter().flat_map(|m| m.rows.clone()).collect();
-                    dealt.sort_unstable();
-                    let mut examples = step.examples.clone();
-                    examples.sort_unstable();
-                    prop_assert_eq!(dealt, examples);
-                    prop_assert!(step.micro_batches.len() >= bins.min(step.examples.len()));
-                    prop_assert!(step.micro_batches.len() <= plan.worst().micro_batches as usize);
-                    prop_assert!(step.micro_batches.iter().all(|m| m.tokens <= plan.worst().tokens && m.tokens <= 256));
-                    let targets: u64 = step.examples.iter().map(|&e| u64::from(sizes(rows)[e as usize].targets)).sum();
-                    prop_assert_eq!(step.target_tokens, targets);
-                }
-            }
-            let all: Vec<u64> = (1..=plan.steps()).flat_map(|s| plan.step(s).examples).map(u64::from).collect();
-            prop_assert_eq!(plan.committed_rows(plan.steps()), all);
-            prop_assert_eq!(plan.totals().examples, rows as u64 * epochs);
-        }
-    }
-
-    #[test]
-    fn steps_override_epochs_and_wrap_into_the_next() {
-        let train = Train { steps: Some(5), ..train(4, 2) };
-        let plan = Plan::new(sizes(10), reversed(10), &train, COST).unwrap();
-        assert_eq!(plan.step(3).examples, [8, 9]);
-        assert_eq!((plan.step(4).epoch, plan.step(4).examples), (1, vec![9, 8, 7, 6]));
-        assert_eq!(plan.place_after(3), (1, 0));
-        assert_eq!(plan.place_after(4), (1, 4));
-    }
-
-    #[test]
-    fn bad_values_are_refused_by_name() {
-        let refuse = |sizes: Vec<Size>, train: Train| {
-            let rows = sizes.len();
-            Plan::new(sizes, reversed(rows), &train, COST).err().unwrap().to_string()
-        };
-        assert!(refuse(vec![], train(4, 2)).contains("[[data]]"));
-        assert!(refuse(sizes(3), train(0, 2)).contains("train.global_batch_size = 0"));
-        assert!(refuse(sizes(3), train(4, 0)).contains("train.micro_batches = 0"));
-        assert!(refuse(sizes(3), Train { epochs: 0, ..train(4, 2) }).contains("train.epochs = 0"));
-        let long = vec![Size { tokens: 300, targets: 1, task: 0 }];
-        assert!(refuse(long, train(4, 2)).contains("to at least 300"));
-    }
-}
+#[path = "plan_tests.rs"]
+pub(super) mod tests;

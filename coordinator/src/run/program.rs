@@ -35,6 +35,8 @@ pub struct Training {
     pub checkpoint_every: u64,
     /// Steps that are committed already.
     pub start: u64,
+    /// Steps whose rows are all tokenized when the run starts: those up to it can be dealt.
+    pub prepared: u64,
 }
 
 /// One thing to do.
@@ -82,6 +84,14 @@ impl Program {
     pub fn steps(&self) -> u64 {
         match self {
             Program::Train(training) => training.plan.steps(),
+            _ => 0,
+        }
+    }
+
+    /// Steps that can be dealt when the run starts.
+    pub fn prepared(&self) -> u64 {
+        match self {
+            Program::Train(training) => training.prepared,
             _ => 0,
         }
     }
@@ -210,8 +220,8 @@ impl Agenda {
         Agenda { due, planned: program.start() }
     }
 
-    /// The next item; `None` after [`Item::Finish`].
-    pub fn next(&mut self, program: &Program) -> Option<Item> {
+    /// The next item; `None` after [`Item::Finish`], and where it is a step beyond `prepared`.
+    pub fn next(&mut self, program: &Program, prepared: u64) -> Option<Item> {
         if let (true, Program::Train(training)) = (self.due.is_empty(), program) {
             let steps = training.plan.steps();
             if self.planned < steps {
@@ -219,7 +229,10 @@ impl Agenda {
                 self.due.extend(after(training, self.planned));
             }
         }
-        self.due.pop_front()
+        match self.due.front() {
+            Some(&Item::Step(step)) if step > prepared => None,
+            _ => self.due.pop_front(),
+        }
     }
 }
 

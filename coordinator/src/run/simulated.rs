@@ -27,7 +27,7 @@ const ROWS: usize = 23;
 pub(super) fn program(assignment_steps: u64) -> Program {
     let train = unisono_configs::run::Train { steps: Some(assignment_steps), ..train(5, 4) };
     let cost: CostModel = COST;
-    let plan = Plan::new(sizes(ROWS), reversed(ROWS), &train, cost).unwrap();
+    let plan = Plan::new(Arc::new(sizes(ROWS)), reversed(ROWS), &train, cost).unwrap();
     Program::Train(Training {
         rate: LearningRate::new(&train, plan.steps()),
         plan: Arc::new(plan),
@@ -36,6 +36,7 @@ pub(super) fn program(assignment_steps: u64) -> Program {
         eval_every: 3,
         checkpoint_every: 4,
         start: 0,
+        prepared: u64::MAX,
     })
 }
 

@@ -1,8 +1,9 @@
 //! Fixed units of work outside of training: validation and test rows of one task, or prompts to continue. Like
 //! micro-batches they are a pure function of rows and config, whoever computes them.
 
+use super::bounds::{fits, limits};
 use super::cost::CostModel;
-use super::plan::{fits, limits, Error, MicroBatch, Size, Worst};
+use super::plan::{Error, MicroBatch, Size, Worst};
 use unisono_configs::run::Train;
 
 /// Prompts continued side by side in one unit: as many as a worker decodes at once, fewer where there are not many, so
@@ -24,8 +25,8 @@ pub struct Unit {
 
 impl Units {
     /// Evaluation rows: a unit holds consecutive rows of one task. Units are cut so that there are about
-    /// `train.micro_batches` at least, so that every worker finds some; and, but for longer rows, at `most` tokens: no
-    /// more than training brings, so that evaluation never needs more memory.
+    /// `train.micro_batches` at least, so that every worker finds some; and, but for longer rows, at `most` tokens:
+    /// what training brings, so that evaluation does not need more memory.
     pub fn evaluation(
         suite: &'static str,
         sizes: &[Size],
@@ -43,17 +44,27 @@ impl Units {
             let (mut rows, mut tokens) = (Vec::new(), 0);
             for (row, size) in sizes.iter().enumerate().filter(|(_, s)| s.task == task) {
                 if !rows.is_empty() && tokens + u64::from(size.tokens) > cap {
-                    units.push(task, MicroBatch::new(sizes, std::mem::take(&mut rows), cost), sizes);
+                    units.push(task, MicroBatch::new(std::mem::take(&mut rows), cost), sizes);
                     tokens = 0;
                 }
-                rows.push(row as u32);
+                rows.push((row as u32, *size));
                 tokens += u64::from(size.tokens);
             }
             if !rows.is_empty() {
-                units.push(task, MicroBatch::new(sizes, rows, cost), sizes);
+                units.push(task, MicroBatch::new(rows, cost), sizes);
             }
         }
         Ok(units)
+    }
+
+    /// About the tokens of a training micro-batch, as far as rows like these tell: a pure function of them, so that the
+    /// units do not depend on what else is known when they are made.
+    pub fn like_training(sizes: &[Size], train: &Train) -> u32 {
+        let total: u64 = sizes.iter().map(|s| u64::from(s.tokens)).sum();
+        let longest = sizes.iter().map(|s| s.tokens).max().unwrap_or(0);
+        let documents = train.global_batch_size.div_ceil(train.micro_batches.max(1)) as u64;
+        let typical = (total * documents).div_ceil((sizes.len() as u64).max(1));
+        u32::try_from(typical).unwrap_or(u32::MAX).max(longest)
     }
 
     /// Prompts, in their order. `max_new_tokens` counts towards the cost and the worst document.
@@ -64,7 +75,7 @@ impl Units {
         let rows: Vec<u32> = (0..lengths.len() as u32).collect();
         let together = lengths.len().div_ceil(8).clamp(*PROMPTS_PER_UNIT.start(), *PROMPTS_PER_UNIT.end());
         for rows in rows.chunks(together) {
-            units.push(0, MicroBatch::new(&sizes, rows.to_vec(), cost), &sizes);
+            units.push(0, MicroBatch::new(rows.iter().map(|&row| (row, sizes[row as usize])), cost), &sizes);
         }
         units.worst.document += max_new_tokens;
         units

@@ -2,7 +2,7 @@
 
 use crate::data::{order, pack, Dataset, Example};
 use crate::run::cost::CostModel;
-use crate::run::plan::{Error, Plan, Size};
+use crate::run::plan::{Error, Order, Plan, Size};
 use crate::run::program::{Program, Training};
 use crate::run::schedule::LearningRate;
 use crate::run::units::Units;
@@ -31,9 +31,11 @@ impl Work {
     pub fn train(dataset: Arc<Dataset>, config: &RunConfig, spec: &ModelSpec) -> Result<Self, Error> {
         let (train, cost) = (&config.train, CostModel::of(spec));
         let (seed, rows, shuffle) = (train.seed, dataset.train.len(), train.shuffle);
-        let order = Arc::new(move |epoch| order(seed, epoch, rows, shuffle));
-        let plan = Plan::new(sizes(&dataset.train), order, train, cost)?;
-        let most = plan.worst().tokens;
+        let epoch = Arc::new(move |epoch| order(seed, epoch, rows, shuffle));
+        let plan = Plan::new(Arc::new(sizes(&dataset.train)), Order { length: rows, epoch }, train, cost)?;
+        let prepared = plan.steps();
+        let held_out: Vec<Size> = [sizes(&dataset.validation), sizes(&dataset.test)].concat();
+        let most = Units::like_training(&held_out, train);
         let program = Program::Train(Training {
             rate: LearningRate::new(train, plan.steps()),
             plan: Arc::new(plan),
@@ -42,6 +44,7 @@ impl Work {
             eval_every: config.eval.every,
             checkpoint_every: config.checkpoint.every,
             start: 0,
+            prepared,
         });
         Ok(Work { program, content: Content::Rows(dataset) })
     }
