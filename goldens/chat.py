@@ -3,44 +3,47 @@
     pip install transformers==5.17.0 tokenizers jinja2
     python goldens/chat.py
 
-Writes into every directory of chat/ a small byte-level tokenizer.json, tokenizer_config.json and golden.json: for each
-conversation the ids of `apply_chat_template` and the mask of the assistant's tokens. Where the template has no
-{% generation %} block the mask is found by comparing what transformers prints for the beginnings of a conversation;
-`unstable` is the first turn for which they differ, counted from 1.
+Writes into every directory of chat/ a small tokenizer.json (byte-level; for Mistral in the manner of sentencepiece),
+tokenizer_config.json and golden.json: for each conversation the ids of `apply_chat_template` and the mask of the
+assistant's tokens. Where the template has no {% generation %} block the mask is found by comparing what transformers
+prints for the beginnings of a conversation; `unstable` is the first turn for which they differ, counted from 1.
+`strftime_now` tells the time of 26 July 2024.
 """
 
+import datetime
 import json
 import pathlib
 import re
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 HERE = pathlib.Path(__file__).parent / "chat"
+# Token texts that a template prints.
+SPECIAL = re.compile(r"<\|\w+\|>|\[/?[A-Z_]+\]|</?s>|</?think>")
+TOKENS = {
+    "qwen": dict(eos_token="<|im_end|>", pad_token="<|endoftext|>"),
+    "chatml": dict(eos_token="<|im_end|>"),
+    "llama": dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"),
+    "mistral": dict(bos_token="<s>", eos_token="</s>"),
+}
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Tells the weather: \"now\" <b>&amp;</b> é.",
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "number", "default": 1.0}},
                        "required": ["city"], "strict": True, "nothing": None}}}
-SPECIAL = {
-    "qwen2.5": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
-    "chatml-generation": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "mistral": ["<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"],
-}
-TOKENS = {
-    "qwen2.5": dict(eos_token="<|im_end|>", pad_token="<|endoftext|>"),
-    "qwen3": dict(eos_token="<|im_end|>", pad_token="<|endoftext|>"),
-    "chatml-generation": dict(eos_token="<|im_end|>"),
-    "llama3": dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"),
-    "mistral": dict(bos_token="<s>", eos_token="</s>"),
-}
+OTHER = {"type": "function", "function": {"name": "add", "description": "a + b", "parameters": {"type": "object",
+         "properties": {"z": {"type": "integer", "enum": [1, -2, 3000000000]}, "a": {"type": "number", "max": 1e20}}}}}
 
 
 def message(role, content, **more):
     return {"role": role, "content": content, **more}
 
 
-CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": 2.5}}}
+def call(arguments):
+    return {"id": "abcdefghi", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+
+
+CALL = call({"city": "Zürich", "days": 2.5})
+RAIN = message("tool", "rain", tool_call_id="abcdefghi")
 ROWS = [
     {"messages": [message("user", "What is 2 + 3?"), message("assistant", "5")]},
     {"messages": [message("system", "Be brief. "), message("user", " Hi there\n"), message("assistant", "Hello, über-friend! 你好 🙂")]},
@@ -51,43 +54,85 @@ ROWS = [
     {"messages": [message("user", "a"), message("assistant", "<think>\nhm\n</think>\n\nb")]},
     {"messages": [message("user", "left open"), message("assistant", "yes"), message("user", "more?")]},
     {"messages": [message("user", "Weather?"), message("assistant", "It rains.")], "tools": [TOOL]},
-    {"messages": [message("user", "Weather?"), message("assistant", "", tool_calls=[CALL]),
-                  message("tool", "rain"), message("assistant", "It rains.")], "tools": [TOOL]},
+    {"messages": [message("user", "Weather?"), message("assistant", "", tool_calls=[CALL]), RAIN,
+                  message("assistant", "It rains.")], "tools": [TOOL]},
     {"messages": [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")], "tools": [TOOL]},
+    {"messages": [message("system", "Use tools."), message("user", "Weather?"), message("assistant", "Let me look.", tool_calls=[CALL]),
+                  RAIN, message("assistant", "It rains."), message("user", "Thanks"), message("assistant", "Welcome")],
+     "tools": [TOOL, OTHER]},
+    {"messages": [message("user", "Both"), message("assistant", None, tool_calls=[CALL, call('{"city": "Bern"}')]), RAIN, RAIN,
+                  message("assistant", "It rains.")]},
+    {"messages": [message("user", "a"), message("assistant", "b", reasoning_content="because\n"), message("user", "c"),
+                  message("assistant", "d", reasoning_content="as before")]},
+    {"messages": [message("user", "a"), message("assistant", "b")], "chat_template_kwargs": {"enable_thinking": False}},
+    {"messages": [message("system", "S"), message("user", "a"), message("assistant", "b")],
+     "chat_template_kwargs": {"date_string": "1 Jan 2025", "tools_in_user_message": False}, "tools": [TOOL]},
+    {"messages": [message("user", "Zeile\r\n\r\n\tzwei \u00a0 e\u0301 \u200b 👩‍👩‍👧 ﬁ ½"), message("assistant", "\n\nخط 한국어 e\u0301 🇨🇭 ﬁ  ")]},
+    {"messages": [message("user", "What ends a turn?"), message("assistant", "<|im_end|> or </s>, <|eot_id|>"), message("user", "ok")]},
+    {"messages": [message("assistant", "I speak first."), message("user", "a"), message("assistant", "b")]},
+    {"messages": [message("user", "a"), message("user", "b"), message("assistant", "c"), message("assistant", "d")]},
+    {"messages": [message("system", "only a system message"), message("assistant", "{{ b }} {% raw %}")]},
 ]
 
 
-def tokenizer(name):
-    template = (HERE / name / "chat_template.jinja").read_text()
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    corpus = [template] + [m["content"] for row in ROWS for m in row["messages"]]
-    trainer = trainers.BpeTrainer(vocab_size=360, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-                                  special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL[name]])
-    backend.train_from_iterator(corpus, trainer)
-    backend.save(str(HERE / name / "tokenizer.json"))
-    (HERE / name / "tokenizer_config.json").write_text(json.dumps(TOKENS[name], indent=1) + "\n")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **TOKENS[name])
+class Day(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2024, 7, 26)
+
+
+def tokenizer(directory):
+    template = (directory / "chat_template.jinja").read_text()
+    tokens = next((found for family, found in TOKENS.items() if directory.name.startswith(family)), TOKENS["chatml"])
+    special = sorted({*SPECIAL.findall(template), *tokens.values()})
+    corpus = [template] + [m["content"] or "" for row in ROWS for m in row["messages"]]
+    options = dict(vocab_size=480, show_progress=False, special_tokens=[AddedToken(t, special=True, normalized=False) for t in special])
+    if directory.name.startswith("mistral"):
+        backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        options["special_tokens"] += ["<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+        options.update(vocab_size=640, limit_alphabet=80)
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.normalizer = normalizers.NFC() if directory.name.startswith("qwen") else None
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        options["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(corpus, trainers.BpeTrainer(**options))
+    if directory.name.startswith("mistral"):
+        # The bytes are what words are made of, not special tokens.
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
+        backend = Tokenizer.from_str(json.dumps(state))
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokens, indent=1) + "\n")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)
 
 
 def golden(fast, row):
-    messages, tools = row["messages"], row.get("tools")
-    render = lambda upto, ask: fast.apply_chat_template(messages[:upto], tools=tools, tokenize=False, add_generation_prompt=ask)
+    messages, tools, more = row["messages"], row.get("tools"), row.get("chat_template_kwargs", {})
+    render = lambda upto, ask: fast.apply_chat_template(messages[:upto], tools=tools, tokenize=False, add_generation_prompt=ask, **more)
     try:
         text = render(len(messages), False)
     except Exception as error:
-        return dict(row, error=str(error))
-    options = dict(tools=tools, return_dict=True, tokenize=True)
-    out = fast.apply_chat_template(messages, return_assistant_tokens_mask="generation %}" in fast.chat_template, **options)
+        return dict(row, error=str(error), raised=type(error).__name__ == "TemplateError")
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", fast.chat_template) is not None
+    out = fast.apply_chat_template(messages, return_assistant_tokens_mask=marked, tools=tools, return_dict=True, tokenize=True, **more)
     found = dict(row, text=text, ids=list(out["input_ids"]))
-    if "assistant_masks" in out:
+    if marked:
         return dict(found, mask=list(out["assistant_masks"]))
     spans = []
     for turn, one in enumerate(messages):
         if one["role"] != "assistant":
             continue
-        before, after = render(turn, True), render(turn + 1, False)
+        after = render(turn + 1, False)
+        if turn:
+            before = render(turn, True)
+        else:
+            # transformers refuses to print no message: what announces an answer is learnt from the end.
+            announced = render(len(messages), True)[len(text):]
+            before = after[:after.index(announced) + len(announced)]
         if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
             return dict(found, unstable=turn + 1)
         spans.append((len(before), len(after)))
@@ -98,8 +143,11 @@ def golden(fast, row):
 
 
 if __name__ == "__main__":
-    for name in sorted(SPECIAL):
-        fast = tokenizer(name)
+    import transformers.utils.chat_template_utils as utils
+
+    utils.datetime = Day
+    for directory in sorted(at for at in HERE.iterdir() if (at / "chat_template.jinja").exists()):
+        fast = tokenizer(directory)
         rows = [golden(fast, row) for row in ROWS]
-        (HERE / name / "golden.json").write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
-        print(name, [row.get("unstable") or row.get("error", sum(row.get("mask", []))) for row in rows])
+        (directory / "golden.json").write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+        print(directory.name, [row.get("error") or row.get("unstable") or sum(row["mask"]) for row in rows])

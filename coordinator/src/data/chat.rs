@@ -117,31 +117,58 @@ impl ChatTemplate {
         let whole = self.print(talk, talk.roles.len(), false).map_err(|e| format!("the chat template failed: {e}"))?;
         let (text, marks) = unmark(whole);
         if self.marked && roles == ["assistant"] {
-            let answers: Vec<usize> = (0..talk.roles.len()).filter(|&t| talk.roles[t] == "assistant").collect();
-            if answers.len() == marks.len() {
-                let chosen = answers.iter().zip(marks).filter(|(turn, _)| wanted.contains(turn));
-                return Ok(Rendered { text, spans: chosen.map(|(_, span)| span).collect() });
-            }
+            let spans = self.marks(talk, &wanted, marks)?;
+            return Ok(Rendered { text, spans });
         }
         let spans = wanted.iter().map(|&turn| self.span(talk, turn, &text)).collect::<Result<_, _>>()?;
         Ok(Rendered { text, spans })
     }
 
+    /// Those of the blocks `marks` that belong to the turns `wanted`; a turn may have several, or none.
+    fn marks(&self, talk: &Conversation, wanted: &[usize], marks: Vec<Range<usize>>) -> Result<Vec<Range<usize>>, String> {
+        let all = talk.roles.iter().filter(|role| *role == "assistant").count();
+        let spans = match wanted.len() == all {
+            true => marks,
+            false => {
+                let before = |upto: usize| self.beginning(talk, upto, false).map(|text| unmark(text).1.len());
+                let mut spans = Vec::new();
+                for &turn in wanted {
+                    let first = if turn == 0 { 0 } else { before(turn)? };
+                    let end = if turn + 1 == talk.roles.len() { marks.len() } else { before(turn + 1)? };
+                    spans.extend_from_slice(marks.get(first..end).unwrap_or_default());
+                }
+                spans
+            }
+        };
+        match spans.iter().all(|span| span.is_empty()) {
+            true => Err("the {% generation %} blocks of the chat template print nothing of the turns to train on".into()),
+            false => Ok(spans),
+        }
+    }
+
+    fn beginning(&self, talk: &Conversation, upto: usize, ask: bool) -> Result<String, String> {
+        let failed = |e| format!("the chat template failed for the messages up to turn {upto}: {e}");
+        self.print(talk, upto, ask).map_err(failed)
+    }
+
     /// Where `turn` stands in `text`: from the end of what precedes it to the end of what ends with it.
     fn span(&self, talk: &Conversation, turn: usize, text: &str) -> Result<Range<usize>, String> {
         let number = turn + 1;
-        let print = |upto: usize, ask: bool| {
-            let failed = |e| format!("the chat template failed for the messages up to turn {upto}: {e}");
-            self.print(talk, upto, ask).map(|text| unmark(text).0).map_err(failed)
-        };
-        let before = match turn {
-            // Nothing has been said yet: some templates insist on a first message.
-            0 => print(0, talk.roles[0] == "assistant").unwrap_or_default(),
-            turn => print(turn, talk.roles[turn] == "assistant")?,
-        };
+        let print = |upto: usize, ask: bool| self.beginning(talk, upto, ask).map(|text| unmark(text).0);
         let upto = match number == talk.roles.len() {
             true => text.to_owned(),
             false => print(number, false)?,
+        };
+        let ask = talk.roles[turn] == "assistant";
+        let before = match turn {
+            // Templates insist on a first message, so what announces an answer is learnt from the end.
+            0 if ask => {
+                let more = print(talk.roles.len(), true)?;
+                let announced = more.strip_prefix(text).filter(|a| !a.is_empty()).and_then(|a| Some(upto.find(a)? + a.len()));
+                upto[..announced.unwrap_or(0)].to_owned()
+            }
+            0 => String::new(),
+            turn => print(turn, ask)?,
         };
         if !text.starts_with(&before) || !text.starts_with(&upto) || before.len() >= upto.len() {
             return Err(format!(
@@ -219,8 +246,10 @@ mod tests {
         let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("../goldens/chat");
         let roles = ["assistant".to_owned()];
         let (mut masks, mut refused) = (0, 0);
-        for name in ["chatml-generation", "llama3", "mistral", "qwen2.5", "qwen3"] {
-            let dir = all.join(name);
+        let mut dirs: Vec<PathBuf> = std::fs::read_dir(all).unwrap().map(|e| e.unwrap().path()).collect();
+        dirs.sort();
+        for dir in dirs {
+            let name = dir.file_name().unwrap().to_string_lossy().into_owned();
             let template = ChatTemplate::read(&dir).unwrap().unwrap();
             // A golden directory is no model: its end-of-text token comes from tokenizer_config.json.
             let tokenizer = TextTokenizer::read(&dir, 1000).unwrap();
@@ -232,21 +261,19 @@ mod tests {
                 let talk = Conversation::of_messages(&serde_json::from_str::<Row<'_>>(&text).unwrap()).unwrap();
                 let found = template.render(&talk, &roles, Turns::All);
                 if let Some(error) = expected["error"].as_str() {
-                    assert!(found.unwrap_err().contains(error), "{place}");
+                    let ours = found.unwrap_err();
+                    assert!(ours.contains(error) || expected["raised"] == false, "{place}: {ours}");
                     continue;
                 }
-                assert_eq!(
-                    unmark(template.print(&talk, talk.roles.len(), false).unwrap()).0,
-                    expected["text"],
-                    "{place}"
-                );
+                let text = unmark(template.print(&talk, talk.roles.len(), false).unwrap_or_else(|e| panic!("{place}: {e}"))).0;
+                assert_eq!(text, expected["text"], "{place}");
                 if let Some(turn) = expected["unstable"].as_u64() {
                     let error = found.unwrap_err();
                     assert!(error.contains(&format!("turn {turn} (assistant)")), "{place}: {error}");
                     refused += 1;
                     continue;
                 }
-                let found = found.unwrap();
+                let found = found.unwrap_or_else(|e| panic!("{place}: {e}"));
                 let (ids, asked) = tokenizer.encode_spans(&found.text, &found.spans).unwrap();
                 assert_eq!(serde_json::json!(ids), expected["ids"], "{place}");
                 let asked: Vec<u8> = asked.into_iter().map(u8::from).collect();
@@ -254,7 +281,7 @@ mod tests {
                 masks += 1;
             }
         }
-        assert!(masks > 35 && refused >= 4, "{masks} masks, {refused} refused");
+        assert!(masks > 90 && refused >= 10, "{masks} masks, {refused} refused");
     }
 
     #[test]
