@@ -92,7 +92,9 @@ def tokenizer(directory):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
         options["special_tokens"] += ["<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-        options.update(vocab_size=640, limit_alphabet=80)
+        options.update(vocab_size=640)
+        # What is beyond falls back to bytes.
+        corpus = [re.sub(r"[^\x20-\x7e]", "", text) for text in corpus]
     else:
         backend = Tokenizer(models.BPE())
         backend.normalizer = normalizers.NFC() if directory.name.startswith("qwen") else None
@@ -126,13 +128,13 @@ def golden(fast, row):
     for turn, one in enumerate(messages):
         if one["role"] != "assistant":
             continue
-        after = render(turn + 1, False)
-        if turn:
-            before = render(turn, True)
-        else:
+        try:
+            after, announced = render(turn + 1, False), render(len(messages), True)[len(text):]
             # transformers refuses to print no message: what announces an answer is learnt from the end.
-            announced = render(len(messages), True)[len(text):]
-            before = after[:after.index(announced) + len(announced)]
+            first = after[:after.find(announced) + len(announced)] if announced and announced in after else ""
+            before = render(turn, True) if turn else first
+        except Exception:
+            return dict(found, unstable=turn + 1)
         if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
             return dict(found, unstable=turn + 1)
         spans.append((len(before), len(after)))

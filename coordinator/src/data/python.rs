@@ -1,7 +1,16 @@
 //! Values as Python writes them, where Jinja templates were written for it: str(), json.dumps and strftime.
 
 use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{Error, ErrorKind};
+use minijinja::{Environment, Error, ErrorKind};
+
+/// Jinja's tests where they see Python's types: a text and a dictionary are sequences, None is nothing to go through, and
+/// True is a number.
+pub fn add_tests(environment: &mut Environment<'_>) {
+    use ValueKind::{Bool, Iterable, Map, Number, Seq, String, Undefined};
+    environment.add_test("iterable", |v: &Value| matches!(v.kind(), String | Seq | Map | Iterable | Undefined));
+    environment.add_test("sequence", |v: &Value| matches!(v.kind(), String | Seq | Map | Undefined));
+    environment.add_test("number", |v: &Value| matches!(v.kind(), Number | Bool));
+}
 
 /// str(value); undefined is empty.
 pub fn string(value: &Value) -> String {
