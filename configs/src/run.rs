@@ -1,6 +1,7 @@
 //! `RunConfig`: the TOML that describes a run, with every default written where the key is.
 
 mod error;
+mod gate;
 mod names;
 mod read;
 mod resolve;
@@ -11,6 +12,7 @@ mod tests;
 mod tree;
 
 pub use error::Error;
+pub use gate::{Gate, Level};
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -20,6 +22,8 @@ use std::path::PathBuf;
 pub struct RunConfig {
     pub model: Model,
     pub data: Vec<Data>,
+    #[serde(default)]
+    pub gate: Gate,
     #[serde(default)]
     pub split: Split,
     #[serde(default)]

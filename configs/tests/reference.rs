@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use unisono_configs::run::{Checkpoint, Cluster, Data, Eval, Model, RunConfig, Split, Train};
+use unisono_configs::run::{Checkpoint, Cluster, Data, Eval, Gate, Model, RunConfig, Split, Train};
 
 const HEAD: &str = "\
 # Every key of a run's configuration with its default. Copy what you want to change: a file needs no more than
@@ -85,6 +85,7 @@ fn defaults() -> toml::Table {
     let config = RunConfig {
         model: Model { path: PathBuf::from("models/tiny"), compute: Default::default() },
         data: vec![data],
+        gate: Gate::default(),
         split: Split::default(),
         train: Train::default(),
         cluster: Cluster::default(),
@@ -95,7 +96,7 @@ fn defaults() -> toml::Table {
 }
 
 fn reference() -> String {
-    let types = types(include_str!("../src/run.rs"));
+    let types = types(concat!(include_str!("../src/run.rs"), include_str!("../src/run/gate.rs")));
     let defaults = defaults();
     let mut text = HEAD.to_owned();
     for (section, kind, _) in &types["RunConfig"].1 {

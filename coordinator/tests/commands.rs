@@ -12,8 +12,19 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-const COMMANDS: &[&str] =
-    &["train", "coordinator", "init-model", "inspect", "digest", "status", "monitor", "export", "generate", "demo"];
+const COMMANDS: &[&str] = &[
+    "train",
+    "coordinator",
+    "init-model",
+    "inspect",
+    "check",
+    "digest",
+    "status",
+    "monitor",
+    "export",
+    "generate",
+    "demo",
+];
 
 #[test]
 fn help_lists_every_command_and_each_has_an_example() {

@@ -21,6 +21,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "max_dropped",
         ],
     ),
+    ("gate", super::gate::KEYS),
     ("split", &["validation", "test"]),
     (
         "train",

@@ -2,7 +2,7 @@
 
 use super::section::Section;
 use super::tree::{Document, Node, Place, Value};
-use super::{names, Error};
+use super::{gate, names, Error};
 use super::{
     Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Model, OnBadRow, RunConfig,
     Schedule, Split, Train, Turns, ZeroStage,
@@ -76,6 +76,7 @@ fn config(document: &Document, base: &Path) -> Result<RunConfig, Error> {
     Ok(RunConfig {
         model: model(&section("model")?)?,
         data: data.iter().map(|s| table(s, &split)).collect::<Result<_, _>>()?,
+        gate: gate::read(&section("gate")?)?,
         split,
         train,
         cluster: cluster(&section("cluster")?)?,

@@ -2,7 +2,7 @@
 
 use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading, Screen};
-use super::{print, resume, run_dir, Error, Result};
+use super::{check, print, resume, run_dir, Error, Result};
 use crate::launch::report::Reporter;
 use crate::launch::{child, LISTEN_FD};
 use crate::monitor::plain::failure;
@@ -68,6 +68,10 @@ pub fn run(args: Args) -> Result<()> {
     let ledger = resumed.as_deref().map(Ledger::open).transpose().map_err(Error::bad_input)?;
     let dataset = data::prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
     dataset.reports.iter().for_each(|report| eprint!("{}", data_lines(report)));
+    if resumed.is_none() {
+        eprint!("{}", check::show(&dataset.findings));
+        check::refuse(&dataset.findings)?;
+    }
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
     let (run_dir, work, resumption) = match (resumed, ledger) {
         (Some(run_dir), Some(ledger)) => {

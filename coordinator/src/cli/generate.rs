@@ -194,6 +194,7 @@ fn config(args: &Args) -> Result<RunConfig> {
     let mut config = RunConfig {
         model: Model { path, compute },
         data: Vec::new(),
+        gate: Default::default(),
         split: Split::default(),
         train: Train::default(),
         cluster: Cluster { workers: Count::Exactly(1), ..Cluster::default() },

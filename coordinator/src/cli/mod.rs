@@ -1,6 +1,7 @@
 //! Thin commands: each reads its arguments, calls the room that does the work and prints.
 #![allow(clippy::print_stdout)]
 
+pub mod check;
 pub mod checkpoints;
 pub mod config;
 pub mod coordinator;
@@ -57,6 +58,8 @@ enum Command {
     Demo(demo::Args),
     /// Print the digest of a run's state: equal digests, equal runs.
     Digest(checkpoints::DigestArgs),
+    /// Look for what is silently wrong in the data, and plan the run, without training.
+    Check(check::Args),
     /// Show what the model will see and be asked for: counts per task, rows as tokens with the loss mask.
     Inspect(inspect::Args),
     /// Make a new model: random weights, and a tokenizer trained on a corpus.
@@ -101,6 +104,7 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Monitor(args) => watch::monitor(args),
         Command::Status(args) => watch::status(args),
+        Command::Check(args) => check::check(args),
         Command::Inspect(args) => inspect::inspect(args),
         Command::InitModel(args) => init_model::init_model(args),
         Command::Digest(args) => checkpoints::digest(args),

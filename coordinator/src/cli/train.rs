@@ -2,7 +2,7 @@
 
 use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading};
-use super::{print, Error, Result};
+use super::{check, print, Error, Result};
 use crate::launch::local::{self, Ended, Launch};
 use crate::monitor::plain::grouped;
 use crate::serve::work::Work;
@@ -79,6 +79,8 @@ fn dry_run(args: &Args) -> Result<()> {
     let (config, spec) = args.config.load()?;
     let dataset = crate::data::prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
     dataset.reports.iter().for_each(|report| print(&data_lines(report)));
+    print(&check::show(&dataset.findings));
+    check::refuse(&dataset.findings)?;
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
     if let Some(plan) = work.plan() {
         let totals = plan.totals().unwrap_or_default();

@@ -67,6 +67,17 @@ impl Conversation {
         Self::new(row, messages, "conversations", 0)
     }
 
+    /// What each message says, and whether its role is among `roles`: the model is to say it.
+    pub fn contents(&self, roles: &[String]) -> Vec<(String, bool)> {
+        let content = |message: &Value| match message.get_attr("content") {
+            Ok(content) if content.is_none() || content.is_undefined() => String::new(),
+            Ok(content) => content.as_str().map_or_else(|| content.to_string(), str::to_owned),
+            Err(_) => String::new(),
+        };
+        let asked = |turn: usize| turn >= self.first && roles.contains(&self.roles[turn]);
+        self.messages.iter().enumerate().map(|(turn, message)| (content(message), asked(turn))).collect()
+    }
+
     fn new(row: &Row<'_>, messages: Vec<Json>, field: &str, first: usize) -> Result<Self, String> {
         if messages.is_empty() {
             return Err(format!("field \"{field}\" has no messages"));

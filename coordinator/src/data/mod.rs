@@ -6,6 +6,7 @@ mod conversation;
 mod detect;
 mod error;
 mod files;
+pub mod gate;
 mod lines;
 mod pack;
 mod python;
@@ -24,6 +25,7 @@ pub use pack::{pack, Packed};
 pub use shuffle::order;
 pub use tokenizer::TextTokenizer;
 
+use gate::{Finding, Gate};
 use split::{split, Part};
 use std::collections::HashSet;
 use std::ops::Range;
@@ -82,6 +84,8 @@ pub struct Dataset {
     pub eos: u32,
     /// One for each task.
     pub reports: Vec<Report>,
+    /// What the gate found, the gravest first.
+    pub findings: Vec<Finding>,
 }
 
 /// What became of one data table.
@@ -137,7 +141,10 @@ pub fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Dataset, E
         test: Vec::new(),
         eos: tokenizer.eos(),
         reports: Vec::new(),
+        findings: Vec::new(),
     };
+    let gate = Gate::new(config, &tokenizer)?;
+    let mut judged = Judged::default();
     let mut rows = 0;
     for data in &config.data {
         let table = data.task();
@@ -151,9 +158,10 @@ pub fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Dataset, E
             tokenizer: &tokenizer,
             vocab: spec.vocab,
             max_length: config.train.max_length,
+            gate: &gate,
             progress,
         };
-        rows = add_table(&mut dataset, config, &reading, rows)?;
+        rows = add_table(&mut dataset, config, &reading, rows, &mut judged)?;
         check_length(&dataset, &reading, spec.max_positions)?;
     }
     if dataset.train.is_empty() {
@@ -162,11 +170,36 @@ pub fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Dataset, E
             problem: "no row is left to train on; add rows, or lower split.validation and split.test".into(),
         });
     }
+    dataset.findings = gate.judge(&judged.text);
+    dataset.findings.extend(gate.judge_tokens(&judged.tokens));
+    dataset.findings.sort_by_key(|finding| finding.severity);
     Ok(dataset)
 }
 
+/// What the gate has seen.
+#[derive(Default)]
+struct Judged {
+    text: gate::Text,
+    tokens: gate::Tokens,
+}
+
+impl Judged {
+    fn row(&mut self, task: u32, part: Part, files: &[(u32, PathBuf)], row: &mut Tokenized) {
+        let (file, path) = &files[row.file];
+        let place = gate::Place { file: *file, line: row.line as u32 };
+        self.text.row(task, part, place, std::mem::take(&mut row.look));
+        self.tokens.row(task, row.flaws, || format!("{}:{}", path.display(), row.line));
+    }
+}
+
 /// Adds one table to the data set; `rows` source rows precede it. Returns the source rows up to its end.
-fn add_table(dataset: &mut Dataset, config: &RunConfig, reading: &Reading<'_>, mut rows: u64) -> Result<u64, Error> {
+fn add_table(
+    dataset: &mut Dataset,
+    config: &RunConfig,
+    reading: &Reading<'_>,
+    mut rows: u64,
+    judged: &mut Judged,
+) -> Result<u64, Error> {
     let Data { path, validation, test, .. } = reading.data;
     let task = dataset.tasks.len() as u32;
     dataset.tasks.push(reading.table.to_owned());
@@ -180,15 +213,21 @@ fn add_table(dataset: &mut Dataset, config: &RunConfig, reading: &Reading<'_>, m
     let mut report = Report { task: task_name, path: path.clone(), format, ..Report::default() };
     let hashes: Vec<u128> = main.good.iter().map(|r| r.hash).collect();
     let parts = split(&hashes, share(validation, config.split.validation), share(test, config.split.test));
+    let shares = share(validation, config.split.validation) + share(test, config.split.test);
+    judged.text.task(reading.table, shares > 0.0, &config.gate);
+    judged.tokens.task(reading.table);
     let mut held_out = HashSet::new();
     let mut add = |found: Rows, part: &dyn Fn(usize) -> Part, report: &mut Report, dataset: &mut Dataset| {
         report.rows += found.count;
         report.dropped += found.dropped;
         report.bad.extend(found.bad);
         report.bad.truncate(3);
-        for (index, row) in found.good.into_iter().enumerate() {
+        let files: Vec<(u32, PathBuf)> =
+            found.files.into_iter().map(|path| (judged.text.file(&path.display().to_string()), path)).collect();
+        for (index, mut row) in found.good.into_iter().enumerate() {
             let part = part(index);
             report.count(&row, part);
+            judged.row(task, part, &files, &mut row);
             let example = Example { task, row: rows + row.row, tokens: row.tokens, prompt: row.prompt, gaps: row.gaps };
             match part {
                 Part::Train => dataset.train.push(example),

@@ -34,6 +34,8 @@ pub enum Rendered<'r> {
     Chat {
         text: String,
         spans: Vec<Range<usize>>,
+        /// What each message says, and whether the model is to say it.
+        messages: Vec<(String, bool)>,
     },
 }
 
@@ -94,7 +96,7 @@ impl Renderer {
                     _ => Conversation::of_messages(row)?,
                 };
                 let rendered = template.render(&talk, roles, *turns)?;
-                Ok(Rendered::Chat { text: rendered.text, spans: rendered.spans })
+                Ok(Rendered::Chat { text: rendered.text, spans: rendered.spans, messages: talk.contents(roles) })
             }
         }
     }

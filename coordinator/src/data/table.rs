@@ -2,13 +2,14 @@
 
 use super::detect::Kind;
 use super::files::files;
-use super::lines::map_lines;
+use super::gate::{Frame, Gate, Look, Texts, TokenFlaws, Turn, SAMPLE};
+use super::lines::{first_rows, map_lines};
 use super::render::{Rendered, Renderer};
 use super::row::Row;
 use super::tokenizer::TextTokenizer;
-use super::{Error, Progress};
+use super::{Error, Example, Progress};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use unisono_configs::run::{Data, OnBadRow};
 
 /// A row that can be trained on.
@@ -24,6 +25,11 @@ pub struct Tokenized {
     pub gaps: Box<[Range<u32>]>,
     /// The completion was cut at its right end and has lost its end of text.
     pub truncated: bool,
+    /// Its line, and the position of its file among those of the table.
+    pub line: u64,
+    pub file: usize,
+    pub look: Look,
+    pub flaws: TokenFlaws,
 }
 
 /// What a file held.
@@ -36,6 +42,8 @@ pub struct Rows {
     pub bad: Vec<String>,
     /// What the rows look like, in the configuration's words.
     pub format: &'static str,
+    /// The files that were read, in order.
+    pub files: Vec<PathBuf>,
 }
 
 /// What it takes to read a table's files.
@@ -47,6 +55,7 @@ pub struct Reading<'a> {
     pub tokenizer: &'a TextTokenizer,
     pub vocab: usize,
     pub max_length: usize,
+    pub gate: &'a Gate,
     pub progress: &'a dyn Progress,
 }
 
@@ -76,7 +85,8 @@ impl Reading<'_> {
     fn read_file(&self, path: &Path, key: &str) -> Result<Rows, Error> {
         let kind = Kind::of_file(self.data, path, key)?;
         let renderer = Renderer::new(self.data, self.table, kind, self.model)?;
-        let outcomes = map_lines(path, key, self.progress, |line, text| self.row(line, text, &renderer))?;
+        let frame = self.frame(path, key, &renderer)?;
+        let outcomes = map_lines(path, key, self.progress, |line, text| self.row(line, text, &renderer, &frame))?;
         let count = outcomes.len() as u64;
         if count == 0 {
             return Err(Error::File {
@@ -118,10 +128,25 @@ impl Reading<'_> {
                 first: shown.join("; "),
             });
         }
-        Ok(Rows { good, count, dropped, bad: shown, format: kind.name() })
+        Ok(Rows { good, count, dropped, bad: shown, format: kind.name(), files: vec![path.into()] })
     }
 
-    fn row(&self, line: u64, text: &[u8], renderer: &Renderer) -> Result<Tokenized, Stop> {
+    /// What the rows of a file have in common, by an even sample of its first ones.
+    fn frame(&self, path: &Path, key: &str, renderer: &Renderer) -> Result<Frame, Error> {
+        let first = first_rows(path, key, usize::MAX, <[u8]>::to_vec)?;
+        let stride = first.len().div_ceil(SAMPLE).max(1);
+        let rows = first.iter().step_by(stride).filter_map(|(_, text)| {
+            let row: Row<'_> = serde_json::from_slice(text).ok()?;
+            Some(match renderer.render(&row).ok()? {
+                Rendered::Pair { prompt, completion } => vec![prompt.into_owned(), completion.into_owned()],
+                Rendered::Chat { messages, .. } => messages.into_iter().map(|(text, _)| text).collect(),
+            })
+        });
+        let rows: Vec<Vec<String>> = rows.collect();
+        Ok(Frame::learn(rows.iter().map(|row| row.iter().map(String::as_str))))
+    }
+
+    fn row(&self, line: u64, text: &[u8], renderer: &Renderer, frame: &Frame) -> Result<Tokenized, Stop> {
         let bad = |problem: String| Stop::Row(Bad { line, column: None, problem });
         let text = std::str::from_utf8(text).map_err(|error| {
             bad(format!("byte {} of the line is not UTF-8; save the file as UTF-8", error.valid_up_to() + 1))
@@ -129,11 +154,15 @@ impl Reading<'_> {
         let row: Row<'_> = serde_json::from_str(text).map_err(|error| malformed(line, text, &error))?;
         let (prompt, completion) = match renderer.render(&row).map_err(bad)? {
             Rendered::Pair { prompt, completion } => (prompt, completion),
-            Rendered::Chat { text, spans } => {
+            Rendered::Chat { text, spans, messages } => {
+                let turns: Vec<Turn<'_>> = messages.iter().map(|(text, asked)| Turn { text, asked: *asked }).collect();
+                let look = self.gate.look(&Texts { turns: &turns, pair: false }, frame);
                 let found = self.conversation(&text, &spans).map_err(|stop| stop.on(line))?;
-                return Ok(Tokenized { hash: row.hash(), ..found });
+                return Ok(self.tokenized(found, row.hash(), line, look));
             }
         };
+        let turns = [Turn { text: &prompt, asked: false }, Turn { text: &completion, asked: true }];
+        let look = self.gate.look(&Texts { turns: &turns, pair: true }, frame);
         if completion.trim().is_empty() {
             return Err(bad("the completion is empty".into()));
         }
@@ -158,12 +187,18 @@ impl Reading<'_> {
         }
         let truncated = tokens.len() > self.max_length;
         tokens.truncate(self.max_length);
-        let (tokens, gaps) = (tokens.into(), Box::default());
-        Ok(Tokenized { row: 0, hash: row.hash(), tokens, prompt: prompt as u32, gaps, truncated })
+        let example = Example { task: 0, row: 0, tokens: tokens.into(), prompt: prompt as u32, gaps: Box::default() };
+        Ok(self.tokenized((example, truncated), row.hash(), line, look))
     }
 
-    /// A conversation's tokens, as far as the last that the model is asked for.
-    fn conversation(&self, text: &str, spans: &[Range<usize>]) -> Result<Tokenized, Stop> {
+    fn tokenized(&self, (example, truncated): (Example, bool), hash: u128, line: u64, look: Look) -> Tokenized {
+        let flaws = self.gate.tokens(&example, truncated);
+        let Example { tokens, prompt, gaps, .. } = example;
+        Tokenized { row: 0, hash, tokens, prompt, gaps, truncated, line, file: 0, look, flaws }
+    }
+
+    /// A conversation's tokens, as far as the last that the model is asked for, and whether they were cut.
+    fn conversation(&self, text: &str, spans: &[Range<usize>]) -> Result<(Example, bool), Stop> {
         let bad = |problem: String| Stop::Row(Bad { line: 0, column: None, problem });
         let (mut tokens, mut asked) = self.tokenizer.encode_spans(text, spans).map_err(Stop::All)?;
         if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.vocab) {
@@ -193,7 +228,7 @@ impl Reading<'_> {
             }
         }
         let (tokens, gaps, truncated) = (tokens.into(), gaps.into(), whole > self.max_length);
-        Ok(Tokenized { row: 0, hash: 0, tokens, prompt: prompt as u32, gaps, truncated })
+        Ok((Example { task: 0, row: 0, tokens, prompt: prompt as u32, gaps }, truncated))
     }
 }
 
@@ -215,8 +250,10 @@ impl Stop {
 impl Rows {
     /// The rows of a further file.
     fn extend(&mut self, other: Rows) {
-        let before = self.count;
-        self.good.extend(other.good.into_iter().map(|row| Tokenized { row: before + row.row, ..row }));
+        let (before, files) = (self.count, self.files.len());
+        let later = |row: Tokenized| Tokenized { row: before + row.row, file: files + row.file, ..row };
+        self.good.extend(other.good.into_iter().map(later));
+        self.files.extend(other.files);
         self.count += other.count;
         self.dropped += other.dropped;
         self.bad.extend(other.bad);

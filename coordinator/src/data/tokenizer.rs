@@ -11,6 +11,8 @@ pub struct TextTokenizer {
     tokenizer: Tokenizer,
     path: PathBuf,
     eos: u32,
+    /// Every token that ends a text or a turn.
+    ends: Vec<u32>,
     /// Special tokens that the tokenizer would append to a text: they would stand between prompt and completion.
     appended: usize,
 }
@@ -47,7 +49,8 @@ impl TextTokenizer {
                  the tokenizer belongs to another model: copy both from the same one"
             )));
         }
-        let mut this = TextTokenizer { tokenizer, path, eos, appended: 0 };
+        let ends = ends(dir, eos);
+        let mut this = TextTokenizer { tokenizer, path, eos, ends, appended: 0 };
         let (bare, special) = (this.encode("a", false)?, this.encode("a", true)?);
         if let Some(begin) = special.windows(bare.len().max(1)).position(|w| w == bare) {
             this.appended = special.len() - begin - bare.len();
@@ -122,6 +125,56 @@ impl TextTokenizer {
     pub fn eos(&self) -> u32 {
         self.eos
     }
+
+    /// Every token that ends a text or a turn: generation stops there.
+    pub fn ends(&self) -> &[u32] {
+        &self.ends
+    }
+
+    /// The token that the tokenizer puts in front of a text.
+    pub fn begin(&self) -> Option<u32> {
+        self.encode_prompt("").ok()?.first().copied()
+    }
+
+    /// The token that stands for what the tokenizer does not know.
+    pub fn unknown(&self) -> Option<u32> {
+        let model = serde_json::to_value(self.tokenizer.get_model()).unwrap_or_default();
+        let id = model["unk_id"].as_u64().map(|id| id as u32);
+        id.or_else(|| model["unk_token"].as_str().and_then(|text| self.tokenizer.token_to_id(text)))
+    }
+
+    /// The special tokens as they are written, in the order of their ids.
+    pub fn specials(&self) -> Vec<String> {
+        let mut all: Vec<(u32, String)> = (self.tokenizer.get_added_tokens_decoder().into_iter())
+            .filter(|(_, token)| token.special)
+            .map(|(id, token)| (id, token.content))
+            .collect();
+        all.sort_unstable();
+        all.into_iter().map(|(_, text)| text).collect()
+    }
+
+    /// A token as it is written.
+    pub fn piece(&self, id: u32) -> String {
+        self.tokenizer.id_to_token(id).unwrap_or_default()
+    }
+
+    pub fn refuse(&self, problem: String) -> Error {
+        Error::Tokenizer { path: self.path.clone(), problem }
+    }
+}
+
+/// `eos` and all that generation_config.json and config.json list beside it.
+fn ends(dir: &Path, eos: u32) -> Vec<u32> {
+    let mut all = vec![eos];
+    for name in ["generation_config.json", "config.json"] {
+        let text = std::fs::read_to_string(dir.join(name)).unwrap_or_default();
+        let value: Value = serde_json::from_str(&text).unwrap_or_default();
+        let listed = value["eos_token_id"].as_array().into_iter().flatten().filter_map(Value::as_u64);
+        all.extend(listed.map(|id| id as u32));
+    }
+    all.sort_unstable();
+    all.dedup();
+    all
 }
 
 /// The first `eos_token_id` of generation_config.json or config.json, else tokenizer_config.json's `eos_token`.

@@ -91,7 +91,7 @@ pub fn row_json(example: &Example, task: &str, tokenizer: &TextTokenizer) -> Val
 }
 
 /// Without the control characters that would drive a terminal.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{FFFD}' } else { c }).collect()
 }
 
