@@ -3,8 +3,9 @@
 //! Shapes: `T` rows (tokens rounded up), `H` hidden, `F` intermediate. The residual stream and its gradient are wide
 //! (fp32, or fp64 in tests); operands of matrix products are of the compute kind.
 
-use super::attention::{Attended, Attention, Projected};
+use super::attention::{Attention, Projected};
 use super::linear::{input_gradient, view, Linear, Sink};
+use super::saved::{Inner, Recompute, Saved};
 use super::Error;
 use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::clock::timed;
@@ -13,7 +14,7 @@ use crate::ops::heads::{self, Columns, HeadNorm, Heads, NormGradient};
 use crate::ops::norm::{self, Addend, Normed};
 use crate::ops::rotation::Rotation;
 use crate::ops::rows;
-use crate::ops::swiglu::{self, GateUp};
+use crate::ops::swiglu::{self, Biases, GateUp};
 use tch::{Kind, Tensor};
 use unisono_configs::model::{Bucket, ModelSpec};
 
@@ -45,6 +46,7 @@ pub struct Scene<'a> {
     pub rotation: &'a Rotation,
     pub wide: Kind,
     pub pool: &'a Pool,
+    pub recompute: Recompute,
 }
 
 /// The residual stream before a block.
@@ -53,38 +55,6 @@ pub enum Stream<'a> {
     Embedded(Buffer),
     /// The stream within the block before, and what its MLP adds.
     Within { residual: &'a Tensor, mlp: Buffer, bias: Option<Tensor> },
-}
-
-/// What the backward pass needs of the forward pass.
-pub struct Saved {
-    input: Buffer,
-    input_rstd: Buffer,
-    input_normed: Buffer,
-    /// Outputs of the projections before their norms; only where there are such norms.
-    projections: Vec<Buffer>,
-    heads: Projected,
-    attended: Attended,
-    chosen: Option<Chosen>,
-    /// The residual stream between attention and MLP: wide `[T, H]`, or the chosen rows of it.
-    pub middle: Buffer,
-    middle_rstd: Buffer,
-    middle_normed: Buffer,
-    gate_up: Vec<Buffer>,
-    activated: Buffer,
-}
-
-/// The rows that go on after the last attention: those with targets. What others would become reaches no loss.
-struct Chosen {
-    at: Vec<u32>,
-    /// Their part of the attention's output, rounded up with zero rows.
-    attended: Buffer,
-}
-
-impl Saved {
-    /// Keys and values: flat, in the layout of heads.
-    pub fn keys_and_values(&self) -> (&Tensor, &Tensor) {
-        (&self.heads.k, &self.heads.v)
-    }
 }
 
 /// The gradient of the residual stream: wide `[T, H]`, and rounded to the compute kind.
@@ -173,7 +143,7 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// The block over `stream`: what to keep, and what its MLP adds to `Saved::middle`, `[T, H]` of the compute kind.
+    /// The block over `stream`: what to keep, and what its MLP adds to [`Saved::middle`], `[T, H]` of the compute kind.
     /// After attention only the rows `chosen` go on, if there is such a choice: then `T` becomes their number, rounded up.
     pub fn forward(
         &self,
@@ -181,24 +151,47 @@ impl<'a> Block<'a> {
         stream: Stream<'_>,
         chosen: Option<&[u32]>,
     ) -> Result<(Saved, Buffer), Error> {
-        let (pool, wide, compute) = (scene.pool, scene.wide, self.output.weight.kind());
-        let (rows, hidden) = (scene.documents.rows, self.spec.hidden);
-        let norm = |input: &Tensor, addend: Option<Addend<'_>>, scale: &Scale, residual: Option<&mut Tensor>| {
-            let rows = input.size()[0] as usize;
-            let (mut rstd, mut output) = (pool.take(wide, &[rows]), pool.take(compute, &[rows, hidden]));
-            let out = Normed { residual, rstd: &mut rstd, output: &mut output };
-            timed("norm", || norm::forward(input, addend, &scale.weight, self.spec.norm_eps, out));
-            (rstd, output)
-        };
+        let mut saved = self.up_to_activation(scene, stream, chosen)?;
+        let activated = saved.inner.as_ref().and_then(|inner| inner.activated.as_ref());
+        let mlp = self.down.forward(activated.expect("the forward pass ends in it"), scene.pool)?;
+        saved.shrink(scene.recompute);
+        Ok((saved, mlp))
+    }
+
+    /// Norms the rows of a wide stream after adding `addend` to it: the inverse root mean squares, and the result.
+    fn norm(
+        &self,
+        scene: Scene<'_>,
+        input: &Tensor,
+        addend: Option<Addend<'_>>,
+        scale: &Scale,
+        residual: Option<&mut Tensor>,
+    ) -> (Buffer, Buffer) {
+        let (rows, hidden) = (input.size()[0] as usize, self.spec.hidden);
+        let mut rstd = scene.pool.take(scene.wide, &[rows]);
+        let mut output = scene.pool.take(self.output.weight.kind(), &[rows, hidden]);
+        let out = Normed { residual, rstd: &mut rstd, output: &mut output };
+        timed("norm", || norm::forward(input, addend, &scale.weight, self.spec.norm_eps, out));
+        (rstd, output)
+    }
+
+    fn up_to_activation(
+        &self,
+        scene: Scene<'_>,
+        stream: Stream<'_>,
+        chosen: Option<&[u32]>,
+    ) -> Result<Saved, Error> {
+        let (pool, wide, hidden) = (scene.pool, scene.wide, self.spec.hidden);
         let (input, input_rstd, input_normed) = match stream {
             Stream::Embedded(input) => {
-                let (rstd, output) = norm(&input, None, &self.input_norm, None);
+                let (rstd, output) = self.norm(scene, &input, None, &self.input_norm, None);
                 (input, rstd, output)
             }
             Stream::Within { residual, mlp, bias } => {
-                let mut input = pool.take(wide, &[rows, hidden]);
+                let mut input = pool.take(wide, &[scene.documents.rows, hidden]);
                 let addend = Addend { output: &mlp, bias: bias.as_ref() };
-                let (rstd, output) = norm(residual, Some(addend), &self.input_norm, Some(&mut *input));
+                let (rstd, output) =
+                    self.norm(scene, residual, Some(addend), &self.input_norm, Some(&mut *input));
                 (input, rstd, output)
             }
         };
@@ -211,49 +204,56 @@ impl<'a> Block<'a> {
             projections.clear();
         }
         let attended = self.attention(scene).forward(&heads)?;
-        let (chosen, chosen_input) = chosen.map(|at| self.choose(at, &attended, &input, pool)).unzip();
-        let attention = self.output.forward(chosen.as_ref().map_or(&attended.output, |c| &c.attended), pool)?;
-        let rows = attention.size()[0] as usize;
-        let mut middle = pool.take(wide, &[rows, hidden]);
+        let (attended_chosen, input_chosen) = chosen
+            .map(|at| (self.choose(at, &attended.output, pool), self.choose(at, &input, pool)))
+            .unzip();
+        let attention = self.output.forward(attended_chosen.as_ref().unwrap_or(&attended.output), pool)?;
+        let mut middle = pool.take(wide, &[attention.size()[0] as usize, hidden]);
         let addend = Addend { output: &attention, bias: self.output.bias.as_ref() };
-        let before = chosen_input.as_ref().unwrap_or(&input);
-        let (middle_rstd, middle_normed) = norm(before, Some(addend), &self.mlp_norm, Some(&mut *middle));
+        let before = input_chosen.as_ref().unwrap_or(&input);
+        let (middle_rstd, middle_normed) =
+            self.norm(scene, before, Some(addend), &self.mlp_norm, Some(&mut *middle));
         drop(attention);
-        let mut gate_up = Vec::new();
-        for layer in &self.gate_up {
-            gate_up.push(layer.forward(&middle_normed, pool)?);
-        }
-        let mut activated = pool.take(compute, &[rows, self.spec.intermediate]);
-        timed("swiglu", || {
-            swiglu::forward(gate_and_up(&mut gate_up), self.gate_up_bias(), &mut activated);
-        });
-        let mlp = self.down.forward(&activated, pool)?;
-        let saved = Saved {
-            input,
+        let (gate_up, activated) = self.activate(scene, &middle_normed)?;
+        let inner = Inner {
             input_rstd,
-            input_normed,
+            input_normed: Some(input_normed),
             projections,
             heads,
             attended,
-            chosen,
+            attended_chosen,
             middle,
             middle_rstd,
-            middle_normed,
-            gate_up,
-            activated,
+            middle_normed: Some(middle_normed),
+            gate_up: Some(gate_up),
+            activated: Some(activated),
         };
-        Ok((saved, mlp))
+        Ok(Saved { input, chosen: chosen.map(<[u32]>::to_vec), inner: Some(inner) })
     }
 
-    /// The rows `at` of attention's output and of the stream before it, rounded up with zero rows.
-    fn choose(&self, at: &[u32], attended: &Attended, input: &Tensor, pool: &Pool) -> (Chosen, Buffer) {
+    /// Gate and up with their biases, and what comes of them.
+    fn activate(&self, scene: Scene<'_>, normed: &Tensor) -> Result<(Vec<Buffer>, Buffer), Error> {
+        let mut gate_up = Vec::new();
+        for layer in &self.gate_up {
+            gate_up.push(layer.forward(normed, scene.pool)?);
+        }
+        let activated = self.activation(scene, &mut gate_up, self.gate_up_bias());
+        Ok((gate_up, activated))
+    }
+
+    fn activation(&self, scene: Scene<'_>, gate_up: &mut [Buffer], biases: Biases<'_>) -> Buffer {
+        let (kind, rows) = (gate_up[0].kind(), gate_up[0].size()[0] as usize);
+        let mut activated = scene.pool.take(kind, &[rows, self.spec.intermediate]);
+        timed("swiglu", || swiglu::forward(gate_and_up(gate_up), biases, &mut activated));
+        activated
+    }
+
+    /// The rows `at` of a matrix, rounded up with zero rows.
+    fn choose(&self, at: &[u32], all: &Tensor, pool: &Pool) -> Buffer {
         let rows = at.len().next_multiple_of(TOKENS);
-        let pick = |all: &Tensor| {
-            let mut few = pool.take(all.kind(), &[rows, all.size()[1] as usize]);
-            timed("choice", || rows::pick(all, at, &mut few));
-            few
-        };
-        (Chosen { at: at.to_vec(), attended: pick(&attended.output) }, pick(input))
+        let mut few = pool.take(all.kind(), &[rows, all.size()[1] as usize]);
+        timed("choice", || rows::pick(all, at, &mut few));
+        few
     }
 
     pub(super) fn gate_up_bias(&self) -> Option<(&Tensor, &Tensor)> {
@@ -270,7 +270,12 @@ impl<'a> Block<'a> {
     ) -> Result<(), Error> {
         let (pool, wide) = (scene.pool, scene.wide);
         let mut sink = Sink { leaves, bucket: self.index, pool };
-        let Saved { mut gate_up, activated, middle, middle_rstd, middle_normed, .. } = saved;
+        let Saved { input, chosen, inner } = match saved.inner {
+            Some(_) => saved,
+            None => self.up_to_activation(scene, Stream::Embedded(saved.input), saved.chosen.as_deref())?,
+        };
+        let mut inner = inner.expect("kept, or computed again");
+        let (middle_normed, mut gate_up, activated) = self.mlp_again(scene, &mut inner)?;
 
         self.down.gradients(&grad.rounded, &activated, wide, &mut sink)?;
         let grad_activated = input_gradient(std::slice::from_ref(&self.down), &[&grad.rounded], pool)?;
@@ -285,30 +290,54 @@ impl<'a> Block<'a> {
         drop(middle_normed);
         let grad_normed = input_gradient(&self.gate_up, &gate_up.iter().map(|g| &**g).collect::<Vec<_>>(), pool)?;
         drop(gate_up);
-        self.norm_backward(&grad_normed, (&middle, &middle_rstd), &self.mlp_norm, grad, &mut sink)?;
-        drop((grad_normed, middle));
+        self.norm_backward(&grad_normed, (&inner.middle, &inner.middle_rstd), &self.mlp_norm, grad, &mut sink)?;
+        drop(grad_normed);
 
-        let attended = saved.chosen.as_ref().map_or(&saved.attended.output, |c| &c.attended);
-        self.output.gradients(&grad.rounded, attended, wide, &mut sink)?;
+        self.output.gradients(&grad.rounded, inner.attended(), wide, &mut sink)?;
         let mut grad_attended = input_gradient(std::slice::from_ref(&self.output), &[&grad.rounded], pool)?;
-        if let Some(chosen) = &saved.chosen {
+        if let Some(at) = &chosen {
             let spread = |few: &Tensor| {
                 let mut all = pool.take(few.kind(), &[scene.documents.rows, few.size()[1] as usize]);
-                timed("choice", || rows::scatter(few, &chosen.at, &mut all));
+                timed("choice", || rows::scatter(few, at, &mut all));
                 all
             };
             grad_attended = spread(&grad_attended);
             *grad = Gradient { wide: spread(&grad.wide), rounded: spread(&grad.rounded) };
         }
-        let grad_heads = self.attention(scene).backward(&grad_attended, &saved.heads, &saved.attended)?;
-        drop((grad_attended, saved.attended, saved.heads));
-        let grad_projections = self.join(scene, &grad_heads, &saved.projections, &mut sink)?;
-        drop(grad_heads);
+        let Inner { input_rstd, input_normed, projections, heads, attended, .. } = inner;
+        let grad_heads = self.attention(scene).backward(&grad_attended, &heads, &attended)?;
+        drop((grad_attended, attended, heads));
+        let grad_projections = self.join(scene, &grad_heads, &projections, &mut sink)?;
+        drop((grad_heads, projections));
+        let input_normed =
+            input_normed.unwrap_or_else(|| self.norm(scene, &input, None, &self.input_norm, None).1);
         for (layer, grad) in self.qkv.iter().zip(&grad_projections) {
-            layer.gradients(grad, &saved.input_normed, wide, &mut sink)?;
+            layer.gradients(grad, &input_normed, wide, &mut sink)?;
         }
+        drop(input_normed);
         let grad_normed = input_gradient(&self.qkv, &grad_projections.iter().map(|g| &**g).collect::<Vec<_>>(), pool)?;
-        self.norm_backward(&grad_normed, (&saved.input, &saved.input_rstd), &self.input_norm, grad, &mut sink)
+        drop(grad_projections);
+        self.norm_backward(&grad_normed, (&input, &input_rstd), &self.input_norm, grad, &mut sink)
+    }
+
+    /// What the MLP read, its gate and up, and what came of them: as kept, else computed again.
+    fn mlp_again(&self, scene: Scene<'_>, inner: &mut Inner) -> Result<(Buffer, Vec<Buffer>, Buffer), Error> {
+        let normed = match inner.middle_normed.take() {
+            Some(normed) => normed,
+            None => self.norm(scene, &inner.middle, None, &self.mlp_norm, None).1,
+        };
+        Ok(match (inner.gate_up.take(), inner.activated.take()) {
+            (Some(gate_up), Some(activated)) => (normed, gate_up, activated),
+            // Their biases are in them.
+            (Some(mut gate_up), None) => {
+                let activated = self.activation(scene, &mut gate_up, None);
+                (normed, gate_up, activated)
+            }
+            (None, _) => {
+                let (gate_up, activated) = self.activate(scene, &normed)?;
+                (normed, gate_up, activated)
+            }
+        })
     }
 
     /// Gradients of the projections' outputs, from those of the heads; hands over those of the heads' norms.

@@ -5,6 +5,7 @@
 
 use super::block::{Block, Scene, Stream};
 use super::head::{wide, Last};
+use super::saved::Recompute;
 use super::{Batch, Error, Model};
 use crate::ops::buffer::Buffer;
 use crate::ops::cross_entropy::first_choices;
@@ -70,7 +71,8 @@ impl Model {
         let batch = Batch { tokens: prompt.to_vec(), targets: Vec::new(), starts: vec![0] };
         self.check(&batch)?;
         let documents = Documents::new(&batch.starts, prompt.len());
-        let scene = Scene { documents: &documents, rotation, wide: wide(self.compute()), pool: &self.pool };
+        let (wide, pool, recompute) = (wide(self.compute()), &self.pool, Recompute::Nothing);
+        let scene = Scene { documents: &documents, rotation, wide, pool, recompute };
         let mut caches = Vec::new();
         let (kv_heads, dim) = (self.spec().kv_heads, self.spec().head_dim);
         let last = [prompt.len() as u32 - 1];

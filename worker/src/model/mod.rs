@@ -6,6 +6,7 @@ mod decode;
 mod head;
 mod linear;
 mod pass;
+mod saved;
 pub mod weights;
 
 use crate::ops::buffer::Pool;
@@ -17,6 +18,8 @@ use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 use unisono_configs::model::{Layout, ModelSpec};
 use weights::Weights;
+
+pub use saved::Recompute;
 
 /// A packed row of documents, without padding between them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +83,7 @@ pub struct Model {
     /// One flat tensor per bucket: `[elements]`, of kind `compute`.
     buckets: Vec<Tensor>,
     pool: Pool,
+    recompute: Recompute,
     rotation: Mutex<Option<Rotation>>,
 }
 
@@ -88,7 +92,8 @@ impl Model {
     pub fn new(spec: ModelSpec, compute: Kind, device: Device) -> Self {
         let layout = Arc::new(Layout::new(&spec));
         let buckets = layout.buckets.iter().map(|b| Tensor::zeros([b.elements as i64], (compute, device))).collect();
-        Model { spec, layout, compute, device, buckets, pool: Pool::new(device), rotation: Mutex::default() }
+        let (pool, recompute) = (Pool::new(device), Recompute::default());
+        Model { spec, layout, compute, device, buckets, pool, recompute, rotation: Mutex::default() }
     }
 
     /// A model with the weights of a Hugging Face directory, rounded to `compute`.
@@ -132,6 +137,16 @@ impl Model {
 
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// What the backward pass computes again from now on. No level changes a bit.
+    pub fn set_recompute(&mut self, level: Recompute) {
+        self.recompute = level;
+    }
+
+    /// Bytes of all activations and temporaries that existed at one time, since the model was made.
+    pub fn activation_bytes(&self) -> usize {
+        self.pool.bytes()
     }
 
     /// The flat parameters of a bucket: `[elements]`, of the compute kind.

@@ -1,8 +1,9 @@
 //! The passes of a whole model over one packed row: forward, forward with backward, evaluation.
 
-use super::block::{Block, Saved, Scene, Stream};
+use super::block::{Block, Scene, Stream};
 use super::head::{wide, Head, Last};
 use super::linear::view;
+use super::saved::{Recompute, Saved};
 use super::{Batch, Error, Leaves, Loss, Model};
 use crate::ops::buffer::Buffer;
 use crate::ops::clock::timed;
@@ -99,13 +100,15 @@ impl Model {
         visit(0, &saved);
         let mut blocks = vec![saved];
         for layer in 1..self.spec().layers {
-            let residual = &blocks[blocks.len() - 1].middle;
+            let residual = blocks[blocks.len() - 1].middle();
             let stream = Stream::Within { residual, mlp, bias: self.block(layer - 1).down_bias() };
             let (saved, next) = self.block(layer).forward(scene, stream, choice(layer))?;
             visit(layer, &saved);
             mlp = next;
-            if !keep {
-                blocks.clear();
+            match (keep, scene.recompute) {
+                (false, _) => blocks.clear(),
+                (true, Recompute::Block) => blocks.last_mut().into_iter().for_each(Saved::forget),
+                (true, _) => (),
             }
             blocks.push(saved);
         }
@@ -114,7 +117,7 @@ impl Model {
 
     pub(super) fn last<'a>(&self, passed: &'a Passed) -> Last<'a> {
         let block = &passed.blocks[passed.blocks.len() - 1];
-        Last { residual: &block.middle, mlp: &passed.mlp, bias: self.block(self.spec().layers - 1).down_bias() }
+        Last { residual: block.middle(), mlp: &passed.mlp, bias: self.block(self.spec().layers - 1).down_bias() }
     }
 
     pub(super) fn forward_backward_pass(
@@ -131,7 +134,8 @@ impl Model {
         let documents = Documents::new(&batch.starts, batch.tokens.len());
         let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
         let wide = wide(self.compute());
-        let scene = Scene { documents: &documents, rotation: &rotation, wide, pool: &self.pool };
+        let (pool, recompute) = (&self.pool, self.recompute);
+        let scene = Scene { documents: &documents, rotation: &rotation, wide, pool, recompute };
         let mut passed = self.run_blocks(&batch.tokens, &selected.rows, scene, true, |_, _| ())?;
         let (sum, mut grad) =
             self.head().forward_backward(&self.last(&passed), &selected.targets, scale, leaves, &self.pool)?;
@@ -151,7 +155,8 @@ impl Model {
         }
         let documents = Documents::new(&batch.starts, batch.tokens.len());
         let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
-        let scene = Scene { documents: &documents, rotation: &rotation, wide: wide(self.compute()), pool: &self.pool };
+        let (wide, pool, recompute) = (wide(self.compute()), &self.pool, Recompute::Nothing);
+        let scene = Scene { documents: &documents, rotation: &rotation, wide, pool, recompute };
         let passed = self.run_blocks(&batch.tokens, &selected.rows, scene, false, |_, _| ())?;
         let (sum, correct) = self.head().evaluate(&self.last(&passed), &selected.targets, &self.pool)?;
         Ok(Loss { sum, targets: selected.rows.len() as u64, correct })
@@ -163,7 +168,8 @@ impl Model {
         self.check(batch)?;
         let documents = Documents::new(&batch.starts, batch.tokens.len());
         let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
-        let scene = Scene { documents: &documents, rotation: &rotation, wide: wide(self.compute()), pool: &self.pool };
+        let (wide, pool, recompute) = (wide(self.compute()), &self.pool, Recompute::Nothing);
+        let scene = Scene { documents: &documents, rotation: &rotation, wide, pool, recompute };
         let passed = self.run_blocks(&batch.tokens, at, scene, false, |_, _| ())?;
         let logits = self.head().logits_of(&self.last(&passed), &self.pool)?;
         Ok(logits.narrow(0, 0, at.len() as i64).copy())

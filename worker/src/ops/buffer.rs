@@ -2,6 +2,7 @@
 //! megabytes page by page, which costs more than most loops over them.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
@@ -17,6 +18,8 @@ struct Flat {
 pub struct Pool {
     device: Device,
     free: Arc<Mutex<Vec<Flat>>>,
+    /// Bytes of all that was ever made: memory is never given back to the system.
+    made: Arc<AtomicUsize>,
 }
 
 /// A contiguous tensor of undefined content whose memory goes back to its pool when dropped.
@@ -28,7 +31,7 @@ pub struct Buffer {
 
 impl Pool {
     pub fn new(device: Device) -> Self {
-        Pool { device, free: Arc::default() }
+        Pool { device, free: Arc::default(), made: Arc::default() }
     }
 
     /// Undefined content.
@@ -36,6 +39,7 @@ impl Pool {
         let elements = shape.iter().product::<usize>();
         let flat = self.smallest(kind, elements).unwrap_or_else(|| {
             let tensor = Tensor::empty([elements as i64], (kind, self.device));
+            self.made.fetch_add(elements * kind.elt_size_in_bytes(), Ordering::Relaxed);
             Flat { tensor, kind, elements }
         });
         let mut strides = vec![1; shape.len()];
@@ -60,6 +64,11 @@ impl Pool {
         let fitting = free.iter().enumerate().filter(|(_, f)| fits(f));
         let (index, _) = fitting.min_by_key(|(_, f)| f.elements)?;
         Some(free.swap_remove(index))
+    }
+
+    /// Bytes of all that is free or taken.
+    pub fn bytes(&self) -> usize {
+        self.made.load(Ordering::Relaxed)
     }
 
     /// Bytes that lie free at the moment.

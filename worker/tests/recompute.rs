@@ -1,0 +1,46 @@
+//! Computing again instead of keeping changes no bit and needs less memory.
+
+mod support;
+
+use support::{batch, model, one_thread, parameters, specs, tiny, Collected};
+use tch::Kind;
+use unisono_configs::model::{Layout, ModelSpec};
+use unisono_worker::model::{Batch, Recompute};
+
+/// Loss and leaves at a level, and the bytes of activations and temporaries.
+fn run(spec: &ModelSpec, compute: Kind, batch: &Batch, level: Recompute) -> (f64, Collected, usize) {
+    let mut model = model(spec, &parameters(spec, 5), compute);
+    model.set_recompute(level);
+    let mut leaves = Collected::new(&Layout::new(spec));
+    let loss = model.forward_backward(batch, 0.01, &mut leaves).unwrap().sum;
+    (loss, leaves, model.activation_bytes())
+}
+
+#[test]
+fn no_level_changes_a_bit() {
+    one_thread();
+    for compute in [Kind::Float, Kind::BFloat16, Kind::Double] {
+        for (name, spec) in specs() {
+            let spec = ModelSpec { layers: 3, ..spec };
+            let batch = batch(spec.vocab, &[40, 3, 64, 5], 0.7, 8);
+            let (loss, kept, _) = run(&spec, compute, &batch, Recompute::Nothing);
+            for level in Recompute::ALL {
+                let (again_loss, again, _) = run(&spec, compute, &batch, level);
+                assert_eq!(loss.to_bits(), again_loss.to_bits(), "{name} in {compute:?} at {level:?}");
+                for (index, (a, b)) in kept.buckets.iter().zip(&again.buckets).enumerate() {
+                    assert!(a.equal(b), "{name} in {compute:?} at {level:?}: bucket {index} differs");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_level_needs_less_memory_than_the_one_before() {
+    one_thread();
+    let spec = ModelSpec { layers: 12, ..tiny() };
+    let batch = batch(spec.vocab, &[200, 180, 190, 210], 0.6, 8);
+    let bytes = Recompute::ALL.map(|level| run(&spec, Kind::BFloat16, &batch, level).2);
+    assert!(bytes.windows(2).all(|pair| pair[1] < pair[0]), "{bytes:?}");
+    assert!(bytes[3] * 2 < bytes[0], "{bytes:?}");
+}
