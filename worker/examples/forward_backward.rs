@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use unisono_configs::model::ModelSpec;
 use unisono_proto::NO_TARGET;
 use unisono_worker::model::{BadNumber, Batch, Leaves, Model};
-use unisono_worker::ops::clock;
+use unisono_worker::ops::operation;
 use unisono_worker::optim::exact::ExactSum;
 
 /// Takes leaves without doing anything with them.
@@ -46,9 +46,9 @@ fn product_rate(compute: Kind) -> f64 {
     once();
     let mut best = 0.0f64;
     for _ in 0..10 {
-        let begin = clock::thread_time();
+        let begin = operation::thread_time();
         (0..10).for_each(|_| once());
-        best = best.max(10.0 * 2.0 * 768.0 * 576.0 * 1536.0 / (clock::thread_time() - begin).as_secs_f64());
+        best = best.max(10.0 * 2.0 * 768.0 * 576.0 * 1536.0 / (operation::thread_time() - begin).as_secs_f64());
     }
     best
 }
@@ -75,14 +75,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for _ in 0..2 {
         run()?;
     }
-    clock::start();
+    operation::start();
     let mut times = Vec::new();
     for _ in 0..repeats {
-        let begin = clock::thread_time();
+        let begin = operation::thread_time();
         run()?;
-        times.push((clock::thread_time() - begin).as_secs_f64());
+        times.push((operation::thread_time() - begin).as_secs_f64());
     }
-    let table = clock::stop();
+    let table = operation::stop();
     times.sort_by(f64::total_cmp);
     println!("matrix products: {:.0} GFLOP/s", product_rate(compute) / 1e9);
     println!("tokens/s: best {:.0}, median {:.0}", tokens / times[0], tokens / times[repeats / 2]);

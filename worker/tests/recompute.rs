@@ -1,11 +1,12 @@
-//! Computing again instead of keeping changes no bit and needs less memory.
+//! Computing again instead of keeping changes no bit and needs less memory; a dry run knows how much.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
 use support::{batch, model, one_thread, parameters, specs, tiny, Collected};
-use tch::Kind;
+use tch::{Device, Kind};
 use unisono_configs::model::{Layout, ModelSpec};
-use unisono_worker::model::{Batch, Recompute};
+use unisono_worker::model::{Batch, Model, Recompute};
 
 /// Loss and leaves at a level, and the bytes of activations and temporaries.
 fn run(spec: &ModelSpec, compute: Kind, batch: &Batch, level: Recompute) -> (f64, Collected, usize) {
@@ -43,4 +44,27 @@ fn every_level_needs_less_memory_than_the_one_before() {
     let bytes = Recompute::ALL.map(|level| run(&spec, Kind::BFloat16, &batch, level).2);
     assert!(bytes.windows(2).all(|pair| pair[1] < pair[0]), "{bytes:?}");
     assert!(bytes[3] * 2 < bytes[0], "{bytes:?}");
+}
+
+#[test]
+fn a_dry_run_takes_the_very_bytes_of_the_run() {
+    one_thread();
+    for compute in [Kind::Float, Kind::BFloat16] {
+        for (name, spec) in specs() {
+            let spec = ModelSpec { layers: 3, ..spec };
+            for lengths in [&[40, 3, 64, 5][..], &[700], &[1; 9]] {
+                let batch = batch(spec.vocab, lengths, 0.7, 8);
+                let sketch = Model::sketch(spec.clone(), compute, Device::Cpu);
+                for level in Recompute::ALL {
+                    let (planned, real) =
+                        (sketch.dry_run(&batch, level, true).unwrap(), run(&spec, compute, &batch, level).2);
+                    assert_eq!(planned, real, "{name} in {compute:?} at {level:?}, {lengths:?}");
+                }
+                let model = model(&spec, &parameters(&spec, 5), compute);
+                model.evaluate(&batch).unwrap();
+                let planned = sketch.dry_run(&batch, Recompute::Nothing, false).unwrap();
+                assert_eq!(planned, model.activation_bytes(), "{name} in {compute:?}, {lengths:?}, evaluated");
+            }
+        }
+    }
 }

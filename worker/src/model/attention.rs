@@ -5,9 +5,9 @@
 
 use super::Error;
 use crate::ops::buffer::{Buffer, Pool};
-use crate::ops::clock::timed;
 use crate::ops::documents::{Block, Documents, Tile};
 use crate::ops::heads::Heads;
+use crate::ops::operation::operation;
 use crate::ops::rows::{self, Place};
 use crate::ops::softmax::{self, Scores, Statistics};
 use crate::ops::{gather, matmul};
@@ -73,14 +73,14 @@ impl Attention<'_> {
                 let q = self.rows(&inputs.q, tile, self.queries, &block.queries);
                 let k = self.rows(&inputs.k, tile, self.keys(), &block.keys);
                 let v = self.rows(&inputs.v, tile, self.keys(), &block.keys);
-                timed("attention gemm", || matmul::products(&q, &k.transpose(1, 2), &scores))?;
-                timed("softmax", || softmax::forward(&mut scores, self.scores(tile, &block), &mut lse));
+                operation("attention gemm", || matmul::products(&q, &k.transpose(1, 2), &scores))?;
+                operation("softmax", || softmax::forward(&mut scores, self.scores(tile, &block), &mut lse));
                 let part = self.pool.take(kind, &[batch, rows, dim]);
-                timed("attention gemm", || matmul::products(&scores, &v, &part))?;
-                timed("attention copy", || gather::gather(&part, tile, &block, self.queries, &mut output));
+                operation("attention gemm", || matmul::products(&scores, &v, &part))?;
+                operation("attention copy", || gather::gather(&part, tile, &block, self.queries, &mut output));
             }
         }
-        gather::clear_padding(&mut output, self.documents.tokens);
+        operation("attention copy", || gather::clear_padding(&mut output, self.documents.tokens));
         Ok(Attended { output, lse })
     }
 
@@ -102,27 +102,27 @@ impl Attention<'_> {
                 let v = self.rows(&inputs.v, tile, self.keys(), &block.keys);
                 let grad_q = self.rows(&grad_q, tile, self.queries, &block.queries);
                 let mut grad_out = self.pool.take(kind, &[batch, rows, dim]);
-                timed("attention copy", || {
+                operation("attention copy", || {
                     gather::spread(grad, &saved.output, tile, &block, self.queries, &mut grad_out, &mut delta);
                 });
                 let mut scores = self.pool.take(kind, &[batch, rows, width]);
                 let mut grad_scores = self.pool.take(kind, &[batch, rows, width]);
-                timed("attention gemm", || -> Result<(), tch::TchError> {
+                operation("attention gemm", || -> Result<(), tch::TchError> {
                     matmul::products(&q, &k.transpose(1, 2), &scores)?;
                     matmul::products(&grad_out, &v.transpose(1, 2), &grad_scores)
                 })?;
                 let statistics = Statistics { lse: &saved.lse, delta: &delta };
-                timed("softmax backward", || {
+                operation("softmax backward", || {
                     softmax::backward(&mut scores, &mut grad_scores, self.scores(tile, &block), statistics)
                 });
                 let (part_k, part_v) =
                     (self.pool.take(kind, &[batch, width, dim]), self.pool.take(kind, &[batch, width, dim]));
-                timed("attention gemm", || -> Result<(), tch::TchError> {
+                operation("attention gemm", || -> Result<(), tch::TchError> {
                     matmul::products(&scores.transpose(1, 2), &grad_out, &part_v)?;
                     matmul::products(&grad_scores, &k, &grad_q)?;
                     matmul::products(&grad_scores.transpose(1, 2), &q, &part_k)
                 })?;
-                timed("attention copy", || {
+                operation("attention copy", || {
                     let place = Place {
                         first: tile.base * self.keys().width() + block.keys.start * dim,
                         stride: tile.padded * dim,

@@ -8,10 +8,10 @@ use super::linear::{input_gradient, view, Linear, Sink};
 use super::saved::{Inner, Recompute, Saved};
 use super::Error;
 use crate::ops::buffer::{Buffer, Pool};
-use crate::ops::clock::timed;
 use crate::ops::documents::{Documents, TOKENS};
 use crate::ops::heads::{self, Columns, HeadNorm, Heads, NormGradient};
 use crate::ops::norm::{self, Addend, Normed};
+use crate::ops::operation::operation;
 use crate::ops::rotation::Rotation;
 use crate::ops::rows;
 use crate::ops::swiglu::{self, Biases, GateUp};
@@ -133,7 +133,8 @@ impl<'a> Block<'a> {
         let split = |part: &Part, norm, rotation, heads: Heads| {
             let kind = outputs[part.tensor].kind();
             let mut flat = scene.pool.take(kind, &[scene.documents.padded * heads.width()]);
-            heads::split(self.columns(part, outputs), norm, rotation, scene.documents, heads, &mut flat);
+            let source = self.columns(part, outputs);
+            operation("rope", || heads::split(source, norm, rotation, scene.documents, heads, &mut flat));
             flat
         };
         Projected {
@@ -171,16 +172,11 @@ impl<'a> Block<'a> {
         let mut rstd = scene.pool.take(scene.wide, &[rows]);
         let mut output = scene.pool.take(self.output.weight.kind(), &[rows, hidden]);
         let out = Normed { residual, rstd: &mut rstd, output: &mut output };
-        timed("norm", || norm::forward(input, addend, &scale.weight, self.spec.norm_eps, out));
+        operation("norm", || norm::forward(input, addend, &scale.weight, self.spec.norm_eps, out));
         (rstd, output)
     }
 
-    fn up_to_activation(
-        &self,
-        scene: Scene<'_>,
-        stream: Stream<'_>,
-        chosen: Option<&[u32]>,
-    ) -> Result<Saved, Error> {
+    fn up_to_activation(&self, scene: Scene<'_>, stream: Stream<'_>, chosen: Option<&[u32]>) -> Result<Saved, Error> {
         let (pool, wide, hidden) = (scene.pool, scene.wide, self.spec.hidden);
         let (input, input_rstd, input_normed) = match stream {
             Stream::Embedded(input) => {
@@ -190,8 +186,7 @@ impl<'a> Block<'a> {
             Stream::Within { residual, mlp, bias } => {
                 let mut input = pool.take(wide, &[scene.documents.rows, hidden]);
                 let addend = Addend { output: &mlp, bias: bias.as_ref() };
-                let (rstd, output) =
-                    self.norm(scene, residual, Some(addend), &self.input_norm, Some(&mut *input));
+                let (rstd, output) = self.norm(scene, residual, Some(addend), &self.input_norm, Some(&mut *input));
                 (input, rstd, output)
             }
         };
@@ -199,20 +194,18 @@ impl<'a> Block<'a> {
         for layer in &self.qkv {
             projections.push(layer.forward(&input_normed, pool)?);
         }
-        let heads = timed("rope", || self.split(scene, &projections));
+        let heads = self.split(scene, &projections);
         if self.qk_norm.is_none() {
             projections.clear();
         }
         let attended = self.attention(scene).forward(&heads)?;
-        let (attended_chosen, input_chosen) = chosen
-            .map(|at| (self.choose(at, &attended.output, pool), self.choose(at, &input, pool)))
-            .unzip();
+        let (attended_chosen, input_chosen) =
+            chosen.map(|at| (self.choose(at, &attended.output, pool), self.choose(at, &input, pool))).unzip();
         let attention = self.output.forward(attended_chosen.as_ref().unwrap_or(&attended.output), pool)?;
         let mut middle = pool.take(wide, &[attention.size()[0] as usize, hidden]);
         let addend = Addend { output: &attention, bias: self.output.bias.as_ref() };
         let before = input_chosen.as_ref().unwrap_or(&input);
-        let (middle_rstd, middle_normed) =
-            self.norm(scene, before, Some(addend), &self.mlp_norm, Some(&mut *middle));
+        let (middle_rstd, middle_normed) = self.norm(scene, before, Some(addend), &self.mlp_norm, Some(&mut *middle));
         drop(attention);
         let (gate_up, activated) = self.activate(scene, &middle_normed)?;
         let inner = Inner {
@@ -244,7 +237,7 @@ impl<'a> Block<'a> {
     fn activation(&self, scene: Scene<'_>, gate_up: &mut [Buffer], biases: Biases<'_>) -> Buffer {
         let (kind, rows) = (gate_up[0].kind(), gate_up[0].size()[0] as usize);
         let mut activated = scene.pool.take(kind, &[rows, self.spec.intermediate]);
-        timed("swiglu", || swiglu::forward(gate_and_up(gate_up), biases, &mut activated));
+        operation("swiglu", || swiglu::forward(gate_and_up(gate_up), biases, &mut activated));
         activated
     }
 
@@ -252,7 +245,7 @@ impl<'a> Block<'a> {
     fn choose(&self, at: &[u32], all: &Tensor, pool: &Pool) -> Buffer {
         let rows = at.len().next_multiple_of(TOKENS);
         let mut few = pool.take(all.kind(), &[rows, all.size()[1] as usize]);
-        timed("choice", || rows::pick(all, at, &mut few));
+        operation("choice", || rows::pick(all, at, &mut few));
         few
     }
 
@@ -280,7 +273,7 @@ impl<'a> Block<'a> {
         self.down.gradients(&grad.rounded, &activated, wide, &mut sink)?;
         let grad_activated = input_gradient(std::slice::from_ref(&self.down), &[&grad.rounded], pool)?;
         drop(activated);
-        timed("swiglu backward", || {
+        operation("swiglu backward", || {
             swiglu::backward(&grad_activated, gate_and_up(&mut gate_up));
         });
         drop(grad_activated);
@@ -298,7 +291,7 @@ impl<'a> Block<'a> {
         if let Some(at) = &chosen {
             let spread = |few: &Tensor| {
                 let mut all = pool.take(few.kind(), &[scene.documents.rows, few.size()[1] as usize]);
-                timed("choice", || rows::scatter(few, at, &mut all));
+                operation("choice", || rows::scatter(few, at, &mut all));
                 all
             };
             grad_attended = spread(&grad_attended);
@@ -309,8 +302,7 @@ impl<'a> Block<'a> {
         drop((grad_attended, attended, heads));
         let grad_projections = self.join(scene, &grad_heads, &projections, &mut sink)?;
         drop((grad_heads, projections));
-        let input_normed =
-            input_normed.unwrap_or_else(|| self.norm(scene, &input, None, &self.input_norm, None).1);
+        let input_normed = input_normed.unwrap_or_else(|| self.norm(scene, &input, None, &self.input_norm, None).1);
         for (layer, grad) in self.qkv.iter().zip(&grad_projections) {
             layer.gradients(grad, &input_normed, wide, &mut sink)?;
         }
@@ -365,7 +357,7 @@ impl<'a> Block<'a> {
                 grad_weight: &mut grad_weight,
             });
             let output = &mut joined[part.tensor];
-            timed("rope backward", || {
+            operation("rope backward", || {
                 heads::join(grad, norm, rotation, scene.documents, heads, output, part.first);
             });
             if let Some(scale) = scale {
@@ -385,7 +377,7 @@ impl<'a> Block<'a> {
     ) -> Result<(), Error> {
         let mut grad_weight = sink.pool.take(residual.kind(), &[self.spec.hidden]);
         let saved = norm::Saved { residual, rstd, weight: &scale.weight };
-        timed("norm backward", || {
+        operation("norm backward", || {
             norm::backward(grad_normed, saved, &mut grad.wide, &mut grad.rounded, &mut grad_weight);
         });
         sink.dense(scale.offset, &grad_weight)

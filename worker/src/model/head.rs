@@ -4,8 +4,8 @@ use super::block::Gradient;
 use super::linear::Sink;
 use super::{Error, Leaves};
 use crate::ops::buffer::{Buffer, Pool};
-use crate::ops::clock::timed;
 use crate::ops::norm::{self, Addend, Normed};
+use crate::ops::operation::operation;
 use crate::ops::{cross_entropy, matmul, rows};
 use tch::{Kind, Tensor};
 
@@ -43,7 +43,7 @@ impl Head {
         let (wide, rows, hidden) = (last.residual.kind(), last.residual.size()[0] as usize, self.norm.numel());
         let (mut residual, mut rstd) = (pool.take(wide, &[rows, hidden]), pool.take(wide, &[rows]));
         let mut normed = pool.take(self.weight.kind(), &[rows, hidden]);
-        timed("head norm", || {
+        operation("head norm", || {
             let addend = Addend { output: last.mlp, bias: last.bias.as_ref() };
             let out = Normed { residual: Some(&mut residual), rstd: &mut rstd, output: &mut normed };
             norm::forward(last.residual, Some(addend), &self.norm, self.eps, out);
@@ -53,7 +53,7 @@ impl Head {
 
     fn logits(&self, normed: &Tensor, pool: &Pool) -> Result<Buffer, Error> {
         let logits = pool.take(self.weight.kind(), &[normed.size()[0] as usize, self.weight.size()[0] as usize]);
-        timed("head gemm", || matmul::product(normed, &self.weight.tr(), &logits))?;
+        operation("head gemm", || matmul::product(normed, &self.weight.tr(), &logits))?;
         Ok(logits)
     }
 
@@ -70,7 +70,7 @@ impl Head {
             let length = CHUNK.min(last.rows - first);
             let mut logits = self.logits(&last.normed.narrow(0, first as i64, length as i64), pool)?;
             let targets = &targets[first..(first + length).min(targets.len())];
-            let (sum, right) = timed("cross-entropy", || cross_entropy::loss_and_correct(&mut logits, targets));
+            let (sum, right) = operation("cross-entropy", || cross_entropy::loss_and_correct(&mut logits, targets));
             (loss, correct) = (loss + sum, correct + right);
         }
         Ok((loss, correct))
@@ -96,21 +96,21 @@ impl Head {
             let normed = last.normed.narrow(0, first as i64, length as i64);
             let mut logits = self.logits(&normed, pool)?;
             let targets = &targets[first..(first + length).min(targets.len())];
-            loss += timed("cross-entropy", || cross_entropy::loss_and_gradient(&mut logits, targets, scale));
+            loss += operation("cross-entropy", || cross_entropy::loss_and_gradient(&mut logits, targets, scale));
             let grad_logits = logits;
-            timed("head gemm", || {
+            operation("head gemm", || {
                 matmul::product(&grad_logits, &self.weight, &grad_normed.narrow(0, first as i64, length as i64))
             })?;
             let part = pool.take(compute, &[self.weight.size()[0] as usize, hidden]);
-            timed("head gemm", || matmul::product(&grad_logits.tr(), &normed, &part))?;
+            operation("head gemm", || matmul::product(&grad_logits.tr(), &normed, &part))?;
             sum = Some(match sum {
                 // One chunk is a leaf as it stands; more are added up wide.
                 None if last.rows <= CHUNK => part,
-                sum => timed("head sum", || {
+                sum => {
                     let mut sum = sum.unwrap_or_else(|| pool.take_zero(wide, &[part.size()[0] as usize, hidden]));
-                    rows::accumulate(&mut sum, &part);
+                    operation("head sum", || rows::accumulate(&mut sum, &part));
                     sum
-                }),
+                }
             });
         }
         if let Some(gradient) = sum {
@@ -134,7 +134,7 @@ impl Head {
             wide: pool.take_zero(wide, &[last.rows, hidden]),
             rounded: pool.take(compute, &[last.rows, hidden]),
         };
-        timed("head norm", || {
+        operation("head norm", || {
             norm::backward(grad_normed, saved, &mut grad.wide, &mut grad.rounded, &mut grad_weight);
         });
         Sink { leaves, bucket: self.norm_at.0, pool }.dense(self.norm_at.1, &grad_weight)?;

@@ -2,7 +2,7 @@
 
 use super::{Error, Leaves};
 use crate::ops::buffer::{Buffer, Pool};
-use crate::ops::clock::timed;
+use crate::ops::operation::operation;
 use crate::ops::{matmul, rows};
 use tch::{Kind, Tensor};
 use unisono_configs::model::Bucket;
@@ -32,7 +32,7 @@ pub struct Sink<'a> {
 
 impl Sink<'_> {
     pub fn dense(&mut self, offset: usize, gradient: &Tensor) -> Result<(), Error> {
-        Ok(timed("leaves", || self.leaves.dense(self.bucket, offset, gradient))?)
+        Ok(operation("leaves", || self.leaves.dense(self.bucket, offset, gradient))?)
     }
 }
 
@@ -91,7 +91,7 @@ impl Linear {
     /// `input @ weight^T`, without the bias: `[T, out]`.
     pub fn forward(&self, input: &Tensor, pool: &Pool) -> Result<Buffer, Error> {
         let output = pool.take(self.weight.kind(), &[input.size()[0] as usize, self.outputs()]);
-        timed("gemm", || matmul::product(input, &self.weight.tr(), &output))?;
+        operation("gemm", || matmul::product(input, &self.weight.tr(), &output))?;
         if let Some(adapter) = &self.adapter {
             match *adapter {}
         }
@@ -105,10 +105,10 @@ impl Linear {
             return Ok(());
         }
         let weight = sink.pool.take(self.weight.kind(), &[self.outputs(), self.inputs()]);
-        timed("gemm dW", || matmul::product(&grad.tr(), input, &weight))?;
+        operation("gemm dW", || matmul::product(&grad.tr(), input, &weight))?;
         sink.dense(self.weight_offset, &weight)?;
         if self.bias.is_some() {
-            sink.dense(self.bias_offset, &timed("bias", || rows::sum_columns(grad, wide)))?;
+            sink.dense(self.bias_offset, &operation("bias", || rows::sum_columns(grad, wide)))?;
         }
         Ok(())
     }
@@ -119,11 +119,11 @@ pub fn input_gradient(group: &[Linear], grads: &[&Tensor], pool: &Pool) -> Resul
     let shape = [grads[0].size()[0] as usize, group[0].inputs()];
     let kind = group[0].weight.kind();
     let mut sum = pool.take(kind, &shape);
-    timed("gemm dX", || matmul::product(grads[0], &group[0].weight, &sum))?;
+    operation("gemm dX", || matmul::product(grads[0], &group[0].weight, &sum))?;
     for (layer, grad) in group.iter().zip(grads).skip(1) {
         let part = pool.take(kind, &shape);
-        timed("gemm dX", || matmul::product(grad, &layer.weight, &part))?;
-        let _ = sum.g_add_(&part);
+        operation("gemm dX", || matmul::product(grad, &layer.weight, &part))?;
+        operation("gemm dX", || drop(sum.g_add_(&part)));
     }
     Ok(sum)
 }

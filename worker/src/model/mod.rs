@@ -96,6 +96,14 @@ impl Model {
         Model { spec, layout, compute, device, buckets, pool, recompute, rotation: Mutex::default() }
     }
 
+    /// A model whose parameters are never touched: no memory stands behind them.
+    pub fn sketch(spec: ModelSpec, compute: Kind, device: Device) -> Self {
+        let layout = Arc::new(Layout::new(&spec));
+        let buckets = layout.buckets.iter().map(|b| Tensor::empty([b.elements as i64], (compute, device))).collect();
+        let (pool, recompute) = (Pool::new(device), Recompute::default());
+        Model { spec, layout, compute, device, buckets, pool, recompute, rotation: Mutex::default() }
+    }
+
     /// A model with the weights of a Hugging Face directory, rounded to `compute`.
     pub fn load(dir: &Path, spec: ModelSpec, compute: Kind, device: Device) -> Result<Self, Error> {
         let weights = Weights::open(dir)?;
@@ -142,6 +150,12 @@ impl Model {
     /// What the backward pass computes again from now on. No level changes a bit.
     pub fn set_recompute(&mut self, level: Recompute) {
         self.recompute = level;
+    }
+
+    /// Bytes of activations and temporaries that `batch` would take at a level, with its gradient or without. Nothing is
+    /// computed, and parameters are not read: those of [`Model::sketch`] will do.
+    pub fn dry_run(&self, batch: &Batch, level: Recompute, trains: bool) -> Result<usize, Error> {
+        tch::no_grad(|| self.dry_pass(batch, level, trains))
     }
 
     /// Bytes of all activations and temporaries that existed at one time, since the model was made.

@@ -4,13 +4,13 @@ use super::block::{Block, Scene, Stream};
 use super::head::{wide, Head, Last};
 use super::linear::view;
 use super::saved::{Recompute, Saved};
-use super::{Batch, Error, Leaves, Loss, Model};
-use crate::ops::buffer::Buffer;
-use crate::ops::clock::timed;
+use super::{BadNumber, Batch, Error, Leaves, Loss, Model};
+use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::documents::Documents;
+use crate::ops::operation::{operation, DryRun};
 use crate::ops::rotation::Rotation;
 use crate::ops::rows;
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 use tch::Tensor;
 use unisono_proto::NO_TARGET;
 
@@ -94,7 +94,7 @@ impl Model {
         mut visit: impl FnMut(usize, &Saved),
     ) -> Result<Passed, Error> {
         let mut embedded = scene.pool.take(scene.wide, &[scene.documents.rows, self.spec().hidden]);
-        timed("embedding", || rows::look_up(&self.embedding(), tokens, &mut embedded));
+        operation("embedding", || rows::look_up(&self.embedding(), tokens, &mut embedded));
         let choice = |layer: usize| (layer + 1 == self.spec().layers).then_some(chosen);
         let (saved, mut mlp) = self.block(0).forward(scene, Stream::Embedded(embedded), choice(0))?;
         visit(0, &saved);
@@ -142,9 +142,26 @@ impl Model {
         while let Some(saved) = passed.blocks.pop() {
             self.block(passed.blocks.len()).backward(scene, saved, &mut grad, leaves)?;
         }
-        let (ids, sums) = timed("embedding backward", || rows::sum_by_id(&grad.wide, &batch.tokens));
-        timed("leaves", || leaves.rows(0, 0, &ids, &sums))?;
+        let ids = rows::distinct(&batch.tokens);
+        let mut sums = self.pool.take(wide, &[ids.len(), self.spec().hidden]);
+        operation("embedding backward", || rows::sum_by_id(&grad.wide, &batch.tokens, &mut sums));
+        operation("leaves", || leaves.rows(0, 0, &ids, &sums))?;
         Ok(Loss { sum, targets: selected.rows.len() as u64, correct: 0 })
+    }
+
+    /// The bytes of activations and temporaries that a batch takes at a level, with its gradient or without: the same code
+    /// walks through the same buffers, no operation is carried out and no page is touched.
+    pub(super) fn dry_pass(&self, batch: &Batch, level: Recompute, trains: bool) -> Result<usize, Error> {
+        let _dry = DryRun::begin();
+        let buckets = self.buckets.iter().map(Tensor::shallow_clone).collect();
+        let (spec, layout, pool) = (self.spec.clone(), self.layout.clone(), Pool::new(self.device));
+        let (compute, device, rotation) = (self.compute, self.device, Mutex::default());
+        let model = Model { spec, layout, compute, device, buckets, pool, recompute: level, rotation };
+        match trains {
+            true => model.forward_backward_pass(batch, 1.0, &mut Nowhere)?,
+            false => model.evaluate_pass(batch)?,
+        };
+        Ok(model.pool.bytes())
     }
 
     pub(super) fn evaluate_pass(&self, batch: &Batch) -> Result<Loss, Error> {
@@ -187,5 +204,17 @@ impl Selected {
         let chosen = batch.targets.iter().enumerate().filter(|(_, &target)| target != NO_TARGET);
         let (rows, targets) = chosen.map(|(row, &target)| (row as u32, target)).unzip();
         Selected { rows, targets }
+    }
+}
+
+/// A dry run has no leaves.
+struct Nowhere;
+
+impl Leaves for Nowhere {
+    fn dense(&mut self, _: usize, _: usize, _: &Tensor) -> Result<(), BadNumber> {
+        Ok(())
+    }
+    fn rows(&mut self, _: usize, _: usize, _: &[u32], _: &Tensor) -> Result<(), BadNumber> {
+        Ok(())
     }
 }

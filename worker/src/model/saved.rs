@@ -22,8 +22,7 @@ pub enum Recompute {
 }
 
 impl Recompute {
-    pub const ALL: [Recompute; 4] =
-        [Recompute::Nothing, Recompute::Norms, Recompute::UpProjection, Recompute::Block];
+    pub const ALL: [Recompute; 4] = [Recompute::Nothing, Recompute::Norms, Recompute::UpProjection, Recompute::Block];
 }
 
 /// What is left of a block's forward pass.

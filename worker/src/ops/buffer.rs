@@ -1,6 +1,7 @@
 //! Scratch and saved tensors that are used again from one micro-batch to the next: the system hands out and takes back
 //! megabytes page by page, which costs more than most loops over them.
 
+use super::operation::operation;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -53,7 +54,7 @@ impl Pool {
 
     pub fn take_zero(&self, kind: Kind, shape: &[usize]) -> Buffer {
         let mut buffer = self.take(kind, shape);
-        let _ = buffer.zero_();
+        operation("zeros", || drop(buffer.zero_()));
         buffer
     }
 

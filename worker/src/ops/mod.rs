@@ -2,13 +2,13 @@
 //! loop over fp32 or bf16, with a slow twin in ATen calls for every other kind; tests hold the two together.
 
 pub mod buffer;
-pub mod clock;
 pub mod cross_entropy;
 pub mod documents;
 pub mod gather;
 pub mod heads;
 pub mod matmul;
 pub mod norm;
+pub mod operation;
 pub mod rotation;
 pub mod rows;
 pub mod simd;

@@ -34,28 +34,33 @@ vectorised! {
     }
 }
 
-/// The gradient of [`look_up`] by row of the table: the distinct ids, ascending, and for each the sum of the rows of the
-/// wide `grad` `[rows, H]` that it was looked up for, first to last: wide `[distinct, H]`.
-pub fn sum_by_id(grad: &Tensor, ids: &[u32]) -> (Vec<u32>, Tensor) {
+/// The distinct `ids`, ascending.
+pub fn distinct(ids: &[u32]) -> Vec<u32> {
+    let mut distinct = ids.to_vec();
+    distinct.sort_unstable();
+    distinct.dedup();
+    distinct
+}
+
+/// The gradient of [`look_up`] by row of the table: for each of the [`distinct`] ids the sum of the rows of the wide `grad`
+/// `[rows, H]` that it was looked up for, first to last, to `sums`: wide `[distinct, H]`.
+pub fn sum_by_id(grad: &Tensor, ids: &[u32], sums: &mut Tensor) {
     let mut order: Vec<u32> = (0..ids.len() as u32).collect();
     order.sort_by_key(|&row| (ids[row as usize], row));
-    let mut distinct: Vec<u32> = order.iter().map(|&row| ids[row as usize]).collect();
-    distinct.dedup();
-    let width = grad.size()[1];
-    let mut sums = Tensor::zeros([distinct.len() as i64, width], (grad.kind(), grad.device()));
     let groups = order.chunk_by(|&a, &b| ids[a as usize] == ids[b as usize]);
+    let _ = sums.zero_();
     if grad.kind() == Kind::Float {
+        let width = grad.size()[1] as usize;
         let grad = elements::<f32>(grad);
-        for (sum, group) in elements_mut::<f32>(&mut sums).chunks_exact_mut(width as usize).zip(groups) {
+        for (sum, group) in elements_mut::<f32>(sums).chunks_exact_mut(width).zip(groups) {
             for &row in group {
-                add(sum, &grad[row as usize * width as usize..][..width as usize]);
+                add(sum, &grad[row as usize * width..][..width]);
             }
         }
     } else {
         let at: Vec<i64> = groups.enumerate().flat_map(|(i, group)| vec![i as i64; group.len()]).collect();
         let _ = sums.index_add_(0, &Tensor::from_slice(&at), &grad.index_select(0, &index(&order)));
     }
-    (distinct, sums)
 }
 
 vectorised! {
