@@ -253,6 +253,8 @@ pub struct Cluster {
     pub device: Device,
     /// How optimizer state is sharded: "auto" or 1; 2 and 3 are not supported yet. Same bits.
     pub zero_stage: ZeroStage,
+    /// What the backward pass computes again to save memory; "auto": the least that fits. Same bits.
+    pub recompute: Recompute,
     /// Which worker computes which micro-batch. Same bits.
     pub assignment: Assignment,
     /// Seconds after which a silent peer is given up.
@@ -266,6 +268,7 @@ impl Default for Cluster {
             threads_per_worker: 1,
             device: Device::Auto,
             zero_stage: ZeroStage::Auto,
+            recompute: Recompute::Auto,
             assignment: Assignment::Balanced,
             peer_timeout: 60.0,
         }
@@ -294,6 +297,21 @@ pub enum Device {
 pub enum ZeroStage {
     Auto,
     Stage(u32),
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recompute {
+    /// The least that fits the worker's memory.
+    #[default]
+    Auto,
+    Nothing,
+    /// The outputs of norms and of the MLP's activation.
+    Norms,
+    /// Gate and up too: one matrix product of four.
+    UpProjection,
+    /// All but the residual stream before each block.
+    Block,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

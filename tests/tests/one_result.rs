@@ -90,7 +90,7 @@ fn bf16_on_1_2_3_4_and_8_workers() {
 }
 
 #[test]
-fn defaults_shuffled_assignment_stages_and_a_second_run() {
+fn defaults_shuffled_assignment_stages_recompute_and_a_second_run() {
     let dir = tempfile::tempdir().unwrap();
     // Every key of [cluster] at its default.
     let defaults = train(dir.path(), "fp32").succeed();
@@ -99,6 +99,13 @@ fn defaults_shuffled_assignment_stages_and_a_second_run() {
     same(&defaults, &shuffled, "micro-batches dealt at random");
     let one = train(dir.path(), "fp32").workers(2).set("cluster.zero_stage", 1).succeed();
     same(&defaults, &one, "stage 1");
+    let mut peaks = Vec::new();
+    for level in ["nothing", "block"] {
+        let run = train(dir.path(), "fp32").workers(2).set("cluster.recompute", level).succeed();
+        same(&defaults, &run, &format!("recompute {level}"));
+        peaks.push(run.events("memory")[0]["planned_bytes"].as_u64().unwrap());
+    }
+    assert!(peaks[1] < peaks[0], "blocks computed again need less: {peaks:?}");
     // The digest is not a constant: another seed deals other batches.
     let other = train(dir.path(), "fp32").workers(2).set("train.seed", 1).succeed();
     assert_ne!(defaults.digest(), other.digest());

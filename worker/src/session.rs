@@ -5,7 +5,7 @@ use crate::collective::tcp::{Membership, Mesh};
 use crate::link::{self, Link};
 use crate::memory::{self, Available, Demand};
 use crate::model::weights::{self, Weights};
-use crate::model::{self, Batch, Model};
+use crate::model::{self, Model, Recompute};
 use crate::optim::adamw::Settings;
 use crate::optim::Optimizer;
 use crate::restore::{self, Part, Saved};
@@ -16,8 +16,7 @@ use std::time::Duration;
 use tch::{Device, Kind};
 use unisono_configs::model::{spec, ModelSpec};
 use unisono_proto::v1::worker_message::Body;
-use unisono_proto::v1::{directive, Assign, Compute, Epoch, Phase, Ready};
-use unisono_proto::NO_TARGET;
+use unisono_proto::v1::{self as wire, directive, Assign, Compute, Epoch, Phase, Ready};
 
 /// Why a worker's life ended early.
 #[derive(Debug, thiserror::Error)]
@@ -105,18 +104,20 @@ impl<'l> Loading<'l> {
         let layout = unisono_configs::model::Layout::new(&spec);
         let (rank, world) = (assign.rank as usize, assign.world as usize);
         let owned = layout.shard_elements(rank, world).iter().map(|r| r.len()).sum();
-        let demand = Demand {
-            spec: &spec,
-            parameters: layout.parameters(),
-            owned,
-            largest: layout.tensors().map(|(_, t)| t.elements()).max().unwrap_or(0),
-            width: compute.elt_size_in_bytes(),
-            tokens: assign.worst_tokens as usize,
-            document: assign.worst_document as usize,
-            trains: assign.trains,
-            baseline: self.baseline,
+        let plan = {
+            let sketch = Model::sketch(spec.clone(), compute).ok_or(memory::Error::Beyond)?;
+            let demand = Demand {
+                sketch: &sketch,
+                owned,
+                tokens: assign.worst_tokens as usize,
+                document: assign.worst_document as usize,
+                trains: assign.trains,
+                recompute: recompute(assign.recompute()),
+                baseline: self.baseline,
+            };
+            demand.plan(&self.available, neighbours(&assign.peers, rank))?
         };
-        let plan = demand.plan(&self.available, neighbours(&assign.peers, rank))?;
+        tracing::info!(planned_bytes = plan.total(), "{plan}");
 
         let weights = Weights::open(&path)?;
         weights.check(&layout)?;
@@ -124,7 +125,7 @@ impl<'l> Loading<'l> {
         let failed = |source| Error::Model { path: path.clone(), source };
         let saved =
             assign.resume.as_ref().map(|resume| Saved::open(Path::new(&resume.path), resume.step)).transpose()?;
-        let model = match &saved {
+        let mut model = match &saved {
             None => Model::load(&path, spec, compute, Device::Cpu).map_err(failed)?,
             Some(saved) => {
                 let mut model = Model::new(spec, compute, Device::Cpu);
@@ -134,6 +135,7 @@ impl<'l> Loading<'l> {
                 model
             }
         };
+        model.set_recompute(plan.recompute);
         let mut optimizer = None;
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.
@@ -230,6 +232,17 @@ impl Filling {
     }
 }
 
+/// The level that the coordinator asks for; none: what fits.
+fn recompute(asked: wire::Recompute) -> Option<Recompute> {
+    match asked {
+        wire::Recompute::Auto => None,
+        wire::Recompute::Nothing => Some(Recompute::Nothing),
+        wire::Recompute::Norms => Some(Recompute::Norms),
+        wire::Recompute::UpProjection => Some(Recompute::UpProjection),
+        wire::Recompute::Block => Some(Recompute::Block),
+    }
+}
+
 /// How many of the workers share `rank`'s machine, itself included.
 fn neighbours(addresses: &[String], rank: usize) -> usize {
     let host = |address: &String| address.rsplit_once(':').map(|(host, _)| host.to_owned());
@@ -246,7 +259,7 @@ fn use_threads(threads: u32) {
 /// Really runs the largest micro-batch of the plan, with a target everywhere, and forgets its gradients: what does not
 /// fit fails here and not in the middle of the night.
 fn try_worst(assign: &Assign, model: &Model, optimizer: Option<&mut Optimizer>) -> Result<(), model::Error> {
-    let batch = worst(assign.worst_tokens, assign.worst_document, model.spec().vocab);
+    let batch = memory::worst(assign.worst_tokens, assign.worst_document, model.spec().vocab);
     let Some(batch) = batch else { return Ok(()) };
     match optimizer {
         Some(optimizer) => {
@@ -256,21 +269,6 @@ fn try_worst(assign: &Assign, model: &Model, optimizer: Option<&mut Optimizer>) 
         None => drop(model.evaluate(&batch)?),
     }
     Ok(())
-}
-
-/// `tokens` tokens in documents of `document` tokens, predicting the next token wherever there is one.
-fn worst(tokens: u32, document: u32, vocab: usize) -> Option<Batch> {
-    if tokens == 0 || vocab == 0 {
-        return None;
-    }
-    let document = document.clamp(1, tokens);
-    let token = |i: u32| (i as usize % vocab) as u32;
-    let last = |i: u32| (i + 1).is_multiple_of(document) || i + 1 == tokens;
-    Some(Batch {
-        tokens: (0..tokens).map(token).collect(),
-        targets: (0..tokens).map(|i| if last(i) { NO_TARGET } else { token(i + 1) }).collect(),
-        starts: (0..tokens).step_by(document as usize).collect(),
-    })
 }
 
 /// Carries out directives until the last.

@@ -4,7 +4,7 @@
 mod support;
 
 use support::{batch, model, one_thread, parameters, specs, tiny, Collected};
-use tch::{Device, Kind};
+use tch::Kind;
 use unisono_configs::model::{Layout, ModelSpec};
 use unisono_worker::model::{Batch, Model, Recompute};
 
@@ -54,7 +54,7 @@ fn a_dry_run_takes_the_very_bytes_of_the_run() {
             let spec = ModelSpec { layers: 3, ..spec };
             for lengths in [&[40, 3, 64, 5][..], &[700], &[1; 9]] {
                 let batch = batch(spec.vocab, lengths, 0.7, 8);
-                let sketch = Model::sketch(spec.clone(), compute, Device::Cpu);
+                let sketch = Model::sketch(spec.clone(), compute).unwrap();
                 for level in Recompute::ALL {
                     let (planned, real) =
                         (sketch.dry_run(&batch, level, true).unwrap(), run(&spec, compute, &batch, level).2);

@@ -43,7 +43,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "seed",
         ],
     ),
-    ("cluster", &["workers", "threads_per_worker", "device", "zero_stage", "assignment", "peer_timeout"]),
+    ("cluster", &["workers", "threads_per_worker", "device", "zero_stage", "recompute", "assignment", "peer_timeout"]),
     ("eval", &["every"]),
     ("checkpoint", &["every", "keep"]),
 ];
@@ -115,7 +115,7 @@ const EXPLAINED: &[(&str, &str)] = &[
     ("train_on_inputs", "remove it: the loss is on completion tokens only"),
     ("completion_only_loss", "remove it: the loss is on completion tokens only"),
     ("assistant_only_loss", "remove it: the loss is on completion tokens only"),
-    ("gradient_checkpointing", "remove it: memory is planned before training"),
+    ("gradient_checkpointing", "remove it: cluster.recompute decides what the backward pass computes again"),
     ("deepspeed", "remove it: cluster.zero_stage decides how state is sharded"),
     ("fsdp", "remove it: cluster.zero_stage decides how state is sharded"),
     ("fsdp_config", "remove it: cluster.zero_stage decides how state is sharded"),

@@ -4,8 +4,8 @@ use super::section::Section;
 use super::tree::{Document, Node, Place, Value};
 use super::{gate, names, Error};
 use super::{
-    Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Model, OnBadRow, RunConfig,
-    Schedule, Split, Train, Turns, ZeroStage,
+    Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Model, OnBadRow, Recompute,
+    RunConfig, Schedule, Split, Train, Turns, ZeroStage,
 };
 use std::path::{Path, PathBuf};
 
@@ -270,6 +270,17 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
             &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)],
         )?,
         zero_stage,
+        recompute: s.choice(
+            "recompute",
+            d.recompute,
+            &[
+                ("auto", Recompute::Auto),
+                ("nothing", Recompute::Nothing),
+                ("norms", Recompute::Norms),
+                ("up-projection", Recompute::UpProjection),
+                ("block", Recompute::Block),
+            ],
+        )?,
         assignment: s.choice(
             "assignment",
             d.assignment,

@@ -33,7 +33,7 @@ use tokio::sync::{oneshot, watch};
 use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
 use unisono_configs::model::Layout;
-use unisono_configs::run::{Compute, Count, Device, RunConfig, ZeroStage};
+use unisono_configs::run::{Compute, Count, Device, Recompute, RunConfig, ZeroStage};
 use unisono_proto::dial::{Role, Token};
 use unisono_proto::v1::monitor_server::MonitorServer;
 use unisono_proto::v1::training_server::TrainingServer;
@@ -173,6 +173,13 @@ fn assignment(config: &RunConfig, program: &Program, run_dir: &std::path::Path) 
         ZeroStage::Stage(stage) => stage,
         ZeroStage::Auto => return Err(Error::Unresolved { key: "cluster.zero_stage" }),
     };
+    let recompute = match config.cluster.recompute {
+        Recompute::Auto => wire::Recompute::Auto,
+        Recompute::Nothing => wire::Recompute::Nothing,
+        Recompute::Norms => wire::Recompute::Norms,
+        Recompute::UpProjection => wire::Recompute::UpProjection,
+        Recompute::Block => wire::Recompute::Block,
+    };
     let path = &config.model.path;
     let path = path.canonicalize().map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
     let (train, worst) = (&config.train, program.worst());
@@ -196,6 +203,7 @@ fn assignment(config: &RunConfig, program: &Program, run_dir: &std::path::Path) 
         worst_document: worst.document,
         micro_batches: worst.micro_batches.max(1),
         zero_stage,
+        recompute: recompute.into(),
         peer_timeout: config.cluster.peer_timeout,
         trains: matches!(program, Program::Train(_)),
         ..Assign::default()

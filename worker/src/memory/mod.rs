@@ -4,25 +4,24 @@ mod machine;
 
 pub use machine::{available, peak, resident, Available};
 
+use crate::model::{self, Batch, Model, Recompute};
 use std::fmt;
-use unisono_configs::model::ModelSpec;
+use unisono_proto::NO_TARGET;
 
 /// What decides how much memory a worker needs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Demand<'a> {
-    pub spec: &'a ModelSpec,
-    /// Elements of the model and of the own shard.
-    pub parameters: usize,
+    /// For dry runs: its parameters are not read.
+    pub sketch: &'a Model,
+    /// Elements of the own shard.
     pub owned: usize,
-    /// Elements of the largest parameter tensor: its gradient exists whole for a moment.
-    pub largest: usize,
-    /// Bytes of a parameter as the model computes with it.
-    pub width: usize,
     /// Tokens of the largest micro-batch, and of its longest document.
     pub tokens: usize,
     pub document: usize,
     /// False for evaluation and generation only.
     pub trains: bool,
+    /// Absent: the least that fits.
+    pub recompute: Option<Recompute>,
     /// Resident bytes before anything is loaded: the binary and libtorch.
     pub baseline: u64,
 }
@@ -36,67 +35,123 @@ pub struct Plan {
     pub sums: u64,
     /// Masters and moments of the own shard.
     pub optimizer: u64,
-    /// Saved for the backward pass of the largest micro-batch, and its temporaries.
+    /// Saved for the backward pass of the largest micro-batch, and all temporaries, as a dry run takes them.
     pub activations: u64,
+    pub recompute: Recompute,
 }
 
 /// Kernels that oneDNN compiles, buffers of both connections and of the allocator: 45 to 55 MB were measured.
 const WORKING: u64 = 64 << 20;
 /// Tokens by which micro-batches are rounded up.
 const QUANTUM: usize = 64;
-/// Rows of logits that exist at a time.
-const HEAD_ROWS: usize = 512;
+/// No micro-batch has more.
+const MOST_TOKENS: usize = 120_000;
 
 impl Plan {
-    pub fn new(demand: &Demand<'_>) -> Self {
-        let (spec, width, tokens) = (demand.spec, demand.width, demand.tokens);
-        let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        // Per token and layer: both norms' outputs, q, k, v, attention's output, gate, up and their product as operands;
-        // the residual stream twice in fp32.
-        let layer = width * (2 * spec.hidden + 2 * q + 2 * kv + 3 * spec.intermediate) + 8 * spec.hidden;
-        let saved = tokens * (layer * if demand.trains { spec.layers } else { 1 } + 8 * spec.hidden);
-        // One block's temporaries in fp32, the probabilities of its longest documents, and the head's logits twice.
-        let block = tokens * 4 * (2 * spec.hidden + q + 2 * kv + 3 * spec.intermediate);
-        let scores = 2 * spec.heads * demand.document * demand.document * 4 * tokens.div_ceil(demand.document.max(1));
-        let logits = 2 * 4 * tokens.min(HEAD_ROWS) * spec.vocab;
-        let gradient = if demand.trains { 4 * demand.largest } else { 0 };
-        Plan {
-            baseline: demand.baseline + WORKING,
-            parameters: (demand.parameters * width) as u64,
-            sums: if demand.trains { 8 * demand.parameters as u64 } else { 0 },
-            optimizer: if demand.trains { 12 * demand.owned as u64 } else { 0 },
-            activations: (saved + block + scores + logits + gradient) as u64,
-        }
-    }
-
     pub fn total(&self) -> u64 {
         self.baseline + self.parameters + self.sums + self.optimizer + self.activations
     }
 }
 
 impl Demand<'_> {
+    /// What the worker needs at a level.
+    fn at(&self, recompute: Recompute) -> Result<Plan, model::Error> {
+        let activations = match worst(self.tokens as u32, self.document as u32, self.sketch.spec().vocab) {
+            Some(batch) => self.sketch.dry_run(&batch, recompute, self.trains)?,
+            None => 0,
+        };
+        Ok(Plan { activations: activations as u64, recompute, ..self.least() })
+    }
+
+    /// Less than any level needs, known at once: of all activations only the residual stream before each block.
+    fn least(&self) -> Plan {
+        let (spec, parameters) = (self.sketch.spec(), self.sketch.layout().parameters());
+        let (trains, width) = (u64::from(self.trains), self.sketch.compute().elt_size_in_bytes());
+        let streams = if self.trains { spec.layers } else { 1 };
+        Plan {
+            baseline: self.baseline + WORKING,
+            parameters: (parameters * width) as u64,
+            sums: trains * 8 * parameters as u64,
+            optimizer: trains * 12 * self.owned as u64,
+            activations: (4 * self.tokens * spec.hidden * streams) as u64,
+            recompute: Recompute::Block,
+        }
+    }
+
+    /// The plan with the least to compute again that fits into `most` bytes, else one that does not fit either.
+    fn best(&self, most: u64) -> Result<Plan, model::Error> {
+        let levels = match self.recompute {
+            Some(level) => vec![level],
+            None if self.trains => Recompute::ALL.to_vec(),
+            None => vec![Recompute::Nothing],
+        };
+        let least = self.least();
+        if least.total() > most {
+            return Ok(least);
+        }
+        let mut least: Option<Plan> = None;
+        for level in levels {
+            let plan = self.at(level)?;
+            if plan.total() <= most {
+                return Ok(plan);
+            }
+            least = Some(least.filter(|l| l.total() <= plan.total()).unwrap_or(plan));
+        }
+        Ok(least.expect("there is at least one level"))
+    }
+
     /// The plan, if `workers` such workers fit into what the machine has; else the numbers and the cheapest change.
     pub fn plan(&self, available: &Available, workers: usize) -> Result<Plan, Error> {
-        let (plan, workers) = (Plan::new(self), workers.max(1));
-        let fits = |plan: &Plan| plan.total().saturating_mul(workers as u64) <= available.bytes;
-        if fits(&plan) {
+        let workers = workers.max(1);
+        let each = available.bytes / workers as u64;
+        let plan = self.best(each)?;
+        if plan.total() <= each {
             return Ok(plan);
         }
-        // Shorter micro-batches cost a little speed, fewer workers much, another model everything.
-        let shorter = |tokens| Demand { tokens, document: self.document.min(tokens), ..*self };
-        let steps = (1..self.tokens.div_ceil(QUANTUM)).collect::<Vec<_>>();
-        let fitting = steps.partition_point(|&n| fits(&Plan::new(&shorter(n * QUANTUM)))) * QUANTUM;
-        let remedy = if fitting >= self.document && fitting > 0 {
-            format!("set train.max_tokens_per_micro_batch = {fitting}")
-        } else if fitting > 0 {
-            format!("set train.max_length and train.max_tokens_per_micro_batch to {fitting}")
-        } else if workers > 1 {
-            format!("use fewer workers on this machine (cluster.workers = {})", workers - 1)
+        // Computing again costs little speed, shorter micro-batches a little more, fewer workers much, another model
+        // everything.
+        let less = Demand { recompute: None, ..*self };
+        let shorter = |tokens| Demand { tokens, document: self.document.min(tokens), ..less };
+        let remedy = if self.recompute.is_some() && less.best(each)?.total() <= each {
+            "set cluster.recompute = \"auto\"".to_owned()
         } else {
-            "use a smaller model or a machine with more memory".to_owned()
+            let (mut fitting, mut beyond) = (0, self.tokens.min(MOST_TOKENS).div_ceil(QUANTUM));
+            while beyond - fitting > 1 {
+                let middle = fitting.midpoint(beyond);
+                match shorter(middle * QUANTUM).best(each)?.total() <= each {
+                    true => fitting = middle,
+                    false => beyond = middle,
+                }
+            }
+            let fitting = fitting * QUANTUM;
+            if fitting >= self.document && fitting > 0 {
+                format!("set train.max_tokens_per_micro_batch = {fitting}")
+            } else if fitting > 0 {
+                format!("set train.max_length and train.max_tokens_per_micro_batch to {fitting}")
+            } else if workers > 1 {
+                format!("use fewer workers on this machine (cluster.workers = {})", workers - 1)
+            } else {
+                "use a smaller model or a machine with more memory".to_owned()
+            }
         };
-        Err(Error::TooLittle { plan, workers, available: available.clone(), remedy })
+        Err(Error::TooLittle { plan: Box::new(plan), workers, available: available.clone(), remedy })
     }
+}
+
+/// The largest micro-batch of a plan: `tokens` tokens in documents of `document` tokens, predicting the next token wherever
+/// there is one. None where there are no tokens.
+pub fn worst(tokens: u32, document: u32, vocab: usize) -> Option<Batch> {
+    if tokens == 0 || vocab == 0 {
+        return None;
+    }
+    let document = document.clamp(1, tokens);
+    let token = |i: u32| (i as usize % vocab) as u32;
+    let last = |i: u32| (i + 1).is_multiple_of(document) || i + 1 == tokens;
+    Some(Batch {
+        tokens: (0..tokens).map(token).collect(),
+        targets: (0..tokens).map(|i| if last(i) { NO_TARGET } else { token(i + 1) }).collect(),
+        starts: (0..tokens).step_by(document as usize).collect(),
+    })
 }
 
 /// Why a run is refused before its first step.
@@ -104,18 +159,23 @@ impl Demand<'_> {
 pub enum Error {
     #[error("this needs {needed} for {workers} worker(s) on this machine ({plan}), and {source_of} leaves {left}: {remedy}",
         needed = Bytes(plan.total() * *workers as u64), source_of = available.source, left = Bytes(available.bytes))]
-    TooLittle { plan: Plan, workers: usize, available: Available, remedy: String },
+    TooLittle { plan: Box<Plan>, workers: usize, available: Available, remedy: String },
+    #[error("the model is larger than any address space: use a smaller model")]
+    Beyond,
+    #[error("the memory plan cannot be made: {0}")]
+    DryRun(#[from] model::Error),
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "each: parameters {}, gradient sums {}, optimizer {}, activations {}, program {}",
+            "each: parameters {}, gradient sums {}, optimizer {}, activations {} ({}), program {}",
             Bytes(self.parameters),
             Bytes(self.sums),
             Bytes(self.optimizer),
             Bytes(self.activations),
+            self.recompute,
             Bytes(self.baseline)
         )
     }
@@ -138,19 +198,21 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use unisono_configs::model::ModelSpec;
 
-    fn spec() -> ModelSpec {
+    fn sketch() -> Model {
         let config = serde_json::json!({
             "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
             "num_hidden_layers": 4, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "hidden_act": "silu",
             "max_position_embeddings": 512, "rope_theta": 10000.0
         });
-        ModelSpec::from_json(&config, std::path::Path::new("config.json")).unwrap()
+        let spec = ModelSpec::from_json(&config, std::path::Path::new("config.json")).unwrap();
+        Model::sketch(spec, tch::Kind::BFloat16).unwrap()
     }
 
-    fn demand(spec: &ModelSpec) -> Demand<'_> {
-        let (parameters, owned, largest) = (1_000_000, 500_000, 64_000);
-        Demand { spec, parameters, owned, largest, width: 2, tokens: 4096, document: 256, trains: true, baseline: 1000 }
+    fn demand(sketch: &Model) -> Demand<'_> {
+        let recompute = Some(Recompute::Nothing);
+        Demand { sketch, owned: 100_000, tokens: 4096, document: 256, trains: true, recompute, baseline: 1000 }
     }
 
     fn left(bytes: u64) -> Available {
@@ -159,31 +221,51 @@ mod tests {
 
     #[test]
     fn a_plan_that_fits_passes_and_one_byte_less_does_not() {
-        let spec = spec();
-        let demand = demand(&spec);
-        let total = Plan::new(&demand).total();
+        let sketch = sketch();
+        let demand = demand(&sketch);
+        let plan = demand.at(Recompute::Nothing).unwrap();
         for workers in [1, 2] {
-            assert_eq!(demand.plan(&left(total * workers), workers as usize).unwrap().total(), total);
-            assert!(demand.plan(&left(total * workers - 1), workers as usize).is_err());
+            let total = plan.total() * workers;
+            assert_eq!(demand.plan(&left(total), workers as usize).unwrap(), plan);
+            assert!(demand.plan(&left(total - 1), workers as usize).is_err());
         }
-        let plan = Plan::new(&demand);
-        assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2_000_000, 8_000_000, 6_000_000));
-        let idle = Plan::new(&Demand { trains: false, ..demand });
+        let parameters = sketch.layout().parameters() as u64;
+        assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2 * parameters, 8 * parameters, 1_200_000));
+        let idle = Demand { trains: false, recompute: None, ..demand }.plan(&left(1 << 40), 1).unwrap();
         assert_eq!((idle.sums, idle.optimizer), (0, 0));
         assert!(idle.activations < plan.activations);
     }
 
     #[test]
+    fn what_does_not_fit_is_computed_again() {
+        let sketch = sketch();
+        let demand = Demand { recompute: None, ..demand(&sketch) };
+        for level in Recompute::ALL {
+            let exact = demand.at(level).unwrap();
+            assert_eq!(demand.plan(&left(exact.total()), 1).unwrap(), exact);
+        }
+        assert!(demand.plan(&left(demand.at(Recompute::Block).unwrap().total() - 1), 1).is_err());
+    }
+
+    #[test]
     fn the_remedy_is_enough_and_the_cheapest() {
-        let spec = spec();
-        let demand = demand(&spec);
-        let sentence = |bytes, workers| demand.plan(&left(bytes), workers).unwrap_err().to_string();
-        let total = |tokens| Plan::new(&Demand { tokens, document: demand.document.min(tokens), ..demand }).total();
-        assert!(sentence(total(1024), 1).contains("set train.max_tokens_per_micro_batch = 1024"));
-        assert!(sentence(2 * total(1024), 2).contains("set train.max_tokens_per_micro_batch = 1024"));
-        assert!(sentence(total(128), 1).contains("train.max_length and train.max_tokens_per_micro_batch to 128"));
-        assert!(sentence(2 * WORKING + 17_000_000, 2).contains("cluster.workers = 1"));
-        assert!(sentence(2_000, 1).contains("smaller model"));
+        let sketch = sketch();
+        let fixed = demand(&sketch);
+        let sentence =
+            |demand: &Demand<'_>, bytes, workers| demand.plan(&left(bytes), workers).unwrap_err().to_string();
+        let less = fixed.at(Recompute::UpProjection).unwrap().total();
+        assert!(sentence(&fixed, less, 1).contains("set cluster.recompute = \"auto\""));
+        let demand = Demand { recompute: None, ..fixed };
+        let total = |tokens: usize| {
+            Demand { tokens, document: demand.document.min(tokens), ..demand }.at(Recompute::Block).unwrap().total()
+        };
+        assert!(sentence(&demand, total(1024), 1).contains("set train.max_tokens_per_micro_batch = 1024"));
+        assert!(sentence(&demand, 2 * total(1024), 2).contains("set train.max_tokens_per_micro_batch = 1024"));
+        assert!(
+            sentence(&demand, total(128), 1).contains("train.max_length and train.max_tokens_per_micro_batch to 128")
+        );
+        assert!(sentence(&demand, 2 * WORKING + 3_000_000, 2).contains("cluster.workers = 1"));
+        assert!(sentence(&demand, 2_000, 1).contains("smaller model"));
     }
 
     #[test]

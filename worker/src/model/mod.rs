@@ -11,7 +11,7 @@ pub mod weights;
 
 use crate::ops::buffer::Pool;
 use crate::ops::rotation::Rotation;
-use crate::ops::view;
+use crate::ops::{phantom, view};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -96,12 +96,12 @@ impl Model {
         Model { spec, layout, compute, device, buckets, pool, recompute, rotation: Mutex::default() }
     }
 
-    /// A model whose parameters are never touched: no memory stands behind them.
-    pub fn sketch(spec: ModelSpec, compute: Kind, device: Device) -> Self {
-        let layout = Arc::new(Layout::new(&spec));
-        let buckets = layout.buckets.iter().map(|b| Tensor::empty([b.elements as i64], (compute, device))).collect();
-        let (pool, recompute) = (Pool::new(device), Recompute::default());
-        Model { spec, layout, compute, device, buckets, pool, recompute, rotation: Mutex::default() }
+    /// A model for dry runs: no memory stands behind its parameters. None where they exceed every address space.
+    pub fn sketch(spec: ModelSpec, compute: Kind) -> Option<Self> {
+        let (layout, device) = (Arc::new(Layout::new(&spec)), Device::Cpu);
+        let buckets: Option<_> = layout.buckets.iter().map(|b| phantom::flat(compute, b.elements)).collect();
+        let (pool, recompute) = (Pool::phantom(), Recompute::default());
+        Some(Model { spec, layout, compute, device, buckets: buckets?, pool, recompute, rotation: Mutex::default() })
     }
 
     /// A model with the weights of a Hugging Face directory, rounded to `compute`.

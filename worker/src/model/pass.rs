@@ -154,7 +154,7 @@ impl Model {
     pub(super) fn dry_pass(&self, batch: &Batch, level: Recompute, trains: bool) -> Result<usize, Error> {
         let _dry = DryRun::begin();
         let buckets = self.buckets.iter().map(Tensor::shallow_clone).collect();
-        let (spec, layout, pool) = (self.spec.clone(), self.layout.clone(), Pool::new(self.device));
+        let (spec, layout, pool) = (self.spec.clone(), self.layout.clone(), Pool::phantom());
         let (compute, device, rotation) = (self.compute, self.device, Mutex::default());
         let model = Model { spec, layout, compute, device, buckets, pool, recompute: level, rotation };
         match trains {

@@ -6,6 +6,7 @@
 
 use super::attention::{Attended, Projected};
 use crate::ops::buffer::Buffer;
+use std::fmt;
 use tch::Tensor;
 
 /// What is computed again in the backward pass, from the least to the most.
@@ -23,6 +24,17 @@ pub enum Recompute {
 
 impl Recompute {
     pub const ALL: [Recompute; 4] = [Recompute::Nothing, Recompute::Norms, Recompute::UpProjection, Recompute::Block];
+}
+
+impl fmt::Display for Recompute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Recompute::Nothing => "nothing is computed again",
+            Recompute::Norms => "norms and activations are computed again",
+            Recompute::UpProjection => "norms, activations and up-projections are computed again",
+            Recompute::Block => "blocks are computed again",
+        })
+    }
 }
 
 /// What is left of a block's forward pass.

@@ -2,6 +2,7 @@
 //! megabytes page by page, which costs more than most loops over them.
 
 use super::operation::operation;
+use super::phantom;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +19,8 @@ struct Flat {
 #[derive(Clone)]
 pub struct Pool {
     device: Device,
+    /// No memory stands behind what is taken.
+    phantom: bool,
     free: Arc<Mutex<Vec<Flat>>>,
     /// Bytes of all that was ever made: memory is never given back to the system.
     made: Arc<AtomicUsize>,
@@ -32,14 +35,22 @@ pub struct Buffer {
 
 impl Pool {
     pub fn new(device: Device) -> Self {
-        Pool { device, free: Arc::default(), made: Arc::default() }
+        Pool { device, phantom: false, free: Arc::default(), made: Arc::default() }
+    }
+
+    /// Counts what would be taken.
+    pub fn phantom() -> Self {
+        Pool { phantom: true, ..Pool::new(Device::Cpu) }
     }
 
     /// Undefined content.
     pub fn take(&self, kind: Kind, shape: &[usize]) -> Buffer {
         let elements = shape.iter().product::<usize>();
         let flat = self.smallest(kind, elements).unwrap_or_else(|| {
-            let tensor = Tensor::empty([elements as i64], (kind, self.device));
+            let tensor = match self.phantom {
+                true => phantom::flat(kind, elements).expect("a model that can be loaded fits an address space"),
+                false => Tensor::empty([elements as i64], (kind, self.device)),
+            };
             self.made.fetch_add(elements * kind.elt_size_in_bytes(), Ordering::Relaxed);
             Flat { tensor, kind, elements }
         });

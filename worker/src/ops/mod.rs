@@ -9,6 +9,7 @@ pub mod heads;
 pub mod matmul;
 pub mod norm;
 pub mod operation;
+pub mod phantom;
 pub mod rotation;
 pub mod rows;
 pub mod simd;

@@ -3,6 +3,8 @@
 use super::*;
 use crate::collective::tcp;
 use crate::link::fake::{Attendant, Fake};
+use crate::memory::worst;
+use crate::model::Batch;
 use safetensors::tensor::{serialize_to_file, Dtype, TensorView};
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
@@ -13,6 +15,7 @@ use unisono_proto::v1::{
     BatchKey, Checkpoint, Evaluate, EvaluateReport, Finish, Generate, GenerateReport, Go, Join, MemoryReport,
     ModelSource, Optimizer as OptimizerSettings, Pass, Share, Step, Suite,
 };
+use unisono_proto::NO_TARGET;
 
 const MICRO_BATCHES: u32 = 4;
 const STEPS: u64 = 3;
