@@ -17,7 +17,8 @@ const UNSAFE: &[&str] = &[
     "worker/src/collective/bytes.rs",
     "worker/src/lifeline.rs",
     "worker/src/model/weights.rs",
-    "worker/src/ops/clock.rs",
+    "worker/src/ops/operation.rs",
+    "worker/src/ops/phantom.rs",
     "worker/src/ops/view.rs",
     "worker/src/optim/dispatch.rs",
 ];
