@@ -83,6 +83,7 @@ impl Served {
             test: (rows + 9..rows + 14).map(example).collect(),
             eos: 0,
             reports: Vec::new(),
+            findings: Vec::new(),
         };
         Served { config, spec, dataset: Arc::new(dataset), home }
     }
