@@ -39,13 +39,14 @@ pub fn watch(code: i32) -> Result<(), String> {
         .map_err(|e| format!("no thread for the lifeline ({e})"))
 }
 
-/// Large buffers come from and go back to the heap instead of the kernel: a step allocates the same sizes again and
-/// again, and fresh pages cost more than the arithmetic on them.
+/// Medium buffers come from and go back to the heap instead of the kernel: a step allocates the same sizes again and
+/// again, and fresh pages cost more than the arithmetic on them. Large ones go back to the kernel: they are kept where it
+/// pays, and would leave holes that nothing else fits.
 pub fn keep_heap() {
     // SAFETY: mallopt only sets numbers inside the allocator; it is called before other threads exist.
     #[cfg(target_env = "gnu")]
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
     }
 }

@@ -135,7 +135,7 @@ impl<'l> Loading<'l> {
                 model
             }
         };
-        model.set_recompute(plan.recompute);
+        model.set_plan(plan.recompute, plan.activations as usize);
         let mut optimizer = None;
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.

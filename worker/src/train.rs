@@ -87,6 +87,8 @@ impl Trainer<'_> {
         optimizer.gather(peers, &mut self.model)?;
         seconds.gather = clock.lap();
 
+        let activation_bytes = self.model.activation_bytes();
+        tracing::debug!(step = step.step, ?seconds, activation_bytes, "carried out");
         let memory = Some(self.memory());
         Ok(StepReport { step: step.step, parts, grad_norm: norm, seconds: Some(seconds), memory })
     }

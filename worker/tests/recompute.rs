@@ -3,7 +3,7 @@
 
 mod support;
 
-use support::{batch, model, one_thread, parameters, specs, tiny, Collected};
+use support::{batch, model, one_thread, parameters, specs, tiny, Collected, Random};
 use tch::Kind;
 use unisono_configs::model::{Layout, ModelSpec};
 use unisono_worker::model::{Batch, Model, Recompute};
@@ -11,7 +11,7 @@ use unisono_worker::model::{Batch, Model, Recompute};
 /// Loss and leaves at a level, and the bytes of activations and temporaries.
 fn run(spec: &ModelSpec, compute: Kind, batch: &Batch, level: Recompute) -> (f64, Collected, usize) {
     let mut model = model(spec, &parameters(spec, 5), compute);
-    model.set_recompute(level);
+    model.set_plan(level, usize::MAX);
     let mut leaves = Collected::new(&Layout::new(spec));
     let loss = model.forward_backward(batch, 0.01, &mut leaves).unwrap().sum;
     (loss, leaves, model.activation_bytes())
@@ -66,5 +66,27 @@ fn a_dry_run_takes_the_very_bytes_of_the_run() {
                 assert_eq!(planned, model.activation_bytes(), "{name} in {compute:?}, {lengths:?}, evaluated");
             }
         }
+    }
+}
+
+#[test]
+fn micro_batches_of_any_shape_stay_within_the_plan() {
+    one_thread();
+    let spec = ModelSpec { layers: 4, ..tiny() };
+    let mut model = model(&spec, &parameters(&spec, 5), Kind::BFloat16);
+    let worst = batch(spec.vocab, &[256; 4], 0.9, 1);
+    let planned = model.dry_run(&worst, Recompute::Nothing, true).unwrap();
+    model.set_plan(Recompute::Nothing, planned);
+    let mut random = Random(7);
+    let mut leaves = Collected::new(&Layout::new(&spec));
+    for round in 0..200 {
+        let mut lengths: Vec<usize> = Vec::new();
+        while lengths.iter().sum::<usize>() < 700 && lengths.len() < 40 {
+            let most = [16, 64, 256][random.below(3)];
+            lengths.push(1 + random.below(most));
+        }
+        model.forward_backward(&batch(spec.vocab, &lengths, 0.8, round), 0.01, &mut leaves).unwrap();
+        let bytes = model.activation_bytes();
+        assert!(bytes <= planned + planned / 20, "round {round}: {bytes} of {planned} planned, {lengths:?}");
     }
 }

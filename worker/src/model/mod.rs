@@ -147,9 +147,11 @@ impl Model {
         self.device
     }
 
-    /// What the backward pass computes again from now on. No level changes a bit.
-    pub fn set_recompute(&mut self, level: Recompute) {
+    /// What the backward pass computes again from now on (no level changes a bit), and the bytes that activations and
+    /// temporaries should stay within.
+    pub fn set_plan(&mut self, level: Recompute, activation_bytes: usize) {
         self.recompute = level;
+        self.pool.limit(activation_bytes);
     }
 
     /// Bytes of activations and temporaries that `batch` would take at a level, with its gradient or without. Nothing is

@@ -22,8 +22,10 @@ pub struct Pool {
     /// No memory stands behind what is taken.
     phantom: bool,
     free: Arc<Mutex<Vec<Flat>>>,
-    /// Bytes of all that was ever made: memory is never given back to the system.
+    /// Bytes of all that is free or taken.
     made: Arc<AtomicUsize>,
+    /// Beyond these bytes what lies free and does not fit is given back to the system before more is made.
+    limit: Arc<AtomicUsize>,
 }
 
 /// A contiguous tensor of undefined content whose memory goes back to its pool when dropped.
@@ -35,7 +37,13 @@ pub struct Buffer {
 
 impl Pool {
     pub fn new(device: Device) -> Self {
-        Pool { device, phantom: false, free: Arc::default(), made: Arc::default() }
+        Pool {
+            device,
+            phantom: false,
+            free: Arc::default(),
+            made: Arc::default(),
+            limit: Arc::new(AtomicUsize::new(usize::MAX)),
+        }
     }
 
     /// Counts what would be taken.
@@ -47,6 +55,7 @@ impl Pool {
     pub fn take(&self, kind: Kind, shape: &[usize]) -> Buffer {
         let elements = shape.iter().product::<usize>();
         let flat = self.smallest(kind, elements).unwrap_or_else(|| {
+            self.make_room(elements * kind.elt_size_in_bytes());
             let tensor = match self.phantom {
                 true => phantom::flat(kind, elements).expect("a model that can be loaded fits an address space"),
                 false => Tensor::empty([elements as i64], (kind, self.device)),
@@ -76,6 +85,26 @@ impl Pool {
         let fitting = free.iter().enumerate().filter(|(_, f)| fits(f));
         let (index, _) = fitting.min_by_key(|(_, f)| f.elements)?;
         Some(free.swap_remove(index))
+    }
+
+    /// Lets the pool grow beyond `bytes` only for what is taken at one time. Buffers of other shapes than the planned ones may
+    /// not fit each other's places, and the pool would grow with every new shape.
+    pub fn limit(&self, bytes: usize) {
+        self.limit.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Gives the largest free tensors back until `bytes` more stay within the limit.
+    fn make_room(&self, bytes: usize) {
+        let most = self.limit.load(Ordering::Relaxed).saturating_sub(bytes);
+        if self.bytes() <= most {
+            return;
+        }
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.sort_by_key(|f| f.elements * f.kind.elt_size_in_bytes());
+        while self.bytes() > most {
+            let Some(largest) = free.pop() else { return };
+            self.made.fetch_sub(largest.elements * largest.kind.elt_size_in_bytes(), Ordering::Relaxed);
+        }
     }
 
     /// Bytes of all that is free or taken.
@@ -114,6 +143,20 @@ impl DerefMut for Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn beyond_its_limit_a_pool_gives_back_what_does_not_fit() {
+        let pool = Pool::new(Device::Cpu);
+        let (small, large) = (pool.take(Kind::Float, &[100]), pool.take(Kind::Float, &[10_000]));
+        pool.limit(pool.bytes());
+        drop((small, large));
+        let kept = pool.take(Kind::BFloat16, &[18_000]);
+        assert_eq!(pool.bytes(), 400 + 36_000, "the large one made room");
+        // What is taken at one time is never refused.
+        let more = pool.take(Kind::BFloat16, &[18_000]);
+        assert_eq!(pool.bytes(), 72_000);
+        drop((kept, more));
+    }
 
     #[test]
     fn memory_comes_back_and_fits_other_shapes() {
