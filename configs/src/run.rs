@@ -15,7 +15,8 @@ pub use error::Error;
 pub use gate::{Gate, Level};
 
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 /// A whole run. Field docs are the reference of the config file; `resolved` values are what a run records.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,8 +39,13 @@ pub struct RunConfig {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Model {
-    /// Hugging Face directory: config.json, *.safetensors (one or sharded), tokenizer.json.
+    /// Hugging Face directory: config.json, *.safetensors (one or sharded), tokenizer.json. Or the name of such a model
+    /// on the Hugging Face Hub (`Qwen/Qwen3-0.6B`), from its local cache; or an object store's URL (`s3://...`,
+    /// `gs://...`), fetched once.
     pub path: PathBuf,
+    /// Branch, tag or commit of a model of the Hub; absent: main.
+    #[serde(default)]
+    pub revision: Option<String>,
     /// Precision of matrix products; everything else is fp32.
     #[serde(default)]
     pub compute: Compute,
@@ -61,12 +67,20 @@ pub struct Data {
     /// Name of the task in metrics; default: the file's stem.
     #[serde(default)]
     pub name: Option<String>,
-    /// A .jsonl file (one JSON object per line), a .json file (a list of objects), a directory of such files, or a glob
-    /// (`*` and `?`); several files are read in the order of their names.
+    /// A .jsonl file (one JSON object per line), a .json file (a list of objects), a .parquet file, a directory of such
+    /// files, or a glob (`*` and `?`); several files are read in the order of their names. Or a data set of the Hugging
+    /// Face Hub (`openai/gsm8k`, or files of it: `openai/gsm8k/main/train-*`), from its local cache; or an object store's
+    /// URL (`s3://bucket/key`, `gs://bucket/key`), fetched once.
     pub path: PathBuf,
+    /// Branch, tag or commit of a data set of the Hub; absent: main.
+    #[serde(default)]
+    pub revision: Option<String>,
     /// What the rows hold.
     #[serde(default)]
     pub format: Format,
+    /// What the rows call the columns of the format. Of messages, role and content may be called otherwise, too.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub columns: BTreeMap<String, String>,
     /// Jinja source of prompt and completion, separated by |||, over any fields of a row; taken literally, white space
     /// included. Absent: the row's own columns.
     #[serde(default)]
@@ -94,9 +108,15 @@ pub struct Data {
 impl Data {
     /// The name of the task.
     pub fn task(&self) -> String {
-        let stem = || self.path.file_stem().map_or_else(|| "data".into(), |s| s.to_string_lossy().into_owned());
-        self.name.clone().unwrap_or_else(stem)
+        self.name.clone().unwrap_or_else(|| stem(&self.path))
     }
+}
+
+/// The last name of a path without its ending; of a glob, the directory that it is in.
+pub(crate) fn stem(path: &Path) -> String {
+    let plain = path.ancestors().find(|at| at.file_name().is_some_and(|n| !n.to_string_lossy().contains(['*', '?'])));
+    let stem = plain.and_then(Path::file_stem).map(|s| s.to_string_lossy().into_owned());
+    stem.unwrap_or_else(|| "data".into())
 }
 
 fn default_max_dropped() -> f64 {

@@ -20,6 +20,9 @@ const HEAD: &str = "\
 const EXAMPLES: &[(&str, &str)] = &[
     ("model.path", "\"models/tiny\""),
     ("data.path", "\"rows.jsonl\""),
+    ("model.revision", "# \"main\""),
+    ("data.revision", "# \"main\""),
+    ("data.columns", "# { prompt = \"question\", completion = \"answer\" }"),
     ("data.name", "# \"rows\""),
     ("data.template", "# \"Question: {{ question }}\\nAnswer:||| {{ answer }}\""),
     ("data.validation", "# 0.05"),
@@ -73,7 +76,9 @@ fn defaults() -> toml::Table {
     let data = Data {
         name: None,
         path: PathBuf::from("rows.jsonl"),
+        revision: None,
         format: Default::default(),
+        columns: BTreeMap::new(),
         template: None,
         roles_to_train: vec!["assistant".into()],
         turns: Default::default(),
@@ -83,7 +88,7 @@ fn defaults() -> toml::Table {
         max_dropped: 0.01,
     };
     let config = RunConfig {
-        model: Model { path: PathBuf::from("models/tiny"), compute: Default::default() },
+        model: Model { path: PathBuf::from("models/tiny"), revision: None, compute: Default::default() },
         data: vec![data],
         gate: Gate::default(),
         split: Split::default(),

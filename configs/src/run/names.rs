@@ -5,13 +5,15 @@ use super::Error;
 
 /// Every section with its keys, in the order of the reference file.
 pub(super) const KEYS: &[(&str, &[&str])] = &[
-    ("model", &["path", "compute"]),
+    ("model", &["path", "revision", "compute"]),
     (
         "data",
         &[
             "name",
             "path",
+            "revision",
             "format",
+            "columns",
             "template",
             "roles_to_train",
             "turns",
@@ -49,14 +51,15 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
 ];
 
 /// Keys that are planned: refused, but not as unknown.
-const PLANNED: &[&str] =
-    &["data.weight", "data.group_by", "data.fields", "eval.generate", "model.adapter", "model.freeze"];
+const PLANNED: &[&str] = &["data.weight", "data.group_by", "eval.generate", "model.adapter", "model.freeze"];
 
 /// Other trainers' names (TRL, transformers, Axolotl, DeepSpeed) of a key that takes the same value.
 const RENAMED: &[(&str, &str)] = &[
     ("model_name_or_path", "model.path"),
     ("base_model", "model.path"),
     ("model_id", "model.path"),
+    ("model_revision", "model.revision"),
+    ("dataset_revision", "data.revision"),
     ("num_train_epochs", "train.epochs"),
     ("num_epochs", "train.epochs"),
     ("max_steps", "train.steps"),
@@ -88,7 +91,7 @@ const RENAMED: &[(&str, &str)] = &[
 /// Names of things that are set elsewhere, always so, or not at all.
 const EXPLAINED: &[(&str, &str)] = &[
     ("datasets", "write one [[data]] table with a path per task"),
-    ("dataset_name", "write a [[data]] table with the path of a .jsonl file"),
+    ("dataset_name", "write a [[data]] table with its name as path"),
     ("train_file", "write a [[data]] table with the path of a .jsonl file"),
     ("test_datasets", "set data.validation or data.test to a file"),
     ("output_dir", "give --run-dir DIR on the command line"),
@@ -128,8 +131,12 @@ const EXPLAINED: &[(&str, &str)] = &[
     ("dataloader_num_workers", "remove it: rows are tokenized once, before training"),
     ("dataset_num_proc", "remove it: rows are tokenized once, on all cores"),
     ("dataset_prepared_path", "remove it: rows are tokenized once, before training"),
-    ("dataset_text_field", "rename the column to \"text\", or set data.template = \"|||{{ column }}\""),
-    ("chat_template", "chat templates are not supported yet; set data.template"),
+    ("dataset_text_field", "set data.columns = { text = \"column\" }"),
+    ("field_messages", "set data.columns = { messages = \"column\" }"),
+    ("message_property_mappings", "set data.columns = { role = \"name\", content = \"name\" }"),
+    ("chat_template", "remove it: model.path has the chat template, in chat_template.jinja or tokenizer_config.json"),
+    ("chat_template_jinja", "remove it: put the file into model.path as chat_template.jinja"),
+    ("chat_template_path", "remove it: put the file into model.path as chat_template.jinja"),
     ("tokenizer_type", "remove it: model.path has tokenizer.json"),
     ("model_type", "remove it: model.path has config.json"),
     ("trust_remote_code", "remove it: no code is ever loaded"),

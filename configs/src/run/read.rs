@@ -7,6 +7,7 @@ use super::{
     Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Model, OnBadRow, Recompute,
     RunConfig, Schedule, Split, Train, Turns, ZeroStage,
 };
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Tokens and targets of a micro-batch travel in one message of at most 1 MiB.
@@ -45,12 +46,54 @@ impl RunConfig {
     }
 }
 
+/// Columns that the formats know, and the fields of a message.
+const COLUMNS: &[&str] = &[
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "role",
+    "content",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+    "instruction",
+    "input",
+    "output",
+    "text",
+];
+
+fn columns(s: &Section<'_>) -> Result<BTreeMap<String, String>, Error> {
+    let Some(node) = s.node("columns") else { return Ok(BTreeMap::new()) };
+    let Value::Table(table) = &node.value else {
+        let problem = "must be a table; for example { prompt = \"question\", completion = \"answer\" }";
+        return Err(s.fail("columns", format!("is {} and {problem}", node.show())));
+    };
+    let mut columns = BTreeMap::new();
+    for (name, node) in table {
+        let fail = |problem: String| Err(s.document.error(&node.place, &format!("data.columns.{name}"), problem));
+        if !COLUMNS.contains(&name.as_str()) {
+            let hint = names::nearest(name, COLUMNS.iter().copied());
+            let hint =
+                hint.map_or(format!("the formats have {}", COLUMNS.join(", ")), |n| format!("did you mean {n}?"));
+            return fail(format!("is not a column of any format; {hint}"));
+        }
+        match &node.value {
+            Value::Text(own) if columns.values().any(|known| known == own) => {
+                return fail(format!("another column is \"{own}\", too; name each column of the rows once"));
+            }
+            Value::Text(own) if !own.is_empty() => columns.insert(name.clone(), own.clone()),
+            _ => return fail(format!("is {} and must be the name of a column of the rows", node.show())),
+        };
+    }
+    Ok(columns)
+}
+
 /// The file's stem, with its directory's name where two files share a stem.
 fn task_name(file: &Path, files: &[PathBuf]) -> String {
-    let stem = |path: &Path| path.file_stem().map_or("data".into(), |s| s.to_string_lossy().into_owned());
-    let own = stem(file);
+    let own = super::stem(file);
     let parent = file.parent().and_then(Path::file_name);
-    match (files.iter().filter(|other| stem(other) == own).count(), parent) {
+    match (files.iter().filter(|other| super::stem(other) == own).count(), parent) {
         (0 | 1, _) | (_, None) => own,
         (_, Some(parent)) => format!("{}-{own}", parent.to_string_lossy()),
     }
@@ -86,9 +129,10 @@ fn config(document: &Document, base: &Path) -> Result<RunConfig, Error> {
 }
 
 fn model(s: &Section<'_>) -> Result<Model, Error> {
-    let path = s.path("path")?;
+    let path = s.source("path")?;
     Ok(Model {
         path: path.ok_or_else(|| s.fail("path", "is missing; set it to a Hugging Face model directory"))?,
+        revision: s.text("revision")?.map(str::to_owned),
         compute: s.choice(
             "compute",
             Compute::Auto,
@@ -127,11 +171,17 @@ fn table(s: &Section<'_>, split: &Split) -> Result<Data, Error> {
             format!("the shares of validation and test add up to {sum} and leave nothing to train on; lower one");
         return Err(s.fail("validation", problem));
     }
-    let path = s.path("path")?;
+    let path = s.source("path")?;
+    let columns = columns(s)?;
+    if template.is_some() && !columns.is_empty() {
+        return Err(s.fail("columns", "a template names the rows' own columns; remove data.columns or data.template"));
+    }
     Ok(Data {
         name: s.text("name")?.map(str::to_owned),
         path: path.ok_or_else(|| s.fail("path", "is missing; set it to a .jsonl file"))?,
+        revision: s.text("revision")?.map(str::to_owned),
         format,
+        columns,
         template: template.map(str::to_owned),
         roles_to_train: roles(s)?,
         turns: s.choice("turns", Turns::All, &[("all", Turns::All), ("last", Turns::Last)])?,
@@ -170,7 +220,7 @@ fn share(s: &Section<'_>, key: &str, default: f64) -> Result<f64, Error> {
 fn held(s: &Section<'_>, key: &str) -> Result<Option<Held>, Error> {
     Ok(match s.node(key) {
         None => None,
-        Some(Node { value: Value::Text(_), .. }) => s.path(key)?.map(Held::File),
+        Some(Node { value: Value::Text(_), .. }) => s.source(key)?.map(Held::File),
         Some(_) => Some(Held::Share(s.real(
             key,
             0.0,

@@ -118,6 +118,18 @@ impl<'a> Section<'a> {
         Ok(Some(self.absolute(text, place)))
     }
 
+    /// A path as [`Self::path`] has it; or as it is written, where it is a URL or the name of something on the Hugging Face
+    /// Hub (`org/name`, for data also with files in it) that no file or directory here has.
+    pub fn source(&self, key: &str) -> Result<Option<PathBuf>, Error> {
+        let (text, path) = match (self.text(key)?, self.path(key)?) {
+            (Some(text), Some(path)) => (text, path),
+            _ => return Ok(None),
+        };
+        let place = &self.node(key).expect("text() found the node").place;
+        let named = hub_name(text).is_some_and(|name| !self.absolute(name, place).exists());
+        Ok(Some(if text.contains("://") || named { text.into() } else { path }))
+    }
+
     pub fn absolute(&self, text: &str, place: &Place) -> PathBuf {
         let path = match place {
             Place::Line(_) => self.base.join(text),
@@ -126,5 +138,31 @@ impl<'a> Section<'a> {
         // Only an empty path has no absolute form.
         let path = std::path::absolute(&path).unwrap_or(path);
         path.components().collect()
+    }
+}
+
+/// The `org/name` that a text begins with if it may name something on the Hugging Face Hub.
+fn hub_name(text: &str) -> Option<&str> {
+    let mut parts = text.splitn(3, '/');
+    let (org, name) = (parts.next()?, parts.next()?);
+    let plain = |part: &str| {
+        let inside = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        part.starts_with(|c: char| c.is_ascii_alphanumeric()) && part.chars().all(inside)
+    };
+    let file = [".jsonl", ".json", ".parquet"].iter().any(|ending| name.ends_with(ending));
+    (plain(org) && plain(name) && !file).then(|| &text[..org.len() + 1 + name.len()])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::hub_name;
+
+    #[test]
+    fn names_of_the_hub_are_told_from_paths() {
+        assert_eq!(hub_name("Qwen/Qwen3-0.6B"), Some("Qwen/Qwen3-0.6B"));
+        assert_eq!(hub_name("openai/gsm8k/main/train-*.parquet"), Some("openai/gsm8k"));
+        for path in ["rows", "./a/b", "/a/b", "../a/b", "a/*.jsonl", "a/b.jsonl", "~/a", "a//b", "a b/c", "s3://a/b"] {
+            assert_eq!(hub_name(path), None, "{path}");
+        }
     }
 }

@@ -67,7 +67,7 @@ impl Document {
     /// `data.0.key` that of the first one.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), Error> {
         let place = Place::Option(format!("--set {key}={value}"));
-        let parsed = DeValue::parse(value).ok().filter(|v| !matches!(v.get_ref(), DeValue::Table(_)));
+        let parsed = DeValue::parse(value).ok();
         let mut node = match parsed {
             Some(parsed) => convert(parsed.get_ref(), 0, &Lines::new("")),
             None => Node { value: Value::Text(value.into()), place: place.clone() },

@@ -192,7 +192,7 @@ fn config(args: &Args) -> Result<RunConfig> {
     }
     let path = std::path::absolute(&path).map_err(Error::failed)?;
     let mut config = RunConfig {
-        model: Model { path, compute },
+        model: Model { path, revision: None, compute },
         data: Vec::new(),
         gate: Default::default(),
         split: Split::default(),

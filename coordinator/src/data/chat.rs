@@ -245,6 +245,7 @@ fn words(error: &minijinja::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::conversation::Names;
     use super::super::row::Row;
     use super::super::TextTokenizer;
     use super::*;
@@ -253,7 +254,7 @@ mod tests {
     /// Whether the mask is transformers'; false where both refuse.
     fn check(template: &ChatTemplate, tokenizer: &TextTokenizer, expected: &Json) -> Result<bool, String> {
         let row = expected.to_string();
-        let talk = Conversation::of_messages(&serde_json::from_str::<Row<'_>>(&row).unwrap())?;
+        let talk = Conversation::of_messages(&serde_json::from_str::<Row<'_>>(&row).unwrap(), &Names::default())?;
         let found = template.render(&talk, &["assistant".to_owned()], Turns::All);
         let same = |ours: Json, key: &str| match ours == expected[key] {
             true => Ok(()),
@@ -310,7 +311,8 @@ mod tests {
         let template = ChatTemplate::read(&dir).unwrap().unwrap();
         let row = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
             {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#;
-        let talk = Conversation::of_messages(&serde_json::from_str::<Row<'_>>(row).unwrap()).unwrap();
+        let talk =
+            Conversation::of_messages(&serde_json::from_str::<Row<'_>>(row).unwrap(), &Names::default()).unwrap();
         let found = template.render(&talk, &["assistant".to_owned()], Turns::Last).unwrap();
         let asked: Vec<&str> = found.spans.iter().map(|span| &found.text[span.clone()]).collect();
         assert_eq!(asked, ["<think>\n\n</think>\n\nd<|im_end|>\n"]);

@@ -34,19 +34,24 @@ const ROLES: &[(&str, &str)] = &[
 
 impl Conversation {
     /// Columns messages or conversations, of objects with role and content.
-    pub fn of_messages(row: &Row<'_>) -> Result<Self, String> {
+    pub fn of_messages(row: &Row<'_>, names: &Names) -> Result<Self, String> {
         let name = if row.get("messages").is_some() { "messages" } else { "conversations" };
-        Self::new(row, list(row, name)?.to_vec(), name, 0)
+        Self::new(row, names.standard(list(row, name)?), name, 0)
     }
 
-    /// Columns prompt and completion, each a list of messages.
-    pub fn of_columns(row: &Row<'_>) -> Result<Self, String> {
-        let (prompt, completion) = (list(row, "prompt")?, list(row, "completion")?);
-        Self::new(row, [prompt, completion].concat(), "prompt and completion", prompt.len())
+    /// Columns prompt, a list of messages, and completion, another or the text of the answer.
+    pub fn of_columns(row: &Row<'_>, names: &Names) -> Result<Self, String> {
+        let mut messages = names.standard(list(row, "prompt")?);
+        let first = messages.len();
+        match row.get("completion") {
+            Some(Field::Text(answer)) => messages.push(json!({"role": "assistant", "content": answer})),
+            _ => messages.extend(names.standard(list(row, "completion")?)),
+        }
+        Self::new(row, messages, "prompt and completion", first)
     }
 
     /// A column conversations of objects with from and value.
-    pub fn of_sharegpt(row: &Row<'_>) -> Result<Self, String> {
+    pub fn of_sharegpt(row: &Row<'_>, names: &Names) -> Result<Self, String> {
         let mut messages = Vec::new();
         if let Some(Field::Text(system)) = row.get("system") {
             if !system.is_empty() {
@@ -55,8 +60,9 @@ impl Conversation {
         }
         for (index, turn) in list(row, "conversations")?.iter().enumerate() {
             let place = format!("message {} of field \"conversations\"", index + 1);
-            let (Some(from), Some(value)) = (turn["from"].as_str(), turn["value"].as_str()) else {
-                return Err(format!("{place} must have strings \"from\" and \"value\""));
+            let Names { role, content } = names;
+            let (Some(from), Some(value)) = (turn[role].as_str(), turn[content].as_str()) else {
+                return Err(format!("{place} must have strings \"{role}\" and \"{content}\""));
             };
             let Some((_, role)) = ROLES.iter().find(|(known, _)| *known == from) else {
                 let known: Vec<&str> = ROLES.iter().map(|(known, _)| *known).collect();
@@ -78,13 +84,17 @@ impl Conversation {
         self.messages.iter().enumerate().map(|(turn, message)| (content(message), asked(turn))).collect()
     }
 
-    fn new(row: &Row<'_>, messages: Vec<Json>, field: &str, first: usize) -> Result<Self, String> {
+    fn new(row: &Row<'_>, mut messages: Vec<Json>, field: &str, first: usize) -> Result<Self, String> {
         if messages.is_empty() {
             return Err(format!("field \"{field}\" has no messages"));
         }
         let mut roles = Vec::with_capacity(messages.len());
-        for (index, message) in messages.iter().enumerate() {
+        for (index, message) in messages.iter_mut().enumerate() {
             let place = format!("message {} of field \"{field}\"", index + 1);
+            if let Some(parts) = message.get("content").and_then(Json::as_array) {
+                message["content"] =
+                    joined(parts).map_err(|kind| format!("{place} has a part of type {kind}, not text"))?;
+            }
             let Some(role) = message["role"].as_str() else {
                 return Err(format!("{place} must be an object with a string \"role\""));
             };
@@ -117,6 +127,50 @@ impl Conversation {
         };
         Ok(Conversation { messages: messages.iter().map(json).collect(), roles, first, tools, options })
     }
+}
+
+/// What a message calls its role and its content.
+pub struct Names {
+    pub role: String,
+    pub content: String,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Names { role: "role".into(), content: "content".into() }
+    }
+}
+
+impl Names {
+    /// The messages with role and content called so.
+    fn standard(&self, messages: &[Json]) -> Vec<Json> {
+        if self.role == "role" && self.content == "content" {
+            return messages.to_vec();
+        }
+        let standard = |message: &Json| match message.as_object() {
+            None => message.clone(),
+            Some(fields) => (fields.iter())
+                .filter(|(name, _)| {
+                    **name == self.role || **name == self.content || !matches!(name.as_str(), "role" | "content")
+                })
+                .map(|(name, value)| match name {
+                    name if *name == self.role => ("role".to_owned(), value.clone()),
+                    name if *name == self.content => ("content".to_owned(), value.clone()),
+                    name => (name.clone(), value.clone()),
+                })
+                .collect(),
+        };
+        messages.iter().map(standard).collect()
+    }
+}
+
+/// The text of a content that is written in parts; the type of a part that is no text.
+fn joined(parts: &[Json]) -> Result<Json, String> {
+    let text = |part: &Json| match (part.get("type").and_then(Json::as_str), part.get("text").and_then(Json::as_str)) {
+        (Some("text"), Some(text)) => Ok(text.to_owned()),
+        (kind, _) => Err(kind.map_or("unknown".into(), |kind| format!("\"{kind}\""))),
+    };
+    parts.iter().map(text).collect::<Result<String, _>>().map(Json::String)
 }
 
 fn list<'r>(row: &'r Row<'_>, name: &str) -> Result<&'r [Json], String> {

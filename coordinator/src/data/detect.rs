@@ -15,7 +15,7 @@ pub enum Kind {
     Template,
     /// Texts prompt and completion.
     Columns,
-    /// Lists of messages prompt and completion.
+    /// A list of messages prompt, and another or the text of one, completion.
     ChatColumns,
     Messages,
     Alpaca,
@@ -48,9 +48,11 @@ impl Kind {
             Format::Auto | Format::PromptCompletion => (),
         }
         let mut found: Option<(u64, Kind)> = None;
-        for (line, kind) in
-            first_rows(path, key, ROWS, |text| serde_json::from_slice(text).ok().and_then(|r| Self::of(&r)))?
-        {
+        for (line, kind) in first_rows(path, key, ROWS, |text| {
+            let mut row: Row<'_> = serde_json::from_slice(text).ok()?;
+            row.rename(&data.columns);
+            Self::of(&row)
+        })? {
             let Some(kind) = kind else { continue };
             match found {
                 None => found = Some((line, kind)),
@@ -81,11 +83,7 @@ impl Kind {
             _ => None,
         };
         if has("prompt") && has("completion") {
-            return Some(if list("prompt").is_some() && list("completion").is_some() {
-                Kind::ChatColumns
-            } else {
-                Kind::Columns
-            });
+            return Some(if list("prompt").is_some() { Kind::ChatColumns } else { Kind::Columns });
         }
         if list("messages").is_some() {
             return Some(Kind::Messages);

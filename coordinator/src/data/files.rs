@@ -4,7 +4,7 @@ use super::Error;
 use std::path::{Component, Path, PathBuf};
 
 /// What a directory's data files are called.
-const ENDINGS: [&str; 2] = ["jsonl", "json"];
+const ENDINGS: [&str; 3] = ["jsonl", "json", "parquet"];
 
 /// The files of `path`, which `key` of the configuration named; a file that does not exist is found out by who opens it.
 pub fn files(path: &Path, key: &str) -> Result<Vec<PathBuf>, Error> {
@@ -16,7 +16,9 @@ pub fn files(path: &Path, key: &str) -> Result<Vec<PathBuf>, Error> {
         let found: Vec<PathBuf> =
             entries(path).map_err(|error| unreadable(path, error))?.into_iter().filter(is_data).collect();
         return match found.is_empty() {
-            true => Err(refuse("the directory holds no .jsonl or .json file; name the files by a glob".into())),
+            true => {
+                Err(refuse("the directory holds no .jsonl, .json or .parquet file; name the files by a glob".into()))
+            }
             false => Ok(found),
         };
     }

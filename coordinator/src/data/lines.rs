@@ -1,7 +1,7 @@
-//! A file of rows, a few megabytes at a time: JSONL, or one JSON list. Rows are worked on in parallel and come back in
+//! A file of rows, a few megabytes at a time: JSONL, one JSON list, or Parquet. Rows are worked on in parallel and come back in
 //! order.
 
-use super::{Error, Progress};
+use super::{parquet, Error, Progress};
 use rayon::prelude::*;
 use std::fs::File;
 use std::io::Read;
@@ -13,7 +13,7 @@ const BLOCK: usize = 8 << 20;
 const LONGEST: usize = 256 << 20;
 
 /// Calls `work(line number from 1, row)` for every row of `path` and returns the results in order: for every line that is
-/// not blank, or for every element where the file is one JSON list. `key` is the configuration key that named the file.
+/// not blank, for every element where the file is one JSON list, or for every row of a Parquet file. `key` is the configuration key that named the file.
 pub fn map_lines<T: Send>(
     path: &Path,
     key: &str,
@@ -34,6 +34,9 @@ pub fn map_lines<T: Send>(
         ended = read == 0;
         if line == 1 && kept == 0 {
             check_beginning(path, &buffer)?;
+            if buffer.starts_with(parquet::MAGIC) {
+                return parquet::map_rows(path, file, progress, work);
+            }
             if buffer.starts_with(b"\xEF\xBB\xBF") {
                 buffer.drain(..3);
             }
@@ -71,7 +74,11 @@ pub fn map_lines<T: Send>(
 pub fn first_rows<T>(path: &Path, key: &str, count: usize, work: impl Fn(&[u8]) -> T) -> Result<Vec<(u64, T)>, Error> {
     let read_error = |error| Error::Read { path: path.into(), key: key.into(), error };
     let mut bytes = Vec::new();
-    File::open(path).map_err(read_error)?.take(BLOCK as u64).read_to_end(&mut bytes).map_err(read_error)?;
+    let mut file = File::open(path).map_err(read_error)?;
+    file.by_ref().take(BLOCK as u64).read_to_end(&mut bytes).map_err(read_error)?;
+    if bytes.starts_with(parquet::MAGIC) {
+        return parquet::first_rows(path, file, count, work);
+    }
     let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes);
     if is_list(bytes) {
         let rows = scan(bytes).map(|(rows, _)| rows).unwrap_or_default();
@@ -142,8 +149,6 @@ fn check_beginning(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         "is a Git LFS pointer, not the data; run git lfs pull"
     } else if bytes.starts_with(&[0x1f, 0x8b]) || bytes.starts_with(b"\x28\xB5\x2F\xFD") {
         "is compressed, which is not supported yet; decompress it first"
-    } else if bytes.starts_with(b"PAR1") {
-        "is a Parquet file, which is not supported yet; write one JSON object per line, for example with to_json(..., lines=True)"
     } else {
         return Ok(());
     };

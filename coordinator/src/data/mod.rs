@@ -9,6 +9,7 @@ mod files;
 pub mod gate;
 mod lines;
 mod pack;
+mod parquet;
 mod python;
 mod render;
 mod row;

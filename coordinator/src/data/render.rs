@@ -1,7 +1,7 @@
 //! A source row becomes prompt and completion: by its columns, or by a Jinja template that sees nothing but the row.
 
 use super::chat::ChatTemplate;
-use super::conversation::Conversation;
+use super::conversation::{Conversation, Names};
 use super::detect::Kind;
 use super::row::{Field, Row};
 use super::Error;
@@ -45,7 +45,7 @@ pub enum Renderer {
     Text,
     Alpaca,
     Template(Box<Template>),
-    Chat { template: Box<ChatTemplate>, kind: Kind, roles: Vec<String>, turns: Turns },
+    Chat { template: Box<ChatTemplate>, kind: Kind, names: Names, roles: Vec<String>, turns: Turns },
 }
 
 pub struct Template {
@@ -75,7 +75,10 @@ impl Renderer {
                     return Err(Error::Table { table: table.into(), problem });
                 };
                 let (roles, turns) = (data.roles_to_train.clone(), data.turns);
-                Renderer::Chat { template: Box::new(template), kind, roles, turns }
+                let (role, content) = if kind == Kind::Sharegpt { ("from", "value") } else { ("role", "content") };
+                let named = |name: &str, default: &str| data.columns.get(name).map_or(default, |own| own).to_owned();
+                let names = Names { role: named("role", role), content: named("content", content) };
+                Renderer::Chat { template: Box::new(template), kind, names, roles, turns }
             }
         })
     }
@@ -89,11 +92,11 @@ impl Renderer {
             Renderer::Text => Ok(Rendered::Pair { prompt: "".into(), completion: column(row, "text")? }),
             Renderer::Alpaca => alpaca(row),
             Renderer::Template(template) => template.render(row),
-            Renderer::Chat { template, kind, roles, turns } => {
+            Renderer::Chat { template, kind, names, roles, turns } => {
                 let talk = match kind {
-                    Kind::ChatColumns => Conversation::of_columns(row)?,
-                    Kind::Sharegpt => Conversation::of_sharegpt(row)?,
-                    _ => Conversation::of_messages(row)?,
+                    Kind::ChatColumns => Conversation::of_columns(row, names)?,
+                    Kind::Sharegpt => Conversation::of_sharegpt(row, names)?,
+                    _ => Conversation::of_messages(row, names)?,
                 };
                 let rendered = template.render(&talk, roles, *turns)?;
                 Ok(Rendered::Chat { text: rendered.text, spans: rendered.spans, messages: talk.contents(roles) })
@@ -143,9 +146,9 @@ fn advice(row: &Row<'_>) -> String {
     let both = |(a, b): &(&str, &str)| row.get(a).is_some() && row.get(b).is_some();
     match known.iter().find(|pair| both(pair)) {
         Some((prompt, completion)) => {
-            format!("; set data.template, for example \"{{{{ {prompt} }}}}\\n|||{{{{ {completion} }}}}\"")
+            format!("; set data.columns = {{ prompt = \"{prompt}\", completion = \"{completion}\" }}, or data.template")
         }
-        None => "; set data.template to make a prompt and a completion of them".into(),
+        None => "; set data.columns, or data.template to make a prompt and a completion of them".into(),
     }
 }
 

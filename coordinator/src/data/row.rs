@@ -4,6 +4,7 @@ use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// A JSON object in the order of its source.
@@ -35,6 +36,20 @@ impl Field<'_> {
 impl<'a> Row<'a> {
     pub fn get(&self, name: &str) -> Option<&Field<'a>> {
         self.fields.iter().find(|(key, _)| key == name).map(|(_, field)| field)
+    }
+
+    /// Gives fields the names that the formats know them by: `columns` has the row's name of each. A field that had such a
+    /// name is hidden.
+    pub fn rename(&mut self, columns: &BTreeMap<String, String>) {
+        if columns.is_empty() {
+            return;
+        }
+        self.fields.retain(|(name, _)| !columns.contains_key(&**name) || columns.values().any(|own| own == name));
+        for (name, _) in &mut self.fields {
+            if let Some((known, _)) = columns.iter().find(|(_, own)| *own == name) {
+                *name = Cow::Owned(known.clone());
+            }
+        }
     }
 
     /// The names of the fields, for an error.
@@ -181,6 +196,17 @@ mod tests {
         for (i, a) in different.iter().enumerate() {
             different[i + 1..].iter().for_each(|b| assert_ne!(hash(a), hash(b), "{a} {b}"));
         }
+    }
+
+    #[test]
+    fn fields_can_be_renamed_and_swapped() {
+        let columns = |pairs: &[(&str, &str)]| pairs.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();
+        let mut one = row(r#"{"q":"x","prompt":"hidden","a":"y"}"#);
+        one.rename(&columns(&[("prompt", "q"), ("completion", "a")]));
+        assert_eq!(one, row(r#"{"prompt":"x","completion":"y"}"#));
+        let mut two = row(r#"{"prompt":"x","completion":"y"}"#);
+        two.rename(&columns(&[("prompt", "completion"), ("completion", "prompt")]));
+        assert_eq!(two, row(r#"{"completion":"x","prompt":"y"}"#));
     }
 
     #[test]

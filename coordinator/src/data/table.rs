@@ -151,14 +151,16 @@ impl Reading<'_> {
         let text = std::str::from_utf8(text).map_err(|error| {
             bad(format!("byte {} of the line is not UTF-8; save the file as UTF-8", error.valid_up_to() + 1))
         })?;
-        let row: Row<'_> = serde_json::from_str(text).map_err(|error| malformed(line, text, &error))?;
-        let (prompt, completion) = match renderer.render(&row).map_err(bad)? {
+        let mut row: Row<'_> = serde_json::from_str(text).map_err(|error| malformed(line, text, &error))?;
+        let hash = row.hash();
+        row.rename(&self.data.columns);
+        let (prompt, completion) = match renderer.render(&row).map_err(|problem| bad(self.own_names(problem)))? {
             Rendered::Pair { prompt, completion } => (prompt, completion),
             Rendered::Chat { text, spans, messages } => {
                 let turns: Vec<Turn<'_>> = messages.iter().map(|(text, asked)| Turn { text, asked: *asked }).collect();
                 let look = self.gate.look(&Texts { turns: &turns, pair: false }, frame);
                 let found = self.conversation(&text, &spans).map_err(|stop| stop.on(line))?;
-                return Ok(self.tokenized(found, row.hash(), line, look));
+                return Ok(self.tokenized(found, hash, line, look));
             }
         };
         let turns = [Turn { text: &prompt, asked: false }, Turn { text: &completion, asked: true }];
@@ -188,7 +190,13 @@ impl Reading<'_> {
         let truncated = tokens.len() > self.max_length;
         tokens.truncate(self.max_length);
         let example = Example { task: 0, row: 0, tokens: tokens.into(), prompt: prompt as u32, gaps: Box::default() };
-        Ok(self.tokenized((example, truncated), row.hash(), line, look))
+        Ok(self.tokenized((example, truncated), hash, line, look))
+    }
+
+    /// A sentence about fields with the names that the rows have for them.
+    fn own_names(&self, problem: String) -> String {
+        let columns = self.data.columns.iter();
+        columns.fold(problem, |text, (known, own)| text.replace(&format!("\"{known}\""), &format!("\"{own}\"")))
     }
 
     fn tokenized(&self, (example, truncated): (Example, bool), hash: u128, line: u64, look: Look) -> Tokenized {

@@ -76,6 +76,32 @@ fn a_template_reaches_into_lists_and_objects() {
 }
 
 #[test]
+fn columns_may_have_other_names() {
+    let named = |c: &mut RunConfig, pairs: &[(&str, &str)]| {
+        c.data[0].columns = pairs.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();
+    };
+    let rows = r#"{"question": "w5", "prompt": "w9", "answer": "w6"}"#;
+    let both = |c: &mut RunConfig| named(c, &[("prompt", "question"), ("completion", "answer")]);
+    assert_eq!(tokens(rows, both), [(vec![BOS, 5, 6, EOS], 2)]);
+    let missing = sentence(r#"{"question": "w5", "answers": "w6"}"#, both);
+    assert!(
+        missing.starts_with(r#"rows.jsonl:1: field "answer" is missing; the row has "question", "answers""#),
+        "{missing}"
+    );
+    let (dir, mut config) = setup(
+        r#"{"dialog": [{"speaker": "user", "text": "w5", "role": "x"}, {"speaker": "assistant", "text": [{"type": "text", "text": "w6"}]}]}"#,
+    );
+    std::fs::write(
+        dir.path().join("chat_template.jinja"),
+        "{% for m in messages %}{{ m.content }} {{ 'w9' if m.role == 'user' }} {% endfor %}",
+    )
+    .unwrap();
+    named(&mut config, &[("messages", "dialog"), ("role", "speaker"), ("content", "text")]);
+    let dataset = prepare(&config, &()).unwrap();
+    assert_eq!((&*dataset.train[0].tokens, dataset.train[0].prompt), (&[5, 9, 6][..], 2));
+}
+
+#[test]
 fn a_template_cuts_at_its_own_separator_only() {
     let template =
         |c: &mut RunConfig| c.data[0].template = Some("{{ q }} w9 ||| {{ a }}{% if n > 1 %} w10{% endif %}\n".into());
@@ -154,7 +180,7 @@ fn bad_rows_are_refused_in_a_sentence() {
         ("{\"prompt\":5,\"completion\":\"w6\"}", "rows.jsonl:2: field \"prompt\" is a number, but must be a string"),
         (
             "{\"question\":\"w5\",\"answer\":\"w6\"}",
-            "rows.jsonl:2: field \"prompt\" is missing; the row has \"question\", \"answer\"; set data.template, for example \"{{ question }}\\n|||{{ answer }}\"",
+            "rows.jsonl:2: field \"prompt\" is missing; the row has \"question\", \"answer\"; set data.columns = { prompt = \"question\", completion = \"answer\" }, or data.template",
         ),
         (
             "{\"prompt\":\"w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5\",\"completion\":\"w6\"}",
@@ -209,7 +235,7 @@ fn files_are_refused_in_a_sentence() {
     let row = "{\"prompt\":\"w5\",\"completion\":\"w6\"}\n";
     assert_eq!(sentence("\n \n", |_| ()), "rows.jsonl: has no rows; write one JSON object per line");
     assert!(sentence("[{}]", |_| ()).starts_with("rows.jsonl:1: field \"prompt\" is missing"));
-    assert!(sentence("PAR1", |_| ()).starts_with("rows.jsonl: is a Parquet file"));
+    assert!(sentence("PAR1", |_| ()).starts_with("rows.jsonl: is a damaged Parquet file"));
     let missing = sentence(row, |c| c.data[0].path.set_file_name("absent.jsonl"));
     assert_eq!(
         missing,
@@ -338,6 +364,11 @@ fn rows_of_other_formats_are_found_out() {
         (chat, "messages", vec![6, EOS, 8, EOS]),
         (from, "sharegpt", vec![6, EOS, 8, EOS]),
         (columns, "prompt-completion of messages", vec![8, EOS]),
+        (
+            &columns.replace(r#"[{"role": "assistant", "content": "w8"}]"#, r#""w8""#),
+            "prompt-completion of messages",
+            vec![8, EOS],
+        ),
     ] {
         std::fs::write(&path, row).unwrap();
         let dataset = prepare(&config, &()).unwrap();

@@ -11,11 +11,12 @@ const END: &str = "\x1b[7;33m";
 
 /// One line per task, and what was dropped or cut.
 pub fn table(reports: &[Report]) -> String {
-    let head = ["task", "rows", "train", "validation", "test", "prompt tokens", "completion tokens", "longest"];
+    let head =
+        ["task", "format", "rows", "train", "validation", "test", "prompt tokens", "completion tokens", "longest"];
     let mut lines: Vec<Vec<String>> = vec![head.map(str::to_owned).to_vec()];
     for r in reports {
         let numbers = [r.rows, r.train, r.validation, r.test, r.prompt_tokens, r.completion_tokens, r.longest as u64];
-        lines.push(std::iter::once(printable(&r.task)).chain(numbers.map(grouped)).collect());
+        lines.push([printable(&r.task), r.format.to_owned()].into_iter().chain(numbers.map(grouped)).collect());
     }
     let widths: Vec<usize> =
         (0..head.len()).map(|i| lines.iter().map(|l| l[i].chars().count()).max().unwrap_or(0)).collect();
@@ -23,7 +24,11 @@ pub fn table(reports: &[Report]) -> String {
     for line in &lines {
         for (i, cell) in line.iter().enumerate() {
             let (cell, width) = (cell.as_str(), widths[i]);
-            text += &if i == 0 { format!("{cell:<width$}") } else { format!("  {cell:>width$}") };
+            text += &match i {
+                0 => format!("{cell:<width$}"),
+                1 => format!("  {cell:<width$}"),
+                _ => format!("  {cell:>width$}"),
+            };
         }
         text.push('\n');
     }
@@ -129,10 +134,20 @@ mod tests {
 
     #[test]
     fn the_table_lines_up() {
-        let report = Report { task: "gsm8k".into(), rows: 7473, train: 1_234_567, truncated: 2, ..Report::default() };
+        let report = Report {
+            task: "gsm8k".into(),
+            format: "messages",
+            rows: 7473,
+            train: 1_234_567,
+            truncated: 2,
+            ..Report::default()
+        };
         let text = table(&[report]);
         let widths: Vec<usize> = text.lines().take(2).map(|l| l.chars().count()).collect();
         assert_eq!(widths[0], widths[1]);
-        assert!(text.contains("1,234,567") && text.contains("gsm8k: 2 completions are cut"), "{text}");
+        assert!(
+            text.contains("gsm8k  messages  7,473  1,234,567") && text.contains("gsm8k: 2 completions are cut"),
+            "{text}"
+        );
     }
 }
