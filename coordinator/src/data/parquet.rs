@@ -54,11 +54,11 @@ pub fn map_rows<T: Send>(
     Ok(results)
 }
 
-/// What `work` makes of the first rows, at most `count`, with their numbers.
+/// What `work` makes of the first rows, at most `count` and no more than [`BATCH`], with their numbers.
 pub fn first_rows<T>(path: &Path, file: File, count: usize, work: impl Fn(&[u8]) -> T) -> Result<Vec<(u64, T)>, Error> {
     let reader = open(path, file)?;
     let rows = reader.get_row_iter(None).map_err(|error| damaged(path, &error))?;
-    let numbered = rows.take(count).enumerate();
+    let numbered = rows.take(count.min(BATCH)).enumerate();
     numbered
         .map(|(index, row)| match row {
             Ok(row) => Ok((index as u64 + 1, work(&object(row.to_json_value())))),

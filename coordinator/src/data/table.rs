@@ -136,7 +136,8 @@ impl Reading<'_> {
         let first = first_rows(path, key, usize::MAX, <[u8]>::to_vec)?;
         let stride = first.len().div_ceil(SAMPLE).max(1);
         let rows = first.iter().step_by(stride).filter_map(|(_, text)| {
-            let row: Row<'_> = serde_json::from_slice(text).ok()?;
+            let mut row: Row<'_> = serde_json::from_slice(text).ok()?;
+            row.rename(&self.data.columns);
             Some(match renderer.render(&row).ok()? {
                 Rendered::Pair { prompt, completion } => vec![prompt.into_owned(), completion.into_owned()],
                 Rendered::Chat { messages, .. } => messages.into_iter().map(|(text, _)| text).collect(),
