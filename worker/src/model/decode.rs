@@ -4,12 +4,13 @@
 //! [`ROWS`] rows, whose products do not depend on one another.
 
 use super::block::{Block, Scene, Stream};
-use super::head::{wide, Last};
+use super::head::Last;
 use super::saved::Recompute;
 use super::{Batch, Error, Model};
 use crate::ops::buffer::Buffer;
 use crate::ops::cross_entropy::first_choices;
 use crate::ops::documents::{Documents, LENGTH};
+use crate::ops::form::wide;
 use crate::ops::heads::Heads;
 use crate::ops::norm::{self, Addend, Normed};
 use crate::ops::rotation::Rotation;

@@ -7,7 +7,7 @@ use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::norm::{self, Addend, Normed};
 use crate::ops::operation::operation;
 use crate::ops::{cross_entropy, matmul, rows};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Rows of logits at a time. Fixed, because it decides how the weight's gradient is added up.
 pub const CHUNK: usize = 512;
@@ -139,13 +139,5 @@ impl Head {
         });
         Sink { leaves, bucket: self.norm_at.0, pool }.dense(self.norm_at.1, &grad_weight)?;
         Ok(grad)
-    }
-}
-
-/// The kind of what must not be rounded: fp32, or fp64 in tests.
-pub fn wide(compute: Kind) -> Kind {
-    match compute {
-        Kind::Double => Kind::Double,
-        _ => Kind::Float,
     }
 }

@@ -1,12 +1,13 @@
 //! The passes of a whole model over one packed row: forward, forward with backward, evaluation.
 
 use super::block::{Block, Scene, Stream};
-use super::head::{wide, Head, Last};
+use super::head::{Head, Last};
 use super::linear::view;
 use super::saved::{Recompute, Saved};
 use super::{BadNumber, Batch, Error, Leaves, Loss, Model};
 use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::documents::Documents;
+use crate::ops::form::wide;
 use crate::ops::operation::{operation, DryRun};
 use crate::ops::rotation::Rotation;
 use crate::ops::rows;

@@ -2,6 +2,7 @@
 //!
 //! Logits are `[R, V]` of the compute kind; rows past the targets carry no loss.
 
+use super::form::{self, indices, Form};
 use super::simd::{max, vectorised, Narrow};
 use super::softmax::exponentials;
 use super::view::elements_mut;
@@ -12,10 +13,10 @@ use tch::{Kind, Tensor};
 /// past `targets` become zero.
 pub fn loss_and_gradient(logits: &mut Tensor, targets: &[u32], scale: f64) -> f64 {
     let vocab = logits.size()[1] as usize;
-    match logits.kind() {
-        Kind::Float => gradient_rows::<f32>(elements_mut(logits), vocab, targets, scale as f32),
-        Kind::BFloat16 => gradient_rows::<bf16>(elements_mut(logits), vocab, targets, scale as f32),
-        _ => loss_and_gradient_slow(logits, targets, scale),
+    match Form::of(logits) {
+        Form::Single => gradient_rows::<f32>(elements_mut(logits), vocab, targets, scale as f32),
+        Form::Brain => gradient_rows::<bf16>(elements_mut(logits), vocab, targets, scale as f32),
+        Form::Aten => loss_and_gradient_slow(logits, targets, scale),
     }
 }
 
@@ -43,8 +44,8 @@ vectorised! {
 /// As [`loss_and_gradient`], in ATen calls of any kind.
 pub fn loss_and_gradient_slow(logits: &mut Tensor, targets: &[u32], scale: f64) -> f64 {
     let real = logits.narrow(0, 0, targets.len() as i64);
-    let wide = if real.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-    let at = Tensor::from_slice(&targets.iter().map(|&t| t as i64).collect::<Vec<_>>()).unsqueeze(-1);
+    let wide = form::wide(real.kind());
+    let at = indices(targets.iter().map(|&t| i64::from(t)), &real).unsqueeze(-1);
     let log_p = real.log_softmax(-1, wide);
     let loss = -log_p.gather(-1, &at, false).to_kind(Kind::Double).sum(Kind::Double).double_value(&[]);
     let ones = Tensor::ones(at.size().as_slice(), (wide, at.device()));
@@ -67,9 +68,18 @@ pub fn first_choices(logits: &mut Tensor) -> Vec<u32> {
         logits.chunks_exact(vocab).map(best).collect()
     }
     let vocab = logits.size()[1] as usize;
-    match logits.kind() {
-        Kind::Float => choose::<f32>(elements_mut(logits), vocab),
-        Kind::BFloat16 => choose::<bf16>(elements_mut(logits), vocab),
-        _ => choose::<f64>(elements_mut(logits), vocab),
+    match Form::of(logits) {
+        Form::Single => choose::<f32>(elements_mut(logits), vocab),
+        Form::Brain => choose::<bf16>(elements_mut(logits), vocab),
+        Form::Aten => {
+            // An argmax of its own may take any of equals.
+            let most = logits.amax([-1i64].as_slice(), true);
+            let ids = Tensor::arange(vocab as i64, (Kind::Int64, logits.device()));
+            let choices =
+                ids.where_self(&logits.eq_tensor(&most), &Tensor::from(vocab as i64).to_device(logits.device()));
+            let choices = Vec::<i64>::try_from(choices.amin([-1i64].as_slice(), false)).expect("a vector of i64");
+            // A row of NaN has no largest.
+            choices.into_iter().map(|id| if id < vocab as i64 { id as u32 } else { 0 }).collect()
+        }
     }
 }

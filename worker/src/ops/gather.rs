@@ -3,12 +3,13 @@
 //! A block is `[documents * kv heads, queries * group, D]`; tokens are `[rows, heads * D]`.
 
 use super::documents::{Block, Tile};
+use super::form::{indices, Form};
 use super::heads::Heads;
 use super::simd::{dot, vectorised, Narrow};
 use super::view::{elements, elements_mut, Element};
 use half::bf16;
 use std::ops::Range;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Calls `visit(elements of the block, elements of the tokens or none for padding, first row of the statistics)` for every
 /// position and kv head: `group * D` adjacent elements in both.
@@ -39,10 +40,15 @@ pub fn gather(part: &Tensor, tile: &Tile, block: &Block, heads: Heads, output: &
             }
         });
     }
-    match part.kind() {
-        Kind::Float => copy::<f32>(part, tile, block, heads, output),
-        Kind::BFloat16 => copy::<bf16>(part, tile, block, heads, output),
-        _ => copy::<f64>(part, tile, block, heads, output),
+    match Form::of(part) {
+        Form::Single => copy::<f32>(part, tile, block, heads, output),
+        Form::Brain => copy::<bf16>(part, tile, block, heads, output),
+        Form::Aten => {
+            let (blocks, tokens, _) = places(tile, block, heads, part);
+            let width = (heads.count / heads.kv * heads.dim) as i64;
+            let rows = part.reshape([-1, width]).index_select(0, &blocks);
+            let _ = output.view([-1, width]).index_copy_(0, &tokens, &rows);
+        }
     }
 }
 
@@ -63,8 +69,8 @@ pub fn spread(
     part: &mut Tensor,
     delta: &mut Tensor,
 ) {
-    match grad.kind() {
-        Kind::Float => spread_rows::<f32>(
+    match Form::of(grad) {
+        Form::Single => spread_rows::<f32>(
             elements(grad),
             elements(output),
             tile,
@@ -73,7 +79,7 @@ pub fn spread(
             elements_mut(part),
             elements_mut(delta),
         ),
-        Kind::BFloat16 => spread_rows::<bf16>(
+        Form::Brain => spread_rows::<bf16>(
             elements(grad),
             elements(output),
             tile,
@@ -82,19 +88,34 @@ pub fn spread(
             elements_mut(part),
             elements_mut(delta),
         ),
-        _ => {
-            let (grad, output) = (elements::<f64>(grad), elements::<f64>(output));
-            let (part, delta) = (elements_mut::<f64>(part), elements_mut::<f64>(delta));
-            visit(tile, block, heads, |to, from, statistic| {
-                let Some(from) = from else { return part[to].fill(0.0) };
-                part[to].copy_from_slice(&grad[from.clone()]);
-                let rows = grad[from.clone()].chunks(heads.dim).zip(output[from].chunks(heads.dim));
-                for (d, (a, b)) in delta[statistic..].iter_mut().zip(rows) {
-                    *d = a.iter().zip(b).map(|(a, b)| a * b).sum();
-                }
-            });
+        Form::Aten => {
+            let (blocks, tokens, statistics) = places(tile, block, heads, grad);
+            let (group, dim) = ((heads.count / heads.kv) as i64, heads.dim as i64);
+            let rows = |of: &Tensor| of.reshape([-1, group * dim]).index_select(0, &tokens);
+            let (grad, output, wide) = (rows(grad), rows(output), delta.kind());
+            let _ = part.zero_();
+            let _ = part.view([-1, group * dim]).index_copy_(0, &blocks, &grad);
+            let products = grad.to_kind(wide) * output.to_kind(wide);
+            let products = products.view([-1, group, dim]).sum_dim_intlist([-1i64].as_slice(), false, wide);
+            let _ = delta.view([-1, group]).index_copy_(0, &statistics, &products);
         }
     }
+}
+
+/// Of every token of the block and every kv head, in units of what they share (`group * D` elements, or `group` statistics):
+/// the places in the block, among the tokens and among the statistics.
+fn places(tile: &Tile, block: &Block, heads: Heads, beside: &Tensor) -> (Tensor, Tensor, Tensor) {
+    let group = heads.count / heads.kv;
+    let width = group * heads.dim;
+    let (mut blocks, mut tokens, mut statistics) = (Vec::new(), Vec::new(), Vec::new());
+    visit(tile, block, heads, |of_block, of_tokens, statistic| {
+        if let Some(of_tokens) = of_tokens {
+            blocks.push((of_block.start / width) as i64);
+            tokens.push((of_tokens.start / width) as i64);
+            statistics.push((statistic / group) as i64);
+        }
+    });
+    (indices(blocks, beside), indices(tokens, beside), indices(statistics, beside))
 }
 
 vectorised! {

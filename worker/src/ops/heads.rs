@@ -5,6 +5,7 @@
 //! query heads share a key. So a document's queries are `[kv heads, length * group, D]` without expanding keys.
 
 use super::documents::Documents;
+use super::form::{indices, wide, Form};
 use super::norm::product;
 use super::rotation::Rotation;
 use super::simd::{dot, vectorised, Narrow};
@@ -68,14 +69,14 @@ impl Heads {
     }
 
     /// Indices of the layout's rows as tokens (`[padded * count]`, -1 for padding), positions and heads: for slow twins.
-    fn indices(&self, documents: &Documents) -> (Tensor, Tensor, Tensor) {
+    fn indices(&self, documents: &Documents, beside: &Tensor) -> (Tensor, Tensor, Tensor) {
         let (mut tokens, mut positions, mut heads) = (Vec::new(), Vec::new(), Vec::new());
         self.visit(documents, |token, position, head, _| {
             tokens.push(token.map_or(-1, |t| t as i64));
             positions.push(position as i64);
             heads.push(head as i64);
         });
-        (Tensor::from_slice(&tokens), Tensor::from_slice(&positions), Tensor::from_slice(&heads))
+        (indices(tokens, beside), indices(positions, beside), indices(heads, beside))
     }
 }
 
@@ -88,10 +89,10 @@ pub fn split(
     heads: Heads,
     output: &mut Tensor,
 ) {
-    match source.matrix.kind() {
-        Kind::Float => split_fast::<f32>(source, norm, rotation, documents, heads, output),
-        Kind::BFloat16 => split_fast::<bf16>(source, norm, rotation, documents, heads, output),
-        _ => split_slow(source, norm, rotation, documents, heads, output),
+    match Form::of(source.matrix) {
+        Form::Single => split_fast::<f32>(source, norm, rotation, documents, heads, output),
+        Form::Brain => split_fast::<bf16>(source, norm, rotation, documents, heads, output),
+        Form::Aten => split_slow(source, norm, rotation, documents, heads, output),
     }
 }
 
@@ -188,13 +189,13 @@ pub fn split_slow(
     heads: Heads,
     output: &mut Tensor,
 ) {
-    let wide = rotation.map_or(source.matrix.kind(), |r| r.cos.kind());
+    let wide = wide(source.matrix.kind());
     let mut values = wide_heads(source, heads, wide);
     if let Some(norm) = norm {
         let rstd = (values.square().mean_dim([-1i64].as_slice(), true, wide) + norm.eps).rsqrt();
         values = values * rstd * norm.weight.to_kind(wide);
     }
-    let (tokens, positions, head) = heads.indices(documents);
+    let (tokens, positions, head) = heads.indices(documents, &values);
     let mut rows = values.index(&[Some(tokens.clamp_min(0)), Some(head)]);
     if let Some(rotation) = rotation {
         rows = rotate(&rows, rotation, &positions, 1.0);
@@ -230,11 +231,11 @@ pub fn join(
     output: &mut Tensor,
     first: usize,
 ) {
-    match (output.kind(), grad.kind()) {
-        (Kind::Float, _) => join_fast::<f32, f32>(grad, norm, rotation, documents, heads, output, first),
-        (Kind::BFloat16, Kind::Float) => join_fast::<bf16, f32>(grad, norm, rotation, documents, heads, output, first),
-        (Kind::BFloat16, _) => join_fast::<bf16, bf16>(grad, norm, rotation, documents, heads, output, first),
-        _ => join_slow(grad, norm, rotation, documents, heads, output, first),
+    match (Form::of(output), grad.kind()) {
+        (Form::Single, _) => join_fast::<f32, f32>(grad, norm, rotation, documents, heads, output, first),
+        (Form::Brain, Kind::Float) => join_fast::<bf16, f32>(grad, norm, rotation, documents, heads, output, first),
+        (Form::Brain, _) => join_fast::<bf16, bf16>(grad, norm, rotation, documents, heads, output, first),
+        (Form::Aten, _) => join_slow(grad, norm, rotation, documents, heads, output, first),
     }
 }
 
@@ -352,8 +353,8 @@ pub fn join_slow(
     output: &mut Tensor,
     first: usize,
 ) {
-    let wide = rotation.map_or(grad.kind(), |r| r.cos.kind());
-    let (tokens, positions, head) = heads.indices(documents);
+    let wide = wide(grad.kind());
+    let (tokens, positions, head) = heads.indices(documents, grad);
     let mut rows = grad.view([-1, heads.dim as i64]).to_kind(wide);
     if let Some(rotation) = rotation {
         rows = rotate(&rows, rotation, &positions, -1.0);

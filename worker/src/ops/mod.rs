@@ -1,9 +1,10 @@
 //! What the model is made of: each operation's forward and backward side by side. On the host an operation is a fused
-//! loop over fp32 or bf16, with a slow twin in ATen calls for every other kind; tests hold the two together.
+//! loop over fp32 or bf16, with a slow twin in ATen calls for every other kind and device; tests hold the two together.
 
 pub mod buffer;
 pub mod cross_entropy;
 pub mod documents;
+pub mod form;
 pub mod gather;
 pub mod heads;
 pub mod matmul;

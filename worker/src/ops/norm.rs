@@ -3,10 +3,11 @@
 //! Shapes: `T` rows, `H` columns. The residual stream, statistics and weight gradients are wide (fp32, or fp64 in
 //! tests); what a matrix product reads or wrote is of the compute kind.
 
+use super::form::Form;
 use super::simd::{dot, vectorised, Narrow, LANES};
 use super::view::{elements, elements_mut};
 use half::bf16;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// What is added to the residual before the norm: the output of a matrix product `[T, H]` and its bias `[H]`.
 #[derive(Clone, Copy)]
@@ -27,10 +28,10 @@ pub struct Normed<'a> {
 
 /// Adds `addend` to the wide `input` `[T, H]` and norms the sum by `weight` `[H]`.
 pub fn forward(input: &Tensor, addend: Option<Addend<'_>>, weight: &Tensor, eps: f64, out: Normed<'_>) {
-    match weight.kind() {
-        Kind::Float => forward_fast::<f32>(input, addend, weight, eps, out),
-        Kind::BFloat16 => forward_fast::<bf16>(input, addend, weight, eps, out),
-        _ => forward_slow(input, addend, weight, eps, out),
+    match Form::of(weight) {
+        Form::Single => forward_fast::<f32>(input, addend, weight, eps, out),
+        Form::Brain => forward_fast::<bf16>(input, addend, weight, eps, out),
+        Form::Aten => forward_slow(input, addend, weight, eps, out),
     }
 }
 
@@ -126,10 +127,10 @@ pub fn backward(
     rounded: &mut Tensor,
     grad_weight: &mut Tensor,
 ) {
-    match saved.weight.kind() {
-        Kind::Float => backward_fast::<f32>(grad_output, saved, grad_residual, rounded, grad_weight),
-        Kind::BFloat16 => backward_fast::<bf16>(grad_output, saved, grad_residual, rounded, grad_weight),
-        _ => backward_slow(grad_output, saved, grad_residual, rounded, grad_weight),
+    match Form::of(saved.weight) {
+        Form::Single => backward_fast::<f32>(grad_output, saved, grad_residual, rounded, grad_weight),
+        Form::Brain => backward_fast::<bf16>(grad_output, saved, grad_residual, rounded, grad_weight),
+        Form::Aten => backward_slow(grad_output, saved, grad_residual, rounded, grad_weight),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Loops over rows of matrices: lookup, selection, sums of columns, conversion.
 
+use super::form::{indices, Form};
 use super::simd::{vectorised, Narrow};
 use super::view::{elements, elements_mut, Element};
 use half::bf16;
@@ -9,18 +10,18 @@ use tch::{Kind, Tensor};
 /// Rows of `table` `[_, H]` by id to the first rows of the wide `output` `[rows, H]`; the rest becomes zero.
 pub fn look_up(table: &Tensor, ids: &[u32], output: &mut Tensor) {
     let width = output.size()[1] as usize;
-    match table.kind() {
-        Kind::Float => look_up_rows::<f32>(elements(table), width, ids, elements_mut(output)),
-        Kind::BFloat16 => look_up_rows::<bf16>(elements(table), width, ids, elements_mut(output)),
-        _ => {
+    match Form::of(table) {
+        Form::Single => look_up_rows::<f32>(elements(table), width, ids, elements_mut(output)),
+        Form::Brain => look_up_rows::<bf16>(elements(table), width, ids, elements_mut(output)),
+        Form::Aten => {
             let _ = output.zero_();
-            output.narrow(0, 0, ids.len() as i64).copy_(&table.index_select(0, &index(ids)));
+            output.narrow(0, 0, ids.len() as i64).copy_(&table.index_select(0, &index(ids, table)));
         }
     }
 }
 
-fn index(ids: &[u32]) -> Tensor {
-    Tensor::from_slice(&ids.iter().map(|&i| i as i64).collect::<Vec<_>>())
+fn index(ids: &[u32], beside: &Tensor) -> Tensor {
+    indices(ids.iter().map(|&i| i64::from(i)), beside)
 }
 
 vectorised! {
@@ -49,7 +50,7 @@ pub fn sum_by_id(grad: &Tensor, ids: &[u32], sums: &mut Tensor) {
     order.sort_by_key(|&row| (ids[row as usize], row));
     let groups = order.chunk_by(|&a, &b| ids[a as usize] == ids[b as usize]);
     let _ = sums.zero_();
-    if grad.kind() == Kind::Float {
+    if Form::of(grad) == Form::Single {
         let width = grad.size()[1] as usize;
         let grad = elements::<f32>(grad);
         for (sum, group) in elements_mut::<f32>(sums).chunks_exact_mut(width).zip(groups) {
@@ -58,8 +59,8 @@ pub fn sum_by_id(grad: &Tensor, ids: &[u32], sums: &mut Tensor) {
             }
         }
     } else {
-        let at: Vec<i64> = groups.enumerate().flat_map(|(i, group)| vec![i as i64; group.len()]).collect();
-        let _ = sums.index_add_(0, &Tensor::from_slice(&at), &grad.index_select(0, &index(&order)));
+        let at = groups.enumerate().flat_map(|(i, group)| vec![i as i64; group.len()]);
+        let _ = sums.index_add_(0, &indices(at, grad), &grad.index_select(0, &index(&order, grad)));
     }
 }
 
@@ -71,9 +72,9 @@ vectorised! {
 
 /// Adds `values`, of the compute kind, to the wide `sum` of equally many elements; both contiguous.
 pub fn accumulate(sum: &mut Tensor, values: &Tensor) {
-    match (sum.kind(), values.kind()) {
-        (Kind::Float, Kind::Float) => add::<f32>(elements_mut(sum), elements(values)),
-        (Kind::Float, Kind::BFloat16) => add::<bf16>(elements_mut(sum), elements(values)),
+    match (Form::of(sum), Form::of(values)) {
+        (Form::Single, Form::Single) => add::<f32>(elements_mut(sum), elements(values)),
+        (Form::Single, Form::Brain) => add::<bf16>(elements_mut(sum), elements(values)),
         _ => {
             let _ = sum.g_add_(&values.view(sum.size().as_slice()));
         }
@@ -90,15 +91,13 @@ pub struct Place {
 /// Adds the blocks `[B, ...]`, of the compute kind, to the flat wide `sum` at their places.
 pub fn accumulate_blocks(sum: &mut Tensor, blocks: &Tensor, place: Place) {
     let length = blocks.numel() / blocks.size()[0] as usize;
-    match blocks.kind() {
-        Kind::Float => add_blocks::<f32>(elements_mut(sum), elements(blocks), place, length),
-        Kind::BFloat16 => add_blocks::<bf16>(elements_mut(sum), elements(blocks), place, length),
-        _ => {
-            let (sum, blocks) = (elements_mut::<f64>(sum), elements::<f64>(blocks));
-            for (b, block) in blocks.chunks_exact(length).enumerate() {
-                let sum = &mut sum[place.first + b * place.stride..][..length];
-                sum.iter_mut().zip(block).for_each(|(s, v)| *s += v);
-            }
+    match Form::of(blocks) {
+        Form::Single => add_blocks::<f32>(elements_mut(sum), elements(blocks), place, length),
+        Form::Brain => add_blocks::<bf16>(elements_mut(sum), elements(blocks), place, length),
+        Form::Aten => {
+            let shape = [blocks.size()[0], length as i64];
+            let mut places = sum.as_strided(shape, [place.stride as i64, 1], place.first as i64);
+            let _ = places.g_add_(&blocks.reshape(shape));
         }
     }
 }
@@ -126,10 +125,13 @@ pub fn pick(all: &Tensor, at: &[u32], chosen: &mut Tensor) {
         pairs(at, width).for_each(|(few, many)| chosen[few].copy_from_slice(&all[many]));
         chosen[at.len() * width..].fill(T::default());
     }
-    match all.kind() {
-        Kind::Float => copy::<f32>(all, at, chosen),
-        Kind::BFloat16 => copy::<bf16>(all, at, chosen),
-        _ => copy::<f64>(all, at, chosen),
+    match Form::of(all) {
+        Form::Single => copy::<f32>(all, at, chosen),
+        Form::Brain => copy::<bf16>(all, at, chosen),
+        Form::Aten => {
+            let _ = chosen.zero_();
+            chosen.narrow(0, 0, at.len() as i64).copy_(&all.index_select(0, &index(at, all)));
+        }
     }
 }
 
@@ -141,10 +143,13 @@ pub fn scatter(chosen: &Tensor, at: &[u32], all: &mut Tensor) {
         all.fill(T::default());
         pairs(at, width).for_each(|(few, many)| all[many].copy_from_slice(&chosen[few]));
     }
-    match all.kind() {
-        Kind::Float => copy::<f32>(chosen, at, all),
-        Kind::BFloat16 => copy::<bf16>(chosen, at, all),
-        _ => copy::<f64>(chosen, at, all),
+    match Form::of(all) {
+        Form::Single => copy::<f32>(chosen, at, all),
+        Form::Brain => copy::<bf16>(chosen, at, all),
+        Form::Aten => {
+            let _ = all.zero_();
+            let _ = all.index_copy_(0, &index(at, all), &chosen.narrow(0, 0, at.len() as i64));
+        }
     }
 }
 
@@ -152,10 +157,10 @@ pub fn scatter(chosen: &Tensor, at: &[u32], all: &mut Tensor) {
 pub fn sum_columns(matrix: &Tensor, wide: Kind) -> Tensor {
     let width = matrix.size()[1];
     let mut sums = Tensor::zeros([width], (wide, matrix.device()));
-    match matrix.kind() {
-        Kind::Float => add_rows::<f32>(elements_mut(&mut sums), elements(matrix)),
-        Kind::BFloat16 => add_rows::<bf16>(elements_mut(&mut sums), elements(matrix)),
-        _ => sums = matrix.sum_dim_intlist([0i64].as_slice(), false, wide),
+    match Form::of(matrix) {
+        Form::Single => add_rows::<f32>(elements_mut(&mut sums), elements(matrix)),
+        Form::Brain => add_rows::<bf16>(elements_mut(&mut sums), elements(matrix)),
+        Form::Aten => sums = matrix.sum_dim_intlist([0i64].as_slice(), false, wide),
     }
     sums
 }

@@ -4,11 +4,12 @@
 //! at position `s` of its document sees the keys `s + 1 - window ..= s`; queries past the document's end see none.
 
 use super::documents::{Block, Tile};
+use super::form::{indices, Form};
 use super::simd::{exp, max, vectorised, Narrow, LANES};
 use super::view::{elements, elements_mut};
 use half::bf16;
 use std::ops::Range;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Which scores they are, and what is multiplied to them.
 #[derive(Clone, Copy)]
@@ -45,23 +46,24 @@ impl Scores<'_> {
     }
 
     /// Rows of the statistics, and which keys each row sees as `[rows, keys]`: for slow twins.
-    fn mask(&self) -> (Tensor, Tensor) {
+    fn mask(&self, beside: &Tensor) -> (Tensor, Tensor) {
         let (mut at, mut mask) = (Vec::new(), Vec::new());
         let width = self.block.keys.len();
         self.visit(|_, statistic, keys| {
             at.push(statistic as i64);
             mask.extend((0..width).map(|k| keys.contains(&k)));
         });
-        (Tensor::from_slice(&at), Tensor::from_slice(&mask).view([-1, width as i64]))
+        let mask = Tensor::from_slice(&mask).view([-1, width as i64]).to_device(beside.device());
+        (indices(at, beside), mask)
     }
 }
 
 /// Replaces scores by probabilities and writes the log-sum-exp of each row to `lse`, wide `[padded tokens * heads]`.
 pub fn forward(scores: &mut Tensor, which: Scores<'_>, lse: &mut Tensor) {
-    match scores.kind() {
-        Kind::Float => forward_rows::<f32>(elements_mut(scores), which, elements_mut(lse)),
-        Kind::BFloat16 => forward_rows::<bf16>(elements_mut(scores), which, elements_mut(lse)),
-        _ => forward_slow(scores, which, lse),
+    match Form::of(scores) {
+        Form::Single => forward_rows::<f32>(elements_mut(scores), which, elements_mut(lse)),
+        Form::Brain => forward_rows::<bf16>(elements_mut(scores), which, elements_mut(lse)),
+        Form::Aten => forward_slow(scores, which, lse),
     }
 }
 
@@ -110,7 +112,7 @@ pub(super) fn exponentials<C: Narrow>(values: &[C], scale: f32, shift: f32, out:
 
 /// As [`forward`], in ATen calls of any kind.
 pub fn forward_slow(scores: &mut Tensor, which: Scores<'_>, lse: &mut Tensor) {
-    let (at, mask) = which.mask();
+    let (at, mask) = which.mask(scores);
     let blind = mask.logical_not();
     let wide = lse.kind();
     let scaled =
@@ -132,10 +134,10 @@ pub struct Statistics<'a> {
 
 /// Replaces scores by probabilities, and the gradient of the probabilities by that of the unscaled scores.
 pub fn backward(scores: &mut Tensor, grad: &mut Tensor, which: Scores<'_>, saved: Statistics<'_>) {
-    match scores.kind() {
-        Kind::Float => backward_fast::<f32>(scores, grad, which, saved),
-        Kind::BFloat16 => backward_fast::<bf16>(scores, grad, which, saved),
-        _ => backward_slow(scores, grad, which, saved),
+    match Form::of(scores) {
+        Form::Single => backward_fast::<f32>(scores, grad, which, saved),
+        Form::Brain => backward_fast::<bf16>(scores, grad, which, saved),
+        Form::Aten => backward_slow(scores, grad, which, saved),
     }
 }
 
@@ -165,7 +167,7 @@ vectorised! {
 
 /// As [`backward`], in ATen calls of any kind.
 pub fn backward_slow(scores: &mut Tensor, grad: &mut Tensor, which: Scores<'_>, saved: Statistics<'_>) {
-    let (at, mask) = which.mask();
+    let (at, mask) = which.mask(scores);
     let wide = saved.lse.kind();
     let statistic = |of: &Tensor| of.index_select(0, &at).unsqueeze(-1);
     let scaled = scores.view(mask.size().as_slice()).to_kind(wide) * which.scale - statistic(saved.lse);

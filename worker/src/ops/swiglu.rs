@@ -2,10 +2,11 @@
 //!
 //! Shapes: `T` rows, `F` columns. Gate and up are either two tensors `[T, F]` or the halves of one `[T, 2F]`.
 
+use super::form::{self, Form};
 use super::simd::{exp, vectorised, Narrow};
 use super::view::{elements, elements_mut};
 use half::bf16;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Where gate and up lie: `[gate | up]` in the rows of one tensor, or apart.
 pub enum GateUp<'a> {
@@ -14,10 +15,10 @@ pub enum GateUp<'a> {
 }
 
 impl GateUp<'_> {
-    fn kind(&self) -> Kind {
+    fn form(&self) -> Form {
         match self {
-            GateUp::Merged(both) => both.kind(),
-            GateUp::Apart(gate, _) => gate.kind(),
+            GateUp::Merged(both) => Form::of(both),
+            GateUp::Apart(gate, _) => Form::of(gate),
         }
     }
 
@@ -58,10 +59,10 @@ pub type Biases<'a> = Option<(&'a Tensor, &'a Tensor)>;
 /// Writes `silu(gate) * up` to `output` `[T, F]`. Biases are added to gate and up first, in place.
 pub fn forward(mut input: GateUp<'_>, biases: Biases<'_>, output: &mut Tensor) {
     add_biases(&mut input, biases);
-    match input.kind() {
-        Kind::Float => forward_fast::<f32>(&mut input, output),
-        Kind::BFloat16 => forward_fast::<bf16>(&mut input, output),
-        _ => forward_slow(input, output),
+    match input.form() {
+        Form::Single => forward_fast::<f32>(&mut input, output),
+        Form::Brain => forward_fast::<bf16>(&mut input, output),
+        Form::Aten => forward_slow(input, output),
     }
 }
 
@@ -92,15 +93,16 @@ vectorised! {
 /// As [`forward`], in ATen calls of any kind.
 pub fn forward_slow(input: GateUp<'_>, output: &mut Tensor) {
     let (gate, up) = input.halves();
-    output.copy_(&(gate.silu() * up));
+    let wide = form::wide(gate.kind());
+    output.copy_(&(gate.to_kind(wide).silu() * up.to_kind(wide)));
 }
 
 /// Replaces gate and up by their gradients, given that of the output `[T, F]`.
 pub fn backward(grad_output: &Tensor, mut input: GateUp<'_>) {
-    match input.kind() {
-        Kind::Float => backward_fast::<f32>(grad_output, &mut input),
-        Kind::BFloat16 => backward_fast::<bf16>(grad_output, &mut input),
-        _ => backward_slow(grad_output, input),
+    match input.form() {
+        Form::Single => backward_fast::<f32>(grad_output, &mut input),
+        Form::Brain => backward_fast::<bf16>(grad_output, &mut input),
+        Form::Aten => backward_slow(grad_output, input),
     }
 }
 
@@ -125,9 +127,11 @@ vectorised! {
 /// As [`backward`], in ATen calls of any kind.
 pub fn backward_slow(grad_output: &Tensor, input: GateUp<'_>) {
     let (mut gate, mut up) = input.halves();
-    let sigmoid = gate.sigmoid();
-    let silu = &gate * &sigmoid;
-    let grad_gate = grad_output * &up * (&sigmoid + &silu * (1.0 - &sigmoid));
+    let wide = form::wide(gate.kind());
+    let (wide_gate, grad_output) = (gate.to_kind(wide), grad_output.to_kind(wide));
+    let sigmoid = wide_gate.sigmoid();
+    let silu = wide_gate * &sigmoid;
+    let grad_gate = &grad_output * up.to_kind(wide) * (&sigmoid + &silu * (1.0 - &sigmoid));
     up.copy_(&(grad_output * silu));
     gate.copy_(&grad_gate);
 }

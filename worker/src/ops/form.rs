@@ -1,0 +1,60 @@
+//! Which form of an operation runs: a fused loop over fp32 or bf16 on the host, or ATen calls, on any device and for any
+//! kind. The ATen form is the oracle of the loop, and what a device without a kernel of its own falls back to.
+
+use std::cell::Cell;
+use tch::{Device, Kind, Tensor};
+
+/// One way to compute an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Loops over `f32`.
+    Single,
+    /// Loops over `bf16`.
+    Brain,
+    Aten,
+}
+
+thread_local! {
+    static ATEN_ONLY: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Form {
+    /// The form for operands like `tensor`.
+    pub fn of(tensor: &Tensor) -> Form {
+        match tensor.kind() {
+            _ if ATEN_ONLY.get() || tensor.device() != Device::Cpu => Form::Aten,
+            Kind::Float => Form::Single,
+            Kind::BFloat16 => Form::Brain,
+            _ => Form::Aten,
+        }
+    }
+}
+
+/// While it lives, this thread computes by ATen calls alone, as on a device without loops: for tests.
+pub struct AtenOnly(());
+
+impl AtenOnly {
+    pub fn begin() -> Self {
+        ATEN_ONLY.set(true);
+        AtenOnly(())
+    }
+}
+
+impl Drop for AtenOnly {
+    fn drop(&mut self) {
+        ATEN_ONLY.set(false);
+    }
+}
+
+/// The kind to compute in where operands are of the compute kind: at least fp32.
+pub fn wide(kind: Kind) -> Kind {
+    match kind {
+        Kind::Double => Kind::Double,
+        _ => Kind::Float,
+    }
+}
+
+/// Indices for ATen, on the device of `beside`: `[numbers]` i64.
+pub fn indices(numbers: impl IntoIterator<Item = i64>, beside: &Tensor) -> Tensor {
+    Tensor::from_slice(&numbers.into_iter().collect::<Vec<_>>()).to_device(beside.device())
+}
