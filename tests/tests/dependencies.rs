@@ -15,6 +15,7 @@ const LONGEST: usize = 500;
 const UNSAFE: &[&str] = &[
     "coordinator/src/launch/child.rs",
     "worker/src/collective/bytes.rs",
+    "worker/src/device.rs",
     "worker/src/lifeline.rs",
     "worker/src/model/weights.rs",
     "worker/src/ops/operation.rs",

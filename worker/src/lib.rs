@@ -3,6 +3,7 @@
 
 pub mod checkpoint;
 pub mod collective;
+pub mod device;
 pub mod fingerprint;
 pub mod lifeline;
 pub mod link;

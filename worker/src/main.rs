@@ -46,8 +46,13 @@ enum Command {
 fn main() -> ExitCode {
     // Before libtorch's first operation: it keeps a compiled kernel for each shape, bounded by the first two; large
     // tensors lie on huge pages where the system has them, which halves the cost of running over all sums.
-    let environment =
-        [("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"), ("LRU_CACHE_CAPACITY", "1024"), ("THP_MEM_ALLOC_ENABLE", "1")];
+    // On a GPU, products whose result does not depend on what ran before need workspaces of one size.
+    let environment = [
+        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"),
+        ("LRU_CACHE_CAPACITY", "1024"),
+        ("THP_MEM_ALLOC_ENABLE", "1"),
+        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+    ];
     for (variable, value) in environment {
         if std::env::var_os(variable).is_none() {
             std::env::set_var(variable, value);

@@ -2,6 +2,7 @@
 
 use crate::collective;
 use crate::collective::tcp::{Membership, Mesh};
+use crate::device;
 use crate::link::{self, Link};
 use crate::memory::{self, Available, Demand};
 use crate::model::weights::{self, Weights};
@@ -13,7 +14,7 @@ use crate::train::{self, Trainer};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tch::{Device, Kind};
+use tch::Kind;
 use unisono_configs::model::{spec, ModelSpec};
 use unisono_proto::v1::worker_message::Body;
 use unisono_proto::v1::{self as wire, directive, Assign, Compute, Epoch, Phase, Ready};
@@ -34,6 +35,8 @@ pub enum Error {
     #[error(transparent)]
     Restore(#[from] restore::Error),
     #[error(transparent)]
+    Device(#[from] device::Error),
+    #[error(transparent)]
     Memory(#[from] memory::Error),
     #[error(transparent)]
     Train(#[from] train::Error),
@@ -45,7 +48,12 @@ impl Error {
     /// Whether the user's input is at fault rather than the run.
     pub fn bad_input(&self) -> bool {
         match self {
-            Error::Spec(_) | Error::Weights(_) | Error::Model { .. } | Error::Memory(_) | Error::Unsupported(_) => true,
+            Error::Spec(_)
+            | Error::Weights(_)
+            | Error::Model { .. }
+            | Error::Memory(_)
+            | Error::Device(_)
+            | Error::Unsupported(_) => true,
             Error::Link(link::Error::Aborted(failure)) => failure.bad_input,
             Error::Link(link::Error::Refused(_) | link::Error::Dial(_)) => true,
             Error::Link(_) | Error::Collective(_) | Error::Restore(_) | Error::Train(_) => false,
@@ -99,6 +107,7 @@ impl<'l> Loading<'l> {
         // Everybody is assigned at the same moment, so peers are met before loading makes some later than others.
         let peers = Mesh::meet(&self.listener, &membership, link.stopper())?;
         let (path, compute) = self.source()?;
+        let device = device::open(&assign.device, place_on_host(&assign.peers, assign.rank as usize))?;
         let spec = ModelSpec::read(&path)?;
         use_threads(assign.threads);
         let layout = unisono_configs::model::Layout::new(&spec);
@@ -126,9 +135,9 @@ impl<'l> Loading<'l> {
         let saved =
             assign.resume.as_ref().map(|resume| Saved::open(Path::new(&resume.path), resume.step)).transpose()?;
         let mut model = match &saved {
-            None => Model::load(&path, spec, compute, Device::Cpu).map_err(failed)?,
+            None => Model::load(&path, spec, compute, device).map_err(failed)?,
             Some(saved) => {
-                let mut model = Model::new(spec, compute, Device::Cpu);
+                let mut model = Model::new(spec, compute, device);
                 let filled =
                     model.fill(|name, range, out| saved.read(name, Part::Master, range, out).map_err(Filling::from));
                 filled.map_err(|error| error.named(&path))?;
@@ -186,10 +195,6 @@ impl<'l> Loading<'l> {
             Compute::Bf16 => Kind::BFloat16,
             Compute::Unspecified => return Err(link::Error::Protocol("assigned no precision".into()).into()),
         };
-        if assign.device != "cpu" {
-            let sentence = format!("device \"{}\" is not supported yet; set cluster.device = \"cpu\"", assign.device);
-            return Err(Error::Unsupported(sentence));
-        }
         Ok((PathBuf::from(&model.path), compute))
     }
 
@@ -241,6 +246,11 @@ fn recompute(asked: wire::Recompute) -> Option<Recompute> {
         wire::Recompute::UpProjection => Some(Recompute::UpProjection),
         wire::Recompute::Block => Some(Recompute::Block),
     }
+}
+
+/// How many workers of a lower rank share `rank`'s machine.
+fn place_on_host(addresses: &[String], rank: usize) -> usize {
+    neighbours(&addresses[..=rank], rank) - 1
 }
 
 /// How many of the workers share `rank`'s machine, itself included.

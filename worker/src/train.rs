@@ -32,6 +32,8 @@ pub enum Error {
     BadLoss { micro_batch: u32, loss: f64 },
     #[error("the gradient norm is {norm}: lower train.learning_rate, or look at the rows of this step")]
     BadNorm { norm: f64 },
+    #[error("the updated parameters cannot be copied to the GPU: {source}")]
+    Publish { source: model::Error },
     #[error("this run keeps no optimizer state, and the coordinator asked for {0}")]
     NoOptimizer(&'static str),
 }
@@ -85,6 +87,7 @@ impl Trainer<'_> {
 
         link.progress().enter(Phase::Gather);
         optimizer.gather(peers, &mut self.model)?;
+        self.model.publish().map_err(|source| Error::Publish { source })?;
         seconds.gather = clock.lap();
 
         let activation_bytes = self.model.activation_bytes();

@@ -99,13 +99,21 @@ impl ConfigArgs {
 
 /// Replaces every "auto" by its value on this machine.
 pub fn resolve(config: &mut RunConfig) -> Result<()> {
-    if config.cluster.device == Device::Cuda {
-        let sentence = "cluster.device = \"cuda\" is not supported yet; set \"auto\" or \"cpu\"";
-        return Err(Error::bad_input(sentence));
-    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    // Workers compute on the processor only, so GPUs are not counted.
-    config.resolve(cores, 0, cpu_has_bf16()).map_err(Error::bad_input)
+    // GPUs are used where they are asked for: "auto" is the processor until they have proved themselves.
+    let gpus = if config.cluster.device == Device::Cuda { gpus() } else { 0 };
+    config.resolve(cores, gpus, cpu_has_bf16()).map_err(Error::bad_input)
+}
+
+/// The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible.
+fn gpus() -> usize {
+    let devices = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+    let numbered = |name: &str| name.strip_prefix("nvidia").is_some_and(|n| n.parse::<u32>().is_ok());
+    let count = devices.filter(|entry| entry.file_name().to_str().is_some_and(numbered)).count();
+    match std::env::var("CUDA_VISIBLE_DEVICES") {
+        Ok(list) => list.split(',').take_while(|id| !id.trim().is_empty() && id.trim() != "-1").count().min(count),
+        Err(_) => count,
+    }
 }
 
 /// The number of workers of a resolved configuration.

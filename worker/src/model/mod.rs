@@ -68,6 +68,8 @@ pub enum Error {
     Weights(#[from] weights::Error),
     #[error(transparent)]
     BadNumber(#[from] BadNumber),
+    #[error("{0} is not supported on a GPU yet; set cluster.device = \"cpu\"")]
+    HostOnly(&'static str),
     #[error("batch: {0}")]
     Batch(String),
     #[error("libtorch: {0}")]
@@ -82,6 +84,8 @@ pub struct Model {
     device: Device,
     /// One flat tensor per bucket: `[elements]`, of kind `compute`.
     buckets: Vec<Tensor>,
+    /// The same on the host, where the device is another: what the optimizer writes and workers exchange.
+    mirrors: Option<Vec<Tensor>>,
     pool: Pool,
     recompute: Recompute,
     rotation: Mutex<Option<Rotation>>,
@@ -91,17 +95,19 @@ impl Model {
     /// A model with all parameters zero.
     pub fn new(spec: ModelSpec, compute: Kind, device: Device) -> Self {
         let layout = Arc::new(Layout::new(&spec));
-        let buckets = layout.buckets.iter().map(|b| Tensor::zeros([b.elements as i64], (compute, device))).collect();
-        let (pool, recompute) = (Pool::new(device), Recompute::default());
-        Model { spec, layout, compute, device, buckets, pool, recompute, rotation: Mutex::default() }
+        let zeros = |device| layout.buckets.iter().map(move |b| Tensor::zeros([b.elements as i64], (compute, device)));
+        let (buckets, mirrors) =
+            (zeros(device).collect(), (device != Device::Cpu).then(|| zeros(Device::Cpu).collect()));
+        let (pool, recompute, rotation) = (Pool::new(device), Recompute::default(), Mutex::default());
+        Model { spec, layout, compute, device, buckets, mirrors, pool, recompute, rotation }
     }
 
     /// A model for dry runs: no memory stands behind its parameters. None where they exceed every address space.
     pub fn sketch(spec: ModelSpec, compute: Kind) -> Option<Self> {
         let (layout, device) = (Arc::new(Layout::new(&spec)), Device::Cpu);
         let buckets: Option<_> = layout.buckets.iter().map(|b| phantom::flat(compute, b.elements)).collect();
-        let (pool, recompute) = (Pool::phantom(), Recompute::default());
-        Some(Model { spec, layout, compute, device, buckets: buckets?, pool, recompute, rotation: Mutex::default() })
+        let (pool, recompute, rotation) = (Pool::phantom(), Recompute::default(), Mutex::default());
+        Some(Model { spec, layout, compute, device, buckets: buckets?, mirrors: None, pool, recompute, rotation })
     }
 
     /// A model with the weights of a Hugging Face directory, rounded to `compute`.
@@ -118,16 +124,17 @@ impl Model {
         &mut self,
         mut read: impl FnMut(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        for (index, bucket) in self.layout.buckets.iter().enumerate() {
+        let layout = self.layout.clone();
+        for (index, bucket) in layout.buckets.iter().enumerate() {
             for slot in &bucket.tensors {
                 let mut values = Tensor::zeros([slot.elements() as i64], (Kind::Float, Device::Cpu));
                 read(&slot.name, 0..slot.elements(), view::elements_mut(&mut values))?;
-                let copy =
-                    || self.buckets[index].f_narrow(0, slot.offset as i64, slot.elements() as i64)?.f_copy_(&values);
+                let bucket = self.mirrors.as_ref().map_or(&self.buckets[index], |mirrors| &mirrors[index]);
+                let copy = || bucket.f_narrow(0, slot.offset as i64, slot.elements() as i64)?.f_copy_(&values);
                 copy().map_err(Error::from)?;
             }
         }
-        Ok(())
+        Ok(self.publish()?)
     }
 
     pub fn layout(&self) -> &Arc<Layout> {
@@ -170,9 +177,19 @@ impl Model {
         &self.buckets[index]
     }
 
-    /// The flat parameters of a bucket, for the optimizer to write. It must not be replaced by another tensor.
+    /// The flat parameters of a bucket on the host, for the optimizer to write; [`Model::publish`] makes them those that the
+    /// model computes with. It must not be replaced by another tensor.
     pub fn bucket_mut(&mut self, index: usize) -> &mut Tensor {
-        &mut self.buckets[index]
+        match &mut self.mirrors {
+            Some(mirrors) => &mut mirrors[index],
+            None => &mut self.buckets[index],
+        }
+    }
+
+    /// Copies the host's parameters to the device; nothing to do where the device is the host.
+    pub fn publish(&mut self) -> Result<(), Error> {
+        let mirrors = self.mirrors.iter().flatten();
+        self.buckets.iter_mut().zip(mirrors).try_for_each(|(bucket, mirror)| Ok(bucket.f_copy_(mirror).map(drop)?))
     }
 
     /// Loss and gradient of one micro-batch. `scale` (1 / the step's target tokens) multiplies the gradient of every
@@ -195,12 +212,38 @@ impl Model {
     /// Greedy continuation of each prompt, at most `max_new` tokens. The flag says whether one of `ends` was met (it is
     /// not part of the result). What a prompt yields does not depend on the other prompts.
     pub fn generate(&self, prompts: &[Vec<u32>], max_new: usize, ends: &[u32]) -> Result<Vec<(Vec<u32>, bool)>, Error> {
+        if self.device != Device::Cpu {
+            return Err(Error::HostOnly("generation"));
+        }
         tch::no_grad(|| self.generate_pass(prompts, max_new, ends))
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_reach_the_device_when_they_are_published() {
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 16,
+            "rope_theta": 10000.0
+        });
+        let spec = ModelSpec::from_json(&config, Path::new("config.json")).unwrap();
+        let mut model = Model::new(spec, Kind::BFloat16, Device::Cpu);
+        model.mirrors = Some(model.buckets.iter().map(|b| b.zeros_like()).collect());
+        let ones = |_: &str, _: Range<usize>, out: &mut [f32]| -> Result<(), Error> { Ok(out.fill(1.0)) };
+        model.fill(ones).unwrap();
+        let first = |model: &Model| f64::try_from(model.bucket(1).get(0)).unwrap();
+        assert_eq!(first(&model), 1.0);
+        let _ = model.bucket_mut(1).fill_(2.0);
+        assert_eq!(first(&model), 1.0, "the device still has the old ones");
+        model.publish().unwrap();
+        assert_eq!(first(&model), 2.0);
+    }
+
     /// A worker loads on one thread and trains on another.
     #[test]
     fn a_model_can_move_to_another_thread() {

@@ -157,7 +157,7 @@ impl Model {
         let buckets = self.buckets.iter().map(Tensor::shallow_clone).collect();
         let (spec, layout, pool) = (self.spec.clone(), self.layout.clone(), Pool::phantom());
         let (compute, device, rotation) = (self.compute, self.device, Mutex::default());
-        let model = Model { spec, layout, compute, device, buckets, pool, recompute: level, rotation };
+        let model = Model { spec, layout, compute, device, buckets, mirrors: None, pool, recompute: level, rotation };
         match trains {
             true => model.forward_backward_pass(batch, 1.0, &mut Nowhere)?,
             false => model.evaluate_pass(batch)?,

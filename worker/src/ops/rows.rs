@@ -5,7 +5,7 @@ use super::simd::{vectorised, Narrow};
 use super::view::{elements, elements_mut, Element};
 use half::bf16;
 use std::ops::Range;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Rows of `table` `[_, H]` by id to the first rows of the wide `output` `[rows, H]`; the rest becomes zero.
 pub fn look_up(table: &Tensor, ids: &[u32], output: &mut Tensor) {
@@ -46,6 +46,12 @@ pub fn distinct(ids: &[u32]) -> Vec<u32> {
 /// The gradient of [`look_up`] by row of the table: for each of the [`distinct`] ids the sum of the rows of the wide `grad`
 /// `[rows, H]` that it was looked up for, first to last, to `sums`: wide `[distinct, H]`.
 pub fn sum_by_id(grad: &Tensor, ids: &[u32], sums: &mut Tensor) {
+    if grad.device() != Device::Cpu {
+        // Devices add rows in any order.
+        let mut on_host = sums.to_device(Device::Cpu);
+        sum_by_id(&grad.to_device(Device::Cpu), ids, &mut on_host);
+        return sums.copy_(&on_host);
+    }
     let mut order: Vec<u32> = (0..ids.len() as u32).collect();
     order.sort_by_key(|&row| (ids[row as usize], row));
     let groups = order.chunk_by(|&a, &b| ids[a as usize] == ids[b as usize]);

@@ -95,6 +95,14 @@ impl ExactSum {
     }
 }
 
+/// The leaf in host memory, where the sums are.
+fn on_host(gradient: &Tensor) -> Tensor {
+    match gradient.device() {
+        Device::Cpu => gradient.shallow_clone(),
+        _ => gradient.to_device(Device::Cpu),
+    }
+}
+
 /// Adds part of a leaf, or sets the sums to it where it is their first.
 fn add_leaf(sums: &mut [i64], gradient: &Tensor, part: Range<usize>, first: bool) -> f64 {
     match (gradient.kind(), first) {
@@ -114,14 +122,14 @@ fn add_leaf(sums: &mut [i64], gradient: &Tensor, part: Range<usize>, first: bool
 
 impl Leaves for ExactSum {
     fn dense(&mut self, bucket: usize, offset: usize, gradient: &Tensor) -> Result<(), BadNumber> {
-        self.add(bucket, offset, gradient, 0..gradient.numel())
+        self.add(bucket, offset, &on_host(gradient), 0..gradient.numel())
     }
 
     fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber> {
         if rows.is_empty() {
             return Ok(());
         }
-        let width = gradient.numel() / rows.len();
+        let (gradient, width) = (&on_host(gradient), gradient.numel() / rows.len());
         rows.iter().enumerate().try_for_each(|(i, &row)| {
             self.add(bucket, offset + row as usize * width, gradient, i * width..(i + 1) * width)
         })
