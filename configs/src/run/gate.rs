@@ -65,6 +65,8 @@ pub struct Gate {
     pub rare: f64,
     /// Duplicates, near-duplicates and shared prompts are mere notes below this share of their task's rows.
     pub repeats: f64,
+    /// The same for duplicates of less than eight words of their own: where there are few things to say, some recur.
+    pub short_repeats: f64,
     /// Leaked rows are mere notes below this share of the rows held out.
     pub leaked: f64,
     /// Truncated completions are mere notes below this share of their task's rows.
@@ -126,6 +128,7 @@ impl Default for Gate {
             unknown_tokens: Level::Warn,
             rare: 0.001,
             repeats: 0.01,
+            short_repeats: 0.25,
             leaked: 0.005,
             cut: 0.05,
             least_rows: 20,
@@ -166,6 +169,7 @@ pub(super) const KEYS: &[&str] = &[
     "unknown_tokens",
     "rare",
     "repeats",
+    "short_repeats",
     "leaked",
     "cut",
     "least_rows",
@@ -208,6 +212,7 @@ pub(super) fn read(s: &Section<'_>) -> Result<Gate, Error> {
         unknown_tokens: level("unknown_tokens", d.unknown_tokens)?,
         rare: share("rare", d.rare)?,
         repeats: share("repeats", d.repeats)?,
+        short_repeats: share("short_repeats", d.short_repeats)?,
         leaked: share("leaked", d.leaked)?,
         cut: share("cut", d.cut)?,
         least_rows: s.whole("least_rows", d.least_rows as u64, 2)? as usize,

@@ -42,8 +42,8 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
     /// Go on with a run that ended, from its newest checkpoint, with any number of workers; auto: with the newest run of
-    /// this configuration, or start one. A CONFIG beside it may change only train.epochs, train.steps, [eval],
-    /// [checkpoint] and [cluster]
+    /// this configuration, or start one. A CONFIG beside it may change only train.epochs, train.steps, [gate],
+    /// [eval], [checkpoint] and [cluster]
     #[arg(long, value_name = "RUN|auto")]
     resume: Option<String>,
     /// One JSON object per event on standard output

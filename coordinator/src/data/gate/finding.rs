@@ -71,6 +71,11 @@ impl Finding {
         Finding { other: Some(other.to_owned()), ..self }
     }
 
+    /// Too rare to matter after all.
+    pub fn mere(self) -> Self {
+        Finding { severity: Severity::Note, ..self }
+    }
+
     /// As `--strict` takes it: a warning ends the run.
     pub fn stricter(self) -> Self {
         let severity = match self.severity {

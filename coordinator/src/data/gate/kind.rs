@@ -235,6 +235,14 @@ impl Serialize for Kind {
 mod tests {
     use super::*;
 
+    #[test]
+    fn every_kind_is_explained() {
+        let page = include_str!("../../../../docs/data.md");
+        for kind in Kind::ALL {
+            assert!(page.contains(&format!("| `{}` |", kind.id())), "docs/data.md lacks {}", kind.id());
+        }
+    }
+
     /// A kind that no key switches, or a key that no kind reads, would never be noticed.
     #[test]
     fn every_kind_follows_its_own_key() {

@@ -37,6 +37,7 @@ impl Flaws {
     pub const EMPTY_TURN: Flaws = Flaws(256);
     pub const ECHO: Flaws = Flaws(512);
     pub const PLACEHOLDER: Flaws = Flaws(1024);
+    pub const HEADING: Flaws = Flaws(2048);
 
     pub fn has(self, flaw: Flaws) -> bool {
         self.0 & flaw.0 != 0
@@ -66,8 +67,8 @@ pub struct Seam {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Look {
     pub flaws: Flaws,
-    /// First mark of the classes End, Special and Foreign.
-    pub marks: [u16; 3],
+    /// First mark of the classes End, Special, Foreign and Heading.
+    pub marks: [u16; 4],
     /// Hash of everything before the last completion; 0 where there is nothing.
     pub prompt: u64,
     /// Of everything.
@@ -95,7 +96,7 @@ impl Look {
     /// `frame`: what the rows of the table have in common.
     pub fn at(texts: &Texts<'_>, marks: &Marks, frame: &Frame) -> Self {
         let mut flaws = Flaws::default();
-        let mut first = [u16::MAX; 3];
+        let mut first = [u16::MAX; 4];
         let last = texts.turns.iter().rposition(|turn| turn.asked).unwrap_or(texts.turns.len());
         let (mut prompt, mut whole, mut loose) = (0u64, 0u64, 0u64);
         for (index, turn) in texts.turns.iter().enumerate() {
@@ -115,6 +116,7 @@ impl Look {
                     Class::End => (Flaws::END, Some(0)),
                     Class::Special => (Flaws::SPECIAL, Some(1)),
                     Class::Foreign => (Flaws::FOREIGN, Some(2)),
+                    Class::Heading => (Flaws::HEADING, Some(3)),
                     Class::Braces => (Flaws::BRACES, None),
                     Class::Broken => (Flaws::BROKEN, None),
                 };
@@ -180,16 +182,25 @@ fn exact(text: &str) -> u64 {
     mix(mix(hash.rotate_left(23) ^ u64::from_le_bytes(rest)) ^ text.len() as u64)
 }
 
+/// Lower case, and white space as one space between words.
 fn loosely(text: &str) -> u64 {
     let mut hash = 0xCBF2_9CE4_8422_2325u64;
     let mut step = |value: u32| hash = (hash ^ u64::from(value)).wrapping_mul(0x0000_0100_0000_01B3).rotate_left(7);
-    for word in text.split_whitespace() {
-        for c in word.chars() {
-            match c.is_ascii() {
-                true => step(u32::from(c.to_ascii_lowercase())),
-                false => c.to_lowercase().for_each(|lower| step(lower as u32)),
+    let mut inside = false;
+    for c in text.chars() {
+        if c.is_whitespace() {
+            if std::mem::take(&mut inside) {
+                step(u32::from(' '));
             }
+            continue;
         }
+        inside = true;
+        match c.is_ascii() {
+            true => step(u32::from(c.to_ascii_lowercase())),
+            false => c.to_lowercase().for_each(|lower| step(lower as u32)),
+        }
+    }
+    if inside {
         step(u32::from(' '));
     }
     mix(hash)
@@ -197,10 +208,13 @@ fn loosely(text: &str) -> u64 {
 
 /// Control characters other than tabulator, line feed and carriage return.
 fn control(text: &str) -> bool {
-    let bytes = text.as_bytes();
-    let ascii = |b: &u8| *b < 0x20 && !matches!(b, b'\t' | b'\n' | b'\r') || *b == 0x7F;
-    // U+0080 to U+009F are C2 80 to C2 9F.
-    bytes.iter().any(ascii) || bytes.windows(2).any(|pair| pair[0] == 0xC2 && pair[1] < 0xA0)
+    let mut before = 0u8;
+    text.bytes().any(|byte| {
+        // U+0080 to U+009F are C2 80 to C2 9F.
+        let high = before == 0xC2 && byte < 0xA0;
+        before = byte;
+        high || byte == 0x7F || byte < 0x20 && !matches!(byte, b'\t' | b'\n' | b'\r')
+    })
 }
 
 #[cfg(test)]

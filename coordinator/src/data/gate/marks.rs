@@ -46,11 +46,11 @@ const TURNS: &[&str] = &[
     "<bos>",
     "<BOS>",
     "[BOS]",
-    "### Instruction:",
-    "### Response:",
-    "\nHuman: ",
-    "\nASSISTANT: ",
 ];
+
+/// Plain words that open a turn: where all rows of a task have them, its own template wrote them.
+const HEADINGS: &[&str] =
+    &["### Instruction:", "### Input:", "### Response:", "\nHuman: ", "\nUSER: ", "\nASSISTANT: ", "\nAssistant: "];
 
 /// UTF-8 read as Windows-1252 and the like, and characters that a decoder puts where it failed.
 const BROKEN: &[&str] = &[
@@ -80,6 +80,8 @@ pub enum Class {
     Special,
     /// A marker of a template that is not the tokenizer's.
     Foreign,
+    /// Plain words that open a turn.
+    Heading,
     /// Opens a template's expression or statement.
     Braces,
     Broken,
@@ -116,6 +118,7 @@ impl Marks {
         }
         ENDS.iter().for_each(|text| add(text, Class::End, false));
         TURNS.iter().for_each(|text| add(text, Class::Foreign, false));
+        HEADINGS.iter().for_each(|text| add(text, Class::Heading, false));
         ["{{", "{%"].iter().for_each(|text| add(text, Class::Braces, false));
         BROKEN.iter().for_each(|text| add(text, Class::Broken, false));
         let finder =
@@ -172,6 +175,7 @@ mod tests {
         assert_eq!(one("a<|endoftext|>"), Some((Class::End, false)));
         assert_eq!(one("<pad>"), Some((Class::Special, true)));
         assert_eq!(one("[INST] x"), Some((Class::Foreign, false)));
+        assert_eq!(one("### Response:\n"), Some((Class::Heading, false)));
         assert_eq!(one("caf\u{FFFD}"), Some((Class::Broken, false)));
         assert_eq!(one("It â€™s"), Some((Class::Broken, false)));
         assert_eq!(found("<|im_end|></s>").len(), 2);

@@ -73,3 +73,55 @@ impl Gate {
         findings
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::words::mix;
+    use super::*;
+    use crate::data::split::Part;
+    use rayon::prelude::*;
+    use std::time::Instant;
+
+    /// Rows like those of school problems: some 45 words of 8,000, about 290 bytes.
+    fn row(n: u64) -> (String, String) {
+        let word = |i: u64| format!("w{}", mix(n * 1000 + i) % 8000);
+        let question: Vec<String> = (0..45).map(word).collect();
+        (format!("Question: {}\nAnswer:", question.join(" ")), format!(" {}", mix(n) % 1000))
+    }
+
+    /// `cargo test -p unisono-coordinator --lib -- --ignored --nocapture a_million` prints what the text gate takes.
+    #[test]
+    #[ignore = "a measurement"]
+    fn a_million_rows_take_seconds() {
+        let rows: Vec<(String, String)> = (0..1_000_000).into_par_iter().map(row).collect();
+        let bytes: usize = rows.iter().map(|(p, c)| p.len() + c.len()).sum();
+        let marks = Marks::new(&["</s>".into()], "</s>").unwrap();
+        let frame = Frame::learn(rows[..SAMPLE].iter().map(|(p, c)| [p.as_str(), c.as_str()]));
+        let begin = Instant::now();
+        let looks: Vec<Look> = rows
+            .par_iter()
+            .map(|(prompt, completion)| {
+                let turns = [Turn { text: prompt, asked: false }, Turn { text: completion, asked: true }];
+                Look::at(&Texts { turns: &turns, pair: true }, &marks, &frame)
+            })
+            .collect();
+        let looked = begin.elapsed();
+        let config = run::Gate::default();
+        let mut text = Text::default();
+        let (task, file) = (text.task("t", true, &config), text.file("t.jsonl"));
+        for (line, look) in looks.into_iter().enumerate() {
+            let part = if line % 500 == 0 { Part::Validation } else { Part::Train };
+            text.row(task, part, Place { file, line: line as u32 + 1 }, look);
+        }
+        let listed = begin.elapsed();
+        let findings = text.finish(&config, &marks);
+        assert!(findings.is_empty(), "{findings:?}");
+        println!(
+            "{} MB of text: looked at in {looked:?}, listed in {:?}, judged in {:?}; {} bytes kept for a row",
+            bytes / 1_000_000,
+            listed - looked,
+            begin.elapsed() - listed,
+            std::mem::size_of::<text::Seen>()
+        );
+    }
+}

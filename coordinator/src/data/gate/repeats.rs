@@ -11,12 +11,15 @@ use unisono_configs::run::Gate;
 #[derive(Debug, Default)]
 struct Repeats {
     count: u64,
+    /// Of them, those that do not recur for want of words.
+    long: u64,
     first: Vec<(u32, u32)>,
 }
 
 impl Repeats {
-    fn add(&mut self, row: u32, earlier: u32) {
+    fn add(&mut self, row: u32, earlier: u32, long: bool) {
         self.count += 1;
+        self.long += u64::from(long);
         let at = self.first.partition_point(|pair| *pair < (row, earlier));
         if at < SHOWN {
             self.first.insert(at, (row, earlier));
@@ -50,6 +53,7 @@ pub(super) fn groups(sorted: &[(u64, u32)]) -> impl Iterator<Item = &[(u64, u32)
 pub(super) fn find(text: &Text, gate: &Gate) -> Vec<Finding> {
     let rows = &text.rows;
     let task = |row: u32| rows[row as usize].task;
+    let long = |row: u32| rows[row as usize].sketch.count > 2;
     let (mut same, mut near, mut prompts): (BTreeMap<u32, Repeats>, _, _) =
         (BTreeMap::new(), BTreeMap::<u32, Repeats>::new(), BTreeMap::<u32, Repeats>::new());
     let mut across: BTreeMap<(u32, u32), Repeats> = BTreeMap::new();
@@ -57,10 +61,10 @@ pub(super) fn find(text: &Text, gate: &Gate) -> Vec<Finding> {
         // Rows come in the order of their tasks.
         for own in group.chunk_by(|a, b| task(a.1) == task(b.1)) {
             let first = own[0].1;
-            own[1..].iter().for_each(|&(_, row)| same.entry(task(first)).or_default().add(row, first));
+            own[1..].iter().for_each(|&(_, row)| same.entry(task(first)).or_default().add(row, first, long(row)));
             if task(first) != task(group[0].1) {
                 let pair = across.entry((task(first), task(group[0].1))).or_default();
-                own.iter().for_each(|&(_, row)| pair.add(row, group[0].1));
+                own.iter().for_each(|&(_, row)| pair.add(row, group[0].1, true));
             }
         }
     }
@@ -69,7 +73,7 @@ pub(super) fn find(text: &Text, gate: &Gate) -> Vec<Finding> {
             let whole = |row: u32| rows[row as usize].whole;
             let first = own[0].1;
             let odd = own[1..].iter().filter(|&&(_, row)| whole(row) != whole(first));
-            odd.for_each(|&(_, row)| near.entry(task(first)).or_default().add(row, first));
+            odd.for_each(|&(_, row)| near.entry(task(first)).or_default().add(row, first, true));
         }
     }
     for group in groups(&sorted(rows, |row| row.prompt)) {
@@ -78,8 +82,8 @@ pub(super) fn find(text: &Text, gate: &Gate) -> Vec<Finding> {
             let first = own[0].1;
             let Some(&(_, other)) = own[1..].iter().find(|&&(_, row)| whole(row) != whole(first)) else { continue };
             let all = prompts.entry(task(first)).or_default();
-            all.add(first, other);
-            own[1..].iter().for_each(|&(_, row)| all.add(row, first));
+            all.add(first, other, true);
+            own[1..].iter().for_each(|&(_, row)| all.add(row, first, true));
         }
     }
     let mut findings = Vec::new();
@@ -89,6 +93,9 @@ pub(super) fn find(text: &Text, gate: &Gate) -> Vec<Finding> {
         let other = other.map(|other| text.tasks[other as usize].name.as_str());
         other.iter().for_each(|other| said += &format!(" are also in \"{other}\""));
         let finding = Finding::new(gate, kind, &task.name, found.count, task.rows(), said);
+        let share = |count: u64| count as f64 / task.rows() as f64;
+        let chance = share(found.long) < gate.repeats && share(found.count) < gate.short_repeats;
+        let finding = finding.map(|f| if kind == Kind::Duplicates && chance { f.mere() } else { f });
         findings.extend(finding.map(|f| Finding { other: other.map(str::to_owned), ..f.at(found.places(text)) }));
     };
     same.iter().for_each(|(task, found)| add(Kind::Duplicates, *task, None, found));

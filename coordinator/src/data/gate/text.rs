@@ -66,7 +66,7 @@ pub struct Text {
 }
 
 /// Flaws that are counted, in the order of their bits.
-const COUNTED: [Flaws; 11] = [
+const COUNTED: [Flaws; 12] = [
     Flaws::END,
     Flaws::END_LAST,
     Flaws::SPECIAL,
@@ -78,6 +78,7 @@ const COUNTED: [Flaws; 11] = [
     Flaws::EMPTY_TURN,
     Flaws::ECHO,
     Flaws::PLACEHOLDER,
+    Flaws::HEADING,
 ];
 
 impl Text {
@@ -105,7 +106,7 @@ impl Text {
                 if tally.places.len() < SHOWN {
                     tally.places.push(place);
                 }
-                let slot = [Flaws::END, Flaws::SPECIAL, Flaws::FOREIGN].iter().position(|f| f == flaw);
+                let slot = [Flaws::END, Flaws::SPECIAL, Flaws::FOREIGN, Flaws::HEADING].iter().position(|f| f == flaw);
                 tally.mark = tally.mark.or(slot.map(|slot| look.marks[slot]));
             }
         }
@@ -163,6 +164,10 @@ impl Text {
         });
         add(Kind::SpecialTokens, Flaws::SPECIAL, &|mark| format!(" hold {}", quoted(mark)));
         add(Kind::TemplateDrift, Flaws::FOREIGN, &|mark| format!(" hold {}", quoted(mark)));
+        // Of nearly all rows it is the way: alpaca's, or the user's own.
+        if tally(Flaws::HEADING).is_some_and(|t| t.count * 20 < rows * 19) {
+            add(Kind::TemplateDrift, Flaws::HEADING, &|mark| format!(" hold {}", quoted(mark)));
+        }
         add(Kind::UnrenderedTemplate, Flaws::BRACES, &nothing);
         add(Kind::BrokenText, Flaws::BROKEN, &nothing);
         add(Kind::GluedSeam, Flaws::GLUED, &nothing);
@@ -184,12 +189,13 @@ impl Text {
         let rows = &self.rows[first..first + task.rows() as usize];
         // A feature that nearly all rows share is the table's way; the rest departs from it.
         let odd = |feature: &dyn Fn(&Seen) -> u64, least: u64| -> Vec<usize> {
-            let mut values: Vec<u64> = rows.iter().map(feature).collect();
+            // A row without a prompt has no seam.
+            let mut values: Vec<u64> = rows.iter().filter(|row| row.prompt != 0).map(feature).collect();
             values.sort_unstable();
             let most = values.chunk_by(|a, b| a == b).max_by_key(|same| same.len());
             match most {
                 Some(same) if same[0] >= least && same.len() < rows.len() && same.len() * 20 >= rows.len() * 19 => {
-                    (0..rows.len()).filter(|&i| feature(&rows[i]) != same[0]).collect()
+                    (0..rows.len()).filter(|&i| rows[i].prompt != 0 && feature(&rows[i]) != same[0]).collect()
                 }
                 _ => Vec::new(),
             }
@@ -207,11 +213,12 @@ impl Text {
     }
 }
 
-/// A task that was to give rows away and cannot.
+/// A task of which shares are to be held out, with too few rows for that.
 fn small(task: &Task, gate: &Gate) -> Option<Finding> {
     let [train, validation, test] = task.parts;
-    if !task.held || train == 0 || validation + test > 0 {
+    let (rows, out) = (task.rows(), validation + test);
+    if !task.held || train == 0 || (out > 0 && rows >= gate.least_rows as u64) {
         return None;
     }
-    Finding::new(gate, Kind::SmallSplit, &task.name, train, train, format!("{train} rows, none of them held out"))
+    Finding::new(gate, Kind::SmallSplit, &task.name, rows, rows, format!("{rows} rows, {out} of them held out"))
 }

@@ -36,31 +36,53 @@ pub fn words(text: &str, into: &mut Vec<u64>) {
             into.push(mix(std::mem::replace(word, START)));
         }
     };
-    for c in text.chars() {
-        if c.is_ascii_alphanumeric() {
-            word = step(word, c.to_ascii_lowercase() as u8);
-            open = true;
-        } else if c.is_ascii() || !c.is_alphanumeric() {
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while let Some(&byte) = bytes.get(at) {
+        if byte.is_ascii() {
+            match byte.is_ascii_alphanumeric() {
+                // Setting the bit makes a capital letter small, and leaves digits apart from each other.
+                true => (word, open) = (step(word, byte | 0x20), true),
+                false => close(&mut word, &mut open),
+            }
+            at += 1;
+            continue;
+        }
+        let c = text[at..].chars().next().expect("a byte that is not ASCII begins a character here");
+        at += c.len_utf8();
+        if !c.is_alphanumeric() {
             close(&mut word, &mut open);
-        } else {
-            let alone = matches!(c, '\u{3040}'..='\u{30FF}' | '\u{3400}'..='\u{9FFF}' | '\u{20000}'..='\u{3FFFF}');
-            if alone {
-                close(&mut word, &mut open);
-            }
-            for lower in c.to_lowercase() {
-                word = (lower as u32).to_le_bytes().iter().fold(word, |hash, &byte| step(hash, byte));
-            }
-            open = true;
-            if alone {
-                close(&mut word, &mut open);
-            }
+            continue;
+        }
+        let alone = matches!(c, '\u{3040}'..='\u{30FF}' | '\u{3400}'..='\u{9FFF}' | '\u{20000}'..='\u{3FFFF}');
+        if alone {
+            close(&mut word, &mut open);
+        }
+        for lower in c.to_lowercase() {
+            word = (lower as u32).to_le_bytes().iter().fold(word, |hash, &byte| step(hash, byte));
+        }
+        open = true;
+        if alone {
+            close(&mut word, &mut open);
         }
     }
     close(&mut word, &mut open);
 }
 
-fn sequence(words: &[u64]) -> u64 {
-    words.iter().fold(START, |hash, &word| mix(hash.rotate_left(5) ^ word))
+/// Factor of the rolling hash of a sequence (Karp and Rabin 1987, modulo 2^64 over mixed words).
+const FACTOR: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// Hashes of all sequences of `length` words, in order.
+fn sequences(words: &[u64], length: usize) -> impl Iterator<Item = u64> + '_ {
+    let leaving = (0..length).fold(1u64, |power, _| power.wrapping_mul(FACTOR));
+    let mut rolling = 0u64;
+    words.iter().enumerate().filter_map(move |(at, &word)| {
+        rolling = rolling.wrapping_mul(FACTOR).wrapping_add(word);
+        if at >= length {
+            rolling = rolling.wrapping_sub(words[at - length].wrapping_mul(leaving));
+        }
+        (at + 1 >= length).then(|| mix(rolling))
+    })
 }
 
 /// The word sequences that many rows of a table have: its template.
@@ -83,7 +105,7 @@ impl Frame {
             for text in row {
                 buffer.clear();
                 words(text, &mut buffer);
-                own.extend(buffer.windows(FRAME).map(sequence));
+                own.extend(sequences(&buffer, FRAME));
             }
             own.sort_unstable();
             own.dedup();
@@ -128,8 +150,8 @@ impl Sketch {
             words(text, &mut buffer);
             covered.clear();
             covered.resize(buffer.len(), false);
-            for (at, window) in buffer.windows(FRAME).enumerate() {
-                if frame.holds(sequence(window)) {
+            for (at, hash) in sequences(&buffer, FRAME).enumerate() {
+                if frame.holds(hash) {
                     covered[at..at + FRAME].fill(true);
                 }
             }
@@ -137,7 +159,7 @@ impl Sketch {
             for run in covered.chunk_by(|a, b| a == b) {
                 let own = &buffer[from..from + run.len()];
                 if !run[0] {
-                    hashes.extend(own.windows(SHINGLE).map(|window| (sequence(window) >> 32) as u32));
+                    hashes.extend(sequences(own, SHINGLE).map(|hash| (hash >> 32) as u32));
                 }
                 from += run.len();
             }
@@ -209,6 +231,15 @@ mod tests {
         assert_ne!(hashes("ab c"), hashes("a bc"));
         assert_eq!(hashes("日本語").len(), 3);
         assert!(hashes(" .,\n").is_empty());
+        assert_ne!(hashes("1"), hashes("q"));
+    }
+
+    #[test]
+    fn a_sequence_is_the_same_wherever_it_stands() {
+        let (a, b) = (hashes("one two three four five"), hashes("zero two three four five six"));
+        let (a, b): (Vec<u64>, Vec<u64>) = (sequences(&a, 3).collect(), sequences(&b, 3).collect());
+        assert_eq!((a.len(), b.len(), &a[1..]), (3, 4, &b[1..3]));
+        assert_eq!(sequences(&hashes("one two"), 3).count(), 0);
     }
 
     fn source(n: usize) -> String {
