@@ -6,6 +6,7 @@ mod names;
 mod read;
 mod resolve;
 mod resume;
+mod rows;
 mod section;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ mod tree;
 
 pub use error::Error;
 pub use gate::{Gate, Level};
+pub use rows::{Mix, Mixing, Tokens, Unit};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -27,6 +29,10 @@ pub struct RunConfig {
     pub gate: Gate,
     #[serde(default)]
     pub split: Split,
+    #[serde(default)]
+    pub mix: Mix,
+    #[serde(default)]
+    pub tokens: Tokens,
     #[serde(default)]
     pub train: Train,
     #[serde(default)]
@@ -103,6 +109,9 @@ pub struct Data {
     /// With on_bad_row = "drop": the largest share of rows that may be dropped.
     #[serde(default = "default_max_dropped")]
     pub max_dropped: f64,
+    /// With mix.by = "weights": the task's part of an epoch, in proportion to the other tables'.
+    #[serde(default = "default_weight")]
+    pub weight: f64,
 }
 
 impl Data {
@@ -117,6 +126,10 @@ pub(crate) fn stem(path: &Path) -> String {
     let plain = path.ancestors().find(|at| at.file_name().is_some_and(|n| !n.to_string_lossy().contains(['*', '?'])));
     let stem = plain.and_then(Path::file_stem).map(|s| s.to_string_lossy().into_owned());
     stem.unwrap_or_else(|| "data".into())
+}
+
+fn default_weight() -> f64 {
+    1.0
 }
 
 fn default_max_dropped() -> f64 {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use unisono_configs::run::{Checkpoint, Cluster, Data, Eval, Gate, Model, RunConfig, Split, Train};
+use unisono_configs::run::{Checkpoint, Cluster, Data, Eval, Gate, Mix, Model, RunConfig, Split, Tokens, Train};
 
 const HEAD: &str = "\
 # Every key of a run's configuration with its default. Copy what you want to change: a file needs no more than
@@ -27,6 +27,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("data.template", "# \"Question: {{ question }}\\nAnswer:||| {{ answer }}\""),
     ("data.validation", "# 0.05"),
     ("data.test", "# \"test.jsonl\""),
+    ("tokens.cache", "# \"/scratch/tokens\""),
     ("train.steps", "# 200"),
 ];
 
@@ -86,12 +87,15 @@ fn defaults() -> toml::Table {
         test: None,
         on_bad_row: Default::default(),
         max_dropped: 0.01,
+        weight: 1.0,
     };
     let config = RunConfig {
         model: Model { path: PathBuf::from("models/tiny"), revision: None, compute: Default::default() },
         data: vec![data],
         gate: Gate::default(),
         split: Split::default(),
+        mix: Mix::default(),
+        tokens: Tokens::default(),
         train: Train::default(),
         cluster: Cluster::default(),
         eval: Eval::default(),
@@ -101,7 +105,9 @@ fn defaults() -> toml::Table {
 }
 
 fn reference() -> String {
-    let types = types(concat!(include_str!("../src/run.rs"), include_str!("../src/run/gate.rs")));
+    let sources =
+        concat!(include_str!("../src/run.rs"), include_str!("../src/run/gate.rs"), include_str!("../src/run/rows.rs"));
+    let types = types(sources);
     let defaults = defaults();
     let mut text = HEAD.to_owned();
     for (section, kind, _) in &types["RunConfig"].1 {

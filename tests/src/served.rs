@@ -76,15 +76,10 @@ impl Served {
             prompt: (2 + i % 4) as u32,
             gaps: Box::default(),
         };
-        let dataset = Dataset {
-            tasks: vec!["copy".into(), "count".into()],
-            train: (0..rows).map(example).collect(),
-            validation: (rows..rows + 9).map(example).collect(),
-            test: (rows + 9..rows + 14).map(example).collect(),
-            eos: 0,
-            reports: Vec::new(),
-            findings: Vec::new(),
-        };
+        let examples = |rows: std::ops::Range<usize>| rows.map(example).collect();
+        let tasks = vec!["copy".into(), "count".into()];
+        let dataset =
+            Dataset::given(tasks, examples(0..rows), examples(rows..rows + 9), examples(rows + 9..rows + 14), 0);
         Served { config, spec, dataset: Arc::new(dataset), home }
     }
 

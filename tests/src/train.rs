@@ -43,6 +43,8 @@ impl Train {
         let mark = format!("{}-{count}", std::process::id());
         let mut command = binaries::command(&["train", "--json"]);
         command.arg("--run-dir").arg(&run_dir).env(processes::MARK, &mark).current_dir(dir);
+        // No test finds tokens of another.
+        command.env("XDG_CACHE_HOME", dir.join("cache"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Train { command, mark, run_dir }
     }

@@ -21,10 +21,13 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "test",
             "on_bad_row",
             "max_dropped",
+            "weight",
         ],
     ),
     ("gate", super::gate::KEYS),
     ("split", &["validation", "test"]),
+    ("mix", &["by", "cap", "temperature", "unit", "examples"]),
+    ("tokens", &["ahead_above_mib", "cache", "cache_gib"]),
     (
         "train",
         &[
@@ -51,7 +54,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
 ];
 
 /// Keys that are planned: refused, but not as unknown.
-const PLANNED: &[&str] = &["data.weight", "data.group_by", "eval.generate", "model.adapter", "model.freeze"];
+const PLANNED: &[&str] = &["data.group_by", "eval.generate", "model.adapter", "model.freeze"];
 
 /// Other trainers' names (TRL, transformers, Axolotl, DeepSpeed) of a key that takes the same value.
 const RENAMED: &[(&str, &str)] = &[

@@ -2,10 +2,10 @@
 
 use super::section::Section;
 use super::tree::{Document, Node, Place, Value};
-use super::{gate, names, Error};
+use super::{gate, names, rows, Error};
 use super::{
-    Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Model, OnBadRow, Recompute,
-    RunConfig, Schedule, Split, Train, Turns, ZeroStage,
+    Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Mixing, Model, OnBadRow,
+    Recompute, RunConfig, Schedule, Split, Train, Turns, ZeroStage,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -116,7 +116,14 @@ fn config(document: &Document, base: &Path) -> Result<RunConfig, Error> {
             "is missing; write a [[data]] table with the path of a .jsonl file",
         ));
     }
+    let mix = rows::mix(&section("mix")?)?;
+    let weighed = |s: &&Section<'_>| s.node("weight").is_some_and(|node| node.number() != Some(1.0));
+    if let (false, Some(s)) = (mix.by == Mixing::Weights, data.iter().find(weighed)) {
+        return Err(s.fail("weight", "has no effect; set mix.by = \"weights\", or remove it"));
+    }
     Ok(RunConfig {
+        mix,
+        tokens: rows::tokens(&section("tokens")?)?,
         model: model(&section("model")?)?,
         data: data.iter().map(|s| table(s, &split)).collect::<Result<_, _>>()?,
         gate: gate::read(&section("gate")?)?,
@@ -193,6 +200,7 @@ fn table(s: &Section<'_>, split: &Split) -> Result<Data, Error> {
             &[("refuse", OnBadRow::Refuse), ("drop", OnBadRow::Drop)],
         )?,
         max_dropped: s.real("max_dropped", 0.01, |x| (0.0..=1.0).contains(&x), "a share between 0 and 1")?,
+        weight: s.real("weight", 1.0, |x| x >= 0.0, "a number of at least 0")?,
     })
 }
 

@@ -4,7 +4,7 @@ use super::{Error, RunConfig};
 use toml::{Table, Value};
 
 /// Sections and keys that may change.
-const FREE: &[&str] = &["train.epochs", "train.steps", "gate", "eval", "checkpoint", "cluster"];
+const FREE: &[&str] = &["train.epochs", "train.steps", "gate", "tokens", "eval", "checkpoint", "cluster"];
 
 /// Keys of those sections that decide the bits.
 const FIXED: &[&str] = &["cluster.threads_per_worker", "cluster.device"];
@@ -17,7 +17,7 @@ impl RunConfig {
         let (old, new) = (Value::Table(table(self)), Value::Table(table(wanted)));
         let Some((field, old, new)) = changed("", Some(&old), Some(&new)) else { return Ok(()) };
         let problem = format!(
-            "was {old} in the run and is {new} now; set it back, or start a new run (only train.epochs, train.steps, [gate], [eval], [checkpoint] and [cluster] without threads_per_worker and device may change)"
+            "was {old} in the run and is {new} now; set it back, or start a new run (only train.epochs, train.steps, [gate], [tokens], [eval], [checkpoint] and [cluster] without threads_per_worker and device may change)"
         );
         Err(Error::Field { place: place.into(), field, problem })
     }

@@ -4,7 +4,7 @@ use super::config::{workers, ConfigArgs};
 use super::screen::Reading;
 use super::{print, Error, Result};
 use crate::data::gate::{self, Finding, Severity};
-use crate::data::{prepare, view};
+use crate::data::{prepare, view, Extent};
 use crate::monitor::plain::grouped;
 use crate::serve::work::Work;
 use serde_json::{json, Value};
@@ -35,12 +35,12 @@ pub struct Args {
 
 pub fn check(args: Args) -> Result<()> {
     let (config, spec) = args.config.load()?;
-    let mut dataset = prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
+    let mut dataset = prepare(&config, Extent::All, &Reading::default()).map_err(Error::bad_input)?;
     let mut findings = std::mem::take(&mut dataset.findings);
     if args.strict {
         findings = findings.into_iter().map(Finding::stricter).collect();
     }
-    let reports = std::mem::take(&mut dataset.reports);
+    let reports = dataset.reports();
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
     let memory = Memory::new(&config, &spec);
     if args.json {

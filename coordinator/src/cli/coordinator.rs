@@ -2,17 +2,19 @@
 
 use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading, Screen};
-use super::{check, print, resume, run_dir, Error, Result};
+use super::{check, print, resume, run_dir, shares, Error, Result};
+use crate::data::{self, Extent};
 use crate::launch::report::Reporter;
 use crate::launch::{child, LISTEN_FD};
 use crate::monitor::plain::failure;
 use crate::monitor::state::RunState;
 use crate::monitor::summary::summary;
+use crate::run::composition::Composition;
 use crate::run::event::{Conclusion, Outcome};
 use crate::serve::ledger::Ledger;
 use crate::serve::setup::{Conclude, Setup};
 use crate::serve::work::Work;
-use crate::{data, digest, export};
+use crate::{digest, export};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -66,8 +68,8 @@ pub fn run(args: Args) -> Result<()> {
     }
     // Locks the run: nobody else serves it while its checkpoints are looked at.
     let ledger = resumed.as_deref().map(Ledger::open).transpose().map_err(Error::bad_input)?;
-    let dataset = data::prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
-    dataset.reports.iter().for_each(|report| eprint!("{}", data_lines(report)));
+    let dataset = data::prepare(&config, Extent::Start, &Reading::default()).map_err(Error::bad_input)?;
+    dataset.reports().iter().for_each(|report| eprint!("{}", data_lines(report)));
     if resumed.is_none() {
         eprint!("{}", check::show(&dataset.findings));
         check::refuse(&dataset.findings)?;
@@ -89,6 +91,7 @@ pub fn run(args: Args) -> Result<()> {
     let screen = Arc::new(Screen::new(reporter, &run_dir, workers(&config), args.json, false));
     let term = resumption.as_ref().map(|r| r.ledger.term());
     let conclude = conclude(config.clone(), run_dir.clone(), term);
+    let told = Told { work: work.clone(), config: config.clone() };
     let setup = Setup {
         listener,
         advertise: args.advertise,
@@ -106,12 +109,43 @@ pub fn run(args: Args) -> Result<()> {
         }
         return Err(error);
     }
-    let text = last_screen(&screen.finish(), &run_dir);
+    let state = screen.finish();
+    let (lines, events) = told.after(&state);
+    let text = last_screen(&state, &lines, &run_dir);
     match args.json {
-        true => eprint!("{text}"),
+        true => {
+            events.iter().for_each(|event| print(&format!("{event}\n")));
+            eprint!("{text}");
+        }
         false => print(&text),
     }
     Ok(())
+}
+
+/// What is told of a run's rows when it is over.
+struct Told {
+    work: Work,
+    config: RunConfig,
+}
+
+impl Told {
+    /// For people and for scripts. Of the steps that this process saw: those before a resumption were told then.
+    fn after(&self, state: &RunState) -> (String, Vec<String>) {
+        let (Some(dataset), Some(plan)) = (self.work.dataset(), self.work.plan()) else { return Default::default() };
+        let effort = dataset.effort();
+        let mut lines = format!("rows        {}\n", shares::tokenized(&effort));
+        let mut events = vec![shares::tokenized_json(&effort)];
+        let steps = state.first_step.as_ref().zip(state.last_step.as_ref());
+        if let Some((first, last)) = steps {
+            let world = u32::try_from(workers(&self.config)).unwrap_or(1);
+            let (assignment, seed) = (self.config.cluster.assignment, self.config.train.seed);
+            let composition = Composition::of(plan, first.step, last.step, world, assignment, seed);
+            lines += &format!("batches     {}\n", shares::batches(&composition));
+            lines += &shares::shares(dataset, &self.config, &composition);
+            events.push(shares::batches_json(dataset, &self.config, &composition));
+        }
+        (lines, events)
+    }
 }
 
 /// The socket that the supervisor holds, else one of our own.
@@ -177,9 +211,9 @@ fn conclude(config: RunConfig, run_dir: PathBuf, resumed: Option<u64>) -> Conclu
     })
 }
 
-fn last_screen(state: &RunState, run_dir: &Path) -> String {
+fn last_screen(state: &RunState, rows: &str, run_dir: &Path) -> String {
     let run = run_dir.display();
-    let mut out = format!("\n{}", summary(state));
+    let mut out = format!("\n{}{rows}", summary(state));
     out += &format!("\nrun         {run}\n");
     if let Some(done) = state.done.as_ref().filter(|d| !d.export.is_empty()) {
         out += &format!("export      {}\n", done.export);

@@ -12,7 +12,7 @@ use serde_json::{json, Value};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use unisono_configs::run::{Checkpoint, Cluster, Compute, Count, Eval, Model, RunConfig, Split, Train};
+use unisono_configs::run::{Checkpoint, Cluster, Compute, Count, Eval, Mix, Model, RunConfig, Split, Tokens, Train};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -196,6 +196,8 @@ fn config(args: &Args) -> Result<RunConfig> {
         data: Vec::new(),
         gate: Default::default(),
         split: Split::default(),
+        mix: Mix::default(),
+        tokens: Tokens::default(),
         train: Train::default(),
         cluster: Cluster { workers: Count::Exactly(1), ..Cluster::default() },
         eval: Eval::default(),

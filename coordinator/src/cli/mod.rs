@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod resume;
 pub mod run_dir;
 pub mod screen;
+pub mod shares;
 pub mod train;
 pub mod watch;
 

@@ -116,24 +116,17 @@ fn check(run_dir: &Path, state: &State, work: &Work) -> Result<()> {
             run_dir.display()
         )));
     }
-    let planned = work.samples(step);
-    let mut expected = planned.iter();
-    let mut same = true;
+    let mut trained: Vec<u64> = Vec::new();
     let read = state.read_samples(&mut |block| {
-        for row in block.as_chunks::<8>().0 {
-            same &= expected.next() == Some(&u64::from_le_bytes(*row));
-        }
-        match same {
-            true => Ok(()),
-            false => Err(io::Error::other("another row")),
-        }
+        trained.extend(block.as_chunks::<8>().0.iter().map(|row| u64::from_le_bytes(*row)));
+        Ok(())
     });
     match read {
         Ok(()) | Err(StateError::Sink(_)) => {}
         Err(error) => return Err(Error::bad_input(error)),
     }
     let place = work.plan().map_or((0, 0), |plan| plan.place_after(step));
-    match same && expected.next().is_none() && place == (cursor.epoch, cursor.position) {
+    match work.recall(step, &trained) && place == (cursor.epoch, cursor.position) {
         true => Ok(()),
         false => Err(Error::BadInput(format!(
             "{}: the data files give other rows than those that the {step} steps so far were trained on; put back the files as they were, or start a new run",

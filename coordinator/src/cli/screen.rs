@@ -138,16 +138,22 @@ impl Drop for Reading {
 /// One line on what became of a data table, and one for each row that was left out and is shown.
 pub fn data_lines(report: &Report) -> String {
     let mut out = format!(
-        "data {}: {} rows ({} train, {} validation, {} test), {} prompt and {} completion tokens, longest {}",
+        "data {}: {} rows ({} train, {} validation, {} test)",
         report.task,
         grouped(report.rows),
         grouped(report.train),
         grouped(report.validation),
         grouped(report.test),
-        grouped(report.prompt_tokens),
-        grouped(report.completion_tokens),
-        report.longest
     );
+    out += &match report.is_whole() {
+        true => format!(
+            ", {} prompt and {} completion tokens, longest {}",
+            grouped(report.prompt_tokens),
+            grouped(report.completion_tokens),
+            report.longest
+        ),
+        false => ", tokenized ahead of training".to_owned(),
+    };
     for (count, what) in [
         (report.truncated, "completions cut at train.max_length"),
         (report.dropped, "rows dropped"),

@@ -2,9 +2,11 @@
 
 use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading};
-use super::{check, print, Error, Result};
+use super::{check, print, shares, Error, Result};
+use crate::data::{prepare, Extent};
 use crate::launch::local::{self, Ended, Launch};
 use crate::monitor::plain::grouped;
+use crate::run::composition::Composition;
 use crate::serve::work::Work;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -77,8 +79,8 @@ pub fn supervise(arguments: Vec<OsString>) -> Result<()> {
 
 fn dry_run(args: &Args) -> Result<()> {
     let (config, spec) = args.config.load()?;
-    let dataset = crate::data::prepare(&config, &Reading::default()).map_err(Error::bad_input)?;
-    dataset.reports.iter().for_each(|report| print(&data_lines(report)));
+    let dataset = prepare(&config, Extent::All, &Reading::default()).map_err(Error::bad_input)?;
+    dataset.reports().iter().for_each(|report| print(&data_lines(report)));
     print(&check::show(&dataset.findings));
     check::refuse(&dataset.findings)?;
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
@@ -92,6 +94,12 @@ fn dry_run(args: &Args) -> Result<()> {
             grouped(totals.target_tokens),
             workers(&config)
         ));
+        let Some(dataset) = work.dataset() else { return Ok(()) };
+        print(&format!("{}\n", shares::tokenized(&dataset.effort())));
+        let world = u32::try_from(workers(&config)).unwrap_or(1);
+        let last = plan.steps().min(plan.steps_per_epoch());
+        let epoch = Composition::of(plan, 1, last, world, config.cluster.assignment, config.train.seed);
+        print(&format!("{}\n{}", shares::batches(&epoch), shares::shares(dataset, &config, &epoch)));
     }
     Ok(())
 }

@@ -12,14 +12,31 @@ const BLOCK: usize = 8 << 20;
 /// A longer line is refused: the file is hardly JSONL.
 const LONGEST: usize = 256 << 20;
 
-/// Calls `work(line number from 1, row)` for every row of `path` and returns the results in order: for every line that is
-/// not blank, for every element where the file is one JSON list, or for every row of a Parquet file. `key` is the configuration key that named the file.
+/// Where a row begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct At {
+    /// From 1.
+    pub line: u64,
+    /// Bytes before it in the file.
+    pub offset: u64,
+}
+
+/// What [`map_lines`] returns.
+#[derive(Debug)]
+pub struct Mapped<T> {
+    pub results: Vec<T>,
+    /// Where [`At::offset`] counts in another file than that which was named: the rows, written out.
+    pub spool: Option<File>,
+}
+
+/// Calls `work(place, row)` for every row of `path` and returns the results in order: for every line that is not blank,
+/// for every element where the file is one JSON list, or for every row of a Parquet file. `key` is the configuration key that named the file.
 pub fn map_lines<T: Send>(
     path: &Path,
     key: &str,
     progress: &dyn Progress,
-    work: impl Fn(u64, &[u8]) -> T + Sync,
-) -> Result<Vec<T>, Error> {
+    work: impl Fn(At, &[u8]) -> T + Sync,
+) -> Result<Mapped<T>, Error> {
     let read_error = |error| Error::Read { path: path.into(), key: key.into(), error };
     let mut file = File::open(path).map_err(read_error)?;
     let bytes = file.metadata().map_err(read_error)?.len();
@@ -27,6 +44,8 @@ pub fn map_lines<T: Send>(
     let mut results = Vec::new();
     let mut buffer: Vec<u8> = Vec::new();
     let mut line = 1u64;
+    // Bytes of the file before the buffer's first.
+    let mut before = 0u64;
     let mut ended = false;
     while !ended {
         let kept = buffer.len();
@@ -39,13 +58,16 @@ pub fn map_lines<T: Send>(
             }
             if buffer.starts_with(b"\xEF\xBB\xBF") {
                 buffer.drain(..3);
+                before = 3;
             }
             if is_list(&buffer) {
                 file.read_to_end(&mut buffer).map_err(read_error)?;
                 let rows = elements(&buffer).map_err(|problem| Error::File { path: path.into(), problem })?;
-                results.par_extend(rows.into_par_iter().with_min_len(32).map(|(number, text)| work(number, text)));
+                let at = |line, text: &[u8]| At { line, offset: before + within(&buffer, text) };
+                results
+                    .par_extend(rows.into_par_iter().with_min_len(32).map(|(line, text)| work(at(line, text), text)));
                 progress.advance(bytes);
-                return Ok(results);
+                return Ok(Mapped { results, spool: None });
             }
         }
         let end = if ended { buffer.len() } else { buffer.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1) };
@@ -55,19 +77,25 @@ pub fn map_lines<T: Send>(
                 problem: format!("line {line} is longer than {} MiB; write one JSON object per line", LONGEST >> 20),
             });
         }
-        let mut lines: Vec<(u64, &[u8])> = Vec::new();
+        let mut lines: Vec<(At, &[u8])> = Vec::new();
         for text in buffer[..end].split_inclusive(|&b| b == b'\n') {
             let text = text.trim_ascii();
             if !text.is_empty() {
-                lines.push((line, text));
+                lines.push((At { line, offset: before + within(&buffer, text) }, text));
             }
             line += 1;
         }
-        results.par_extend(lines.into_par_iter().with_min_len(32).map(|(number, text)| work(number, text)));
+        results.par_extend(lines.into_par_iter().with_min_len(32).map(|(at, text)| work(at, text)));
         buffer.drain(..end);
+        before += end as u64;
         progress.advance(read as u64);
     }
-    Ok(results)
+    Ok(Mapped { results, spool: None })
+}
+
+/// Bytes of `whole` before its part `part`.
+fn within(whole: &[u8], part: &[u8]) -> u64 {
+    (part.as_ptr().addr() - whole.as_ptr().addr()) as u64
 }
 
 /// What `work` makes of the first rows of `path`, at most `count`, with their lines.

@@ -1,11 +1,13 @@
 //! Rows of a Parquet file, each as the JSON object that a JSONL file would have on its line.
 
+use super::lines::{At, Mapped};
 use super::{Error, Progress};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use rayon::prelude::*;
 use serde_json::Value;
 use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 
 /// What a Parquet file begins with.
@@ -22,17 +24,26 @@ fn damaged(path: &Path, error: &dyn std::fmt::Display) -> Error {
     Error::File { path: path.into(), problem }
 }
 
-/// As `map_lines`, with the number of the row, from 1, for a line's.
+/// As `map_lines`, with the number of the row, from 1, for a line's. The rows are written out into a file without a name,
+/// which goes with its last user, because single rows of a Parquet file cannot be read again.
 pub fn map_rows<T: Send>(
     path: &Path,
     file: File,
     progress: &dyn Progress,
-    work: impl Fn(u64, &[u8]) -> T + Sync,
-) -> Result<Vec<T>, Error> {
+    work: impl Fn(At, &[u8]) -> T + Sync,
+) -> Result<Mapped<T>, Error> {
     let bytes = file.metadata().map_or(0, |m| m.len());
     let reader = open(path, file)?;
     let mut results = Vec::new();
-    let mut number = 0u64;
+    let unwritable = |error: std::io::Error| Error::File {
+        path: path.into(),
+        problem: format!(
+            "its rows cannot be written into {} ({error}); free space there, or set TMPDIR",
+            std::env::temp_dir().display()
+        ),
+    };
+    let mut spool = tempfile::tempfile().map_err(unwritable)?;
+    let (mut number, mut offset) = (0u64, 0u64);
     let groups = reader.num_row_groups();
     for group in 0..groups {
         let group_reader = reader.get_row_group(group).map_err(|error| damaged(path, &error))?;
@@ -42,16 +53,20 @@ pub fn map_rows<T: Send>(
             if batch.is_empty() {
                 break;
             }
-            let first = number + 1;
-            number += batch.len() as u64;
-            results.par_extend(
-                (batch.into_par_iter().enumerate().with_min_len(32))
-                    .map(|(index, row)| work(first + index as u64, &object(row.to_json_value()))),
-            );
+            let texts: Vec<Vec<u8>> =
+                batch.into_par_iter().with_min_len(32).map(|row| object(row.to_json_value())).collect();
+            let mut placed: Vec<(At, &[u8])> = Vec::with_capacity(texts.len());
+            for text in &texts {
+                number += 1;
+                placed.push((At { line: number, offset }, text));
+                offset += text.len() as u64;
+            }
+            spool.write_all(&texts.concat()).map_err(unwritable)?;
+            results.par_extend(placed.into_par_iter().with_min_len(32).map(|(at, text)| work(at, text)));
         }
         progress.advance(bytes * (group as u64 + 1) / groups as u64 - bytes * group as u64 / groups as u64);
     }
-    Ok(results)
+    Ok(Mapped { results, spool: Some(spool) })
 }
 
 /// What `work` makes of the first rows, at most `count` and no more than [`BATCH`], with their numbers.
@@ -95,6 +110,7 @@ mod tests {
     use parquet::file::properties::WriterProperties;
     use parquet::file::writer::SerializedFileWriter;
     use parquet::schema::parser::parse_message_type;
+    use std::os::unix::fs::FileExt;
     use std::sync::Arc;
 
     const SCHEMA: &str = "message schema {
@@ -146,8 +162,13 @@ mod tests {
         for compression in packed {
             write(&path, 10_000, 3_000, compression);
             let open = || File::open(&path).unwrap();
-            let rows = map_rows(&path, open(), &(), |number, text| (number, String::from_utf8(text.to_vec()).unwrap()));
-            let rows = rows.unwrap();
+            let rows = map_rows(&path, open(), &(), |at, text| (at, String::from_utf8(text.to_vec()).unwrap()));
+            let Mapped { results, spool } = rows.unwrap();
+            let at = results[9_999].0;
+            let mut last = vec![0; results[9_999].1.len()];
+            spool.unwrap().read_exact_at(&mut last, at.offset).unwrap();
+            assert_eq!(last, results[9_999].1.as_bytes());
+            let rows: Vec<(u64, String)> = results.into_iter().map(|(at, text)| (at.line, text)).collect();
             assert_eq!(rows.len(), 10_000);
             let expected = r#"{"id":7003,"messages":[{"role":"user","content":"w7003"},{"role":"assistant","content":"é \"w\""}]}"#;
             assert_eq!(rows[7003], (7004, expected.to_owned()));

@@ -39,6 +39,28 @@ pub enum Rendered<'r> {
     },
 }
 
+impl Rendered<'_> {
+    /// Names the text and what of it is asked for: rows with the same key have the same tokens.
+    pub fn key(&self) -> u128 {
+        let mut hasher = blake3::Hasher::new_derive_key("unisono 1 rendered row");
+        match self {
+            Rendered::Pair { prompt, completion } => {
+                hasher.update(&[0]).update(&(prompt.len() as u64).to_le_bytes()).update(prompt.as_bytes());
+                hasher.update(completion.as_bytes());
+            }
+            Rendered::Chat { text, spans, .. } => {
+                hasher.update(&[1]).update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+                for span in spans {
+                    hasher.update(&(span.start as u64).to_le_bytes()).update(&(span.end as u64).to_le_bytes());
+                }
+            }
+        }
+        let mut bytes = [0; 16];
+        hasher.finalize_xof().fill(&mut bytes);
+        u128::from_be_bytes(bytes)
+    }
+}
+
 /// How one data table is rendered.
 pub enum Renderer {
     Columns,

@@ -2,7 +2,7 @@
 
 use super::*;
 use std::path::Path;
-use unisono_configs::run::{OnBadRow, RunConfig};
+use unisono_configs::run::{Held, OnBadRow, RunConfig};
 
 /// Token of the end of text, and of the beginning where the tokenizer has one.
 const EOS: u32 = 0;
@@ -41,8 +41,41 @@ fn setup(rows: &str) -> (tempfile::TempDir, RunConfig) {
     std::fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
     let text = "[model]\npath = \".\"\n[[data]]\npath = \"rows.jsonl\"\n[split]\nvalidation = 0\ntest = 0\n[train]\nmax_length = 16\n";
     std::fs::write(dir.path().join("run.toml"), text).unwrap();
-    let config = RunConfig::read(&dir.path().join("run.toml"), &[]).unwrap();
+    let mut config = RunConfig::read(&dir.path().join("run.toml"), &[]).unwrap();
+    config.tokens.cache_gib = 0.0;
     (dir, config)
+}
+
+/// Every row as it is trained on or held out.
+#[derive(Debug, PartialEq)]
+struct Loaded {
+    tasks: Vec<String>,
+    eos: u32,
+    train: Vec<Example>,
+    validation: Vec<Example>,
+    test: Vec<Example>,
+    reports: Vec<Report>,
+}
+
+fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Loaded, Error> {
+    let loaded = |dataset: Dataset| {
+        let rows = 0..dataset.train_rows() as u32;
+        let train = rows.filter_map(|row| dataset.example(row).transpose()).collect::<Result<_, _>>()?;
+        let reports = dataset.reports();
+        let Dataset { tasks, eos, validation, test, .. } = dataset;
+        Ok(Loaded { tasks, eos, train, validation, test, reports })
+    };
+    let all = super::prepare(config, Extent::All, progress).and_then(loaded)?;
+    // Whether rows are tokenized when they are asked for or before makes no difference.
+    let mut later = config.clone();
+    later.tokens.ahead_above_mib = 0.0;
+    let mut ahead = super::prepare(&later, Extent::Start, progress).and_then(loaded)?;
+    for (report, other) in ahead.reports.iter_mut().zip(&all.reports) {
+        // What is wrong with a row is told when it is judged.
+        report.bad.clone_from(&other.bad);
+    }
+    assert_eq!(ahead, all);
+    Ok(all)
 }
 
 fn sentence(rows: &str, change: impl Fn(&mut RunConfig)) -> String {
@@ -307,7 +340,7 @@ fn a_row_longer_than_the_model_is_refused() {
     assert_eq!(prepare(&config, &()).unwrap().train[0].inputs(), 64);
     assert_eq!(
         sentence(&words(63), |c| c.train.max_length = 100),
-        "data table \"rows\": its longest row has 66 tokens, but config.json says max_position_embeddings = 64; set train.max_length = 64"
+        "rows.jsonl:1: the row has 66 tokens, but config.json says max_position_embeddings = 64; set train.max_length = 64"
     );
 }
 

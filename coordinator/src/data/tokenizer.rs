@@ -15,6 +15,8 @@ pub struct TextTokenizer {
     ends: Vec<u32>,
     /// Special tokens that the tokenizer would append to a text: they would stand between prompt and completion.
     appended: usize,
+    /// Hash of tokenizer.json and the end of text.
+    identity: [u8; 32],
 }
 
 impl TextTokenizer {
@@ -28,6 +30,8 @@ impl TextTokenizer {
                 dir.display()
             ))
         })?;
+        let mut identity = blake3::Hasher::new_derive_key("unisono 1 tokenizer");
+        identity.update(&bytes);
         let mut tokenizer = Tokenizer::from_bytes(bytes)
             .map_err(|error| refuse(format!("not a tokenizer ({error}); download the model's tokenizer.json again")))?;
         // Both would change lengths behind the back of `max_length`.
@@ -50,7 +54,12 @@ impl TextTokenizer {
             )));
         }
         let ends = ends(dir, eos);
-        let mut this = TextTokenizer { tokenizer, path, eos, ends, appended: 0 };
+        identity.update(&eos.to_le_bytes());
+        for id in &ends {
+            identity.update(&id.to_le_bytes());
+        }
+        let identity = *identity.finalize().as_bytes();
+        let mut this = TextTokenizer { tokenizer, path, eos, ends, appended: 0, identity };
         let (bare, special) = (this.encode("a", false)?, this.encode("a", true)?);
         if let Some(begin) = special.windows(bare.len().max(1)).position(|w| w == bare) {
             this.appended = special.len() - begin - bare.len();
@@ -65,6 +74,11 @@ impl TextTokenizer {
                 Err(Error::Tokenizer { path: self.path.clone(), problem: format!("cannot encode a text ({error})") })
             }
         }
+    }
+
+    /// Tokenizers with the same identity make the same tokens of a text.
+    pub fn identity(&self) -> &[u8; 32] {
+        &self.identity
     }
 
     /// With the special tokens that the tokenizer puts in front of a text.

@@ -2,6 +2,7 @@
 
 pub mod assign;
 mod bounds;
+pub mod composition;
 pub mod cost;
 pub mod deal;
 pub mod event;

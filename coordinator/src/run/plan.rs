@@ -211,6 +211,16 @@ impl Plan {
         self.order.length.div_ceil(self.batch) as u64
     }
 
+    /// The most tokens that a micro-batch may have.
+    pub fn max_tokens(&self) -> u32 {
+        self.max_tokens
+    }
+
+    /// The size of a row that is trained on. Waits until it is tokenized.
+    pub fn size(&self, row: u32) -> Option<Size> {
+        self.rows.size(row)
+    }
+
     /// Exact where every size was known when the plan was made, else the largest that the configuration permits.
     pub fn worst(&self) -> Worst {
         self.worst
@@ -243,17 +253,33 @@ impl Plan {
         order[position as usize..end].to_vec()
     }
 
+    /// The rows at the places of a `step` of which all are left out, and those after them up to one that is not. Waits.
+    pub fn reach(&self, step: u64) -> Vec<u32> {
+        let mut rows = self.places(step);
+        for row in self.following(step) {
+            rows.push(row);
+            if self.rows.size(row).is_some() {
+                break;
+            }
+        }
+        rows
+    }
+
+    /// The rows after the places of `step`, to the end of its epoch and around.
+    fn following(&self, step: u64) -> impl Iterator<Item = u32> {
+        let (epoch, position) = self.place(step);
+        let order = self.epoch_order(epoch);
+        let (length, first) = (order.len(), (position as usize + self.batch).min(order.len()));
+        (0..length).map(move |i| order[(first + i) % length])
+    }
+
     /// The rows of `step` that are trained on. A row that is left out leaves its place empty; a step without any row takes
     /// the next one of its epoch, so that every step has an update.
     fn examples(&self, step: u64, is_left_out: impl Fn(u32) -> bool) -> Vec<u32> {
         let mut rows = self.places(step);
-        let places = rows.len();
         rows.retain(|&row| !is_left_out(row));
         if rows.is_empty() {
-            let (epoch, position) = self.place(step);
-            let order = self.epoch_order(epoch);
-            let following = order.iter().cycle().skip(position as usize + places).take(order.len());
-            rows.extend(following.copied().find(|&row| !is_left_out(row)));
+            rows.extend(self.following(step).find(|&row| !is_left_out(row)));
         }
         rows
     }
@@ -291,12 +317,8 @@ impl Plan {
             }
             if taken == 0 {
                 let next = *trained.next()?;
-                let (epoch, position) = self.place(step);
-                let order = self.epoch_order(epoch);
-                let places = self.places(step).len();
-                let following = order.iter().cycle().skip(position as usize + places).take(order.len());
-                let passed: Vec<u32> = following.copied().take_while(|&row| id(row) != next).collect();
-                if passed.len() == order.len() || !passed.iter().all(|&row| may_drop(row)) {
+                let passed: Vec<u32> = self.following(step).take_while(|&row| id(row) != next).collect();
+                if passed.len() == self.order.length || !passed.iter().all(|&row| may_drop(row)) {
                     return None;
                 }
                 left_out.extend(passed);

@@ -17,6 +17,7 @@ pub use setup::{Conclude, Error, Observer, Resumption, Setup};
 pub use work::Work;
 
 use crate::checkpoint::manifest;
+use crate::data::Notice;
 use crate::run::event::Outcome;
 use crate::run::machine::{Machine, Settings};
 use crate::run::program::Program;
@@ -98,6 +99,10 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
     let machine = Machine::new(settings, program);
     let observer = setup.observer.clone();
     let steering = Steering::new(machine, ledger, run_dir.clone(), setup.observer, progress, committer, handle.clone());
+    let preparing = handle.clone();
+    let tell = move |notice| preparing.send(notice_command(notice));
+    // Held to the end of the run; dropping it ends its thread.
+    let _ahead = setup.work.ahead(tell).map_err(Error::Socket)?;
     let (ended, mut end) = oneshot::channel();
     let thread = std::thread::Builder::new().name("steering".into());
     // Fails only when `serve` itself was dropped.
@@ -155,6 +160,13 @@ fn check(setup: &Setup) -> Result<u32, Error> {
         return Err(Error::TooManyWorkers { workers, micro_batches });
     }
     u32::try_from(workers.max(1)).map_err(|_| Error::TooManyWorkers { workers, micro_batches })
+}
+
+fn notice_command(notice: Notice) -> Command {
+    match notice {
+        Notice::Prepared { steps } => Command::Prepared { steps },
+        Notice::Unprepared { step, message } => Command::Unprepared { step, message },
+    }
 }
 
 /// What every rank is assigned alike.
@@ -225,7 +237,7 @@ fn started(config: &RunConfig, run_dir: &std::path::Path, layout: &Layout, work:
 
 /// Hash of everything in the configuration that reaches the result.
 fn fingerprint(config: &RunConfig) -> String {
-    let parts = (&config.model, &config.data, &config.split, &config.train);
+    let parts = (&config.model, &config.data, &config.split, &config.mix, &config.train);
     let text = serde_json::to_vec(&parts).expect("a configuration serializes");
     blake3::hash(&text).to_hex().to_string()
 }

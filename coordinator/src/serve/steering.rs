@@ -34,6 +34,8 @@ pub enum Command {
     Ended { from: Connection, reason: String },
     CheckpointCommitted { step: u64, result: Result<CheckpointCommitted, String> },
     Concluded { result: Result<Conclusion, String> },
+    Prepared { steps: u64 },
+    Unprepared { step: u64, message: String },
     Stop { reason: String },
     Status { reply: oneshot::Sender<StatusReply> },
 }
@@ -151,6 +153,8 @@ impl Steering {
             }
             Command::CheckpointCommitted { step, result } => self.apply(Event::CheckpointCommitted { step, result }),
             Command::Concluded { result } => self.apply(Event::Concluded { result }),
+            Command::Prepared { steps } => self.apply(Event::Prepared { steps }),
+            Command::Unprepared { step, message } => self.apply(Event::Unprepared { step, message }),
             Command::Stop { reason } => self.apply(Event::Stop { reason }),
             Command::Status { reply } => {
                 // Fails only when the viewer is gone.

@@ -1,8 +1,8 @@
 //! The work of a run: its program for the machine, and the micro-batches that its workers ask for.
 
-use crate::data::{order, pack, Dataset, Example};
+use crate::data::{ordering, pack, Ahead, Dataset, Example, Notice};
 use crate::run::cost::CostModel;
-use crate::run::plan::{Error, Order, Plan, Size};
+use crate::run::plan::{Error, Plan, Size};
 use crate::run::program::{Program, Training};
 use crate::run::schedule::LearningRate;
 use crate::run::units::Units;
@@ -30,10 +30,9 @@ impl Work {
     /// a million rows.
     pub fn train(dataset: Arc<Dataset>, config: &RunConfig, spec: &ModelSpec) -> Result<Self, Error> {
         let (train, cost) = (&config.train, CostModel::of(spec));
-        let (seed, rows, shuffle) = (train.seed, dataset.train.len(), train.shuffle);
-        let epoch = Arc::new(move |epoch| order(seed, epoch, rows, shuffle));
-        let plan = Plan::new(Arc::new(sizes(&dataset.train)), Order { length: rows, epoch }, train, cost)?;
-        let prepared = plan.steps();
+        let plan = Plan::new(dataset.clone(), ordering(&dataset, config), train, cost)?;
+        // Without totals, not every row is known yet: the thread that runs ahead tells how far it has come.
+        let prepared = if plan.totals().is_some() { plan.steps() } else { 0 };
         let held_out: Vec<Size> = [sizes(&dataset.validation), sizes(&dataset.test)].concat();
         let most = Units::like_training(&held_out, train);
         let program = Program::Train(Training {
@@ -78,6 +77,24 @@ impl Work {
         Work { program, content: Content::Prompts(Arc::new(prompts)) }
     }
 
+    /// The rows that its plan leads to and that are not tokenized yet, tokenized ahead of it; `None` where there are none.
+    pub(super) fn ahead(&self, tell: impl Fn(Notice) -> bool + Send + 'static) -> std::io::Result<Option<Ahead>> {
+        match (&self.content, &self.program) {
+            (Content::Rows(dataset), Program::Train(training)) if training.prepared < training.plan.steps() => {
+                Ahead::spawn(dataset.clone(), training.plan.clone(), training.start, tell).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The data of a run over rows.
+    pub fn dataset(&self) -> Option<&Arc<Dataset>> {
+        match &self.content {
+            Content::Rows(dataset) => Some(dataset),
+            Content::Prompts(_) => None,
+        }
+    }
+
     /// The plan of a training run.
     pub fn plan(&self) -> Option<&Plan> {
         match &self.program {
@@ -103,7 +120,7 @@ impl Work {
     pub(super) fn rows(&self) -> [u64; 3] {
         match (&self.content, &self.program) {
             (Content::Rows(dataset), program) => {
-                let train = if matches!(program, Program::Train(_)) { dataset.train.len() } else { 0 };
+                let train = if matches!(program, Program::Train(_)) { dataset.train_rows() } else { 0 };
                 [train, dataset.validation.len(), dataset.test.len()].map(|n| n as u64)
             }
             (Content::Prompts(_), _) => [0; 3],
@@ -114,10 +131,18 @@ impl Work {
     pub fn samples(&self, steps: u64) -> Vec<u64> {
         match (&self.content, self.plan()) {
             (Content::Rows(dataset), Some(plan)) => {
-                plan.committed_rows(steps).into_iter().map(|row| dataset.train[row as usize].row).collect()
+                plan.committed_rows(steps).into_iter().map(|row| dataset.source_row(row)).collect()
             }
             _ => Vec::new(),
         }
+    }
+
+    /// Whether `trained` is what `steps` steps train on, as [`Work::samples`] has it. Rows that they left out are known to be
+    /// left out from then on.
+    pub fn recall(&self, steps: u64, trained: &[u64]) -> bool {
+        let (Content::Rows(dataset), Some(plan)) = (&self.content, self.plan()) else { return false };
+        let left_out = plan.recall(steps, trained, |row| dataset.source_row(row), |row| dataset.may_drop(row));
+        left_out.as_deref().inspect(|rows| dataset.leave_out(rows)).is_some()
     }
 
     /// The micro-batch of `key`, always the same; `None` where the program has no such.
@@ -125,14 +150,24 @@ impl Work {
         let rows = self.rows_of(key)?;
         match &self.content {
             Content::Rows(dataset) => {
-                let from = match key.suite() {
-                    Suite::Train => &dataset.train,
-                    Suite::Validation => &dataset.validation,
-                    Suite::Test => &dataset.test,
+                let held_out = match key.suite() {
+                    Suite::Train => None,
+                    Suite::Validation => Some(&dataset.validation),
+                    Suite::Test => Some(&dataset.test),
                     _ => return None,
                 };
-                let examples: Vec<&Example> = rows.iter().map(|&row| &from[row as usize]).collect();
-                Some(pack(&examples).into_micro_batch(key))
+                if let Some(from) = held_out {
+                    let examples: Vec<&Example> = rows.iter().map(|&row| &from[row as usize]).collect();
+                    return Some(pack(&examples).into_micro_batch(key));
+                }
+                let read = |&row: &u32| dataset.example(row).map(|found| found.expect("a dealt row is not left out"));
+                match rows.iter().map(read).collect::<Result<Vec<Example>, _>>() {
+                    Ok(examples) => Some(pack(&examples.iter().collect::<Vec<_>>()).into_micro_batch(key)),
+                    Err(error) => {
+                        tracing::error!(%error, "a row cannot be read again");
+                        None
+                    }
+                }
             }
             Content::Prompts(prompts) => {
                 let (mut tokens, mut starts, mut start) = (Vec::new(), Vec::new(), 0);

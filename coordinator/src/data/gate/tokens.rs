@@ -18,6 +18,17 @@ pub struct Ids {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TokenFlaws(u8);
 
+impl TokenFlaws {
+    /// For keeping them.
+    pub fn bits(self) -> u8 {
+        self.0
+    }
+
+    pub fn from_bits(bits: u8) -> Self {
+        TokenFlaws(bits)
+    }
+}
+
 /// Tokens among which the end of text must be at the end of a row.
 const TAIL: usize = 3;
 
