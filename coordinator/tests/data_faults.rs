@@ -160,6 +160,23 @@ fn a_clean_corpus_raises_no_alarm() {
     assert_eq!(found.tasks.len(), 3);
 }
 
+#[test]
+fn the_demo_s_corpus_raises_no_alarm() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = unisono::demo::corpus::Corpus::new(0).write(dir.path()).unwrap();
+    let mut text = format!("[model]\npath = \"{}\"\n", model().display());
+    for ((task, rows), held) in files.tasks.iter().zip(&files.validation) {
+        let (rows, held) = (rows.display(), held.display());
+        text += &format!("[[data]]\nname = \"{task}\"\npath = \"{rows}\"\nvalidation = \"{held}\"\ntest = 0\n");
+    }
+    let config = dir.path().join("run.toml");
+    std::fs::write(&config, text).unwrap();
+    let found = check(&config);
+    let alarms: Vec<&Value> = found.findings.iter().filter(|f| f["severity"] != "note").collect();
+    assert!(found.code == Some(0) && alarms.is_empty(), "{alarms:?} {}", found.stderr);
+    assert_eq!(found.tasks.len(), 8);
+}
+
 /// What is deliberate is no fault: a format that all rows of a task share.
 #[test]
 fn the_words_of_an_instruction_format_in_every_row_raise_no_alarm() {

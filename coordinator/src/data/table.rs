@@ -3,7 +3,7 @@
 
 use super::detect::Kind;
 use super::files::files;
-use super::gate::{Frame, Gate, Look, Texts, Turn, SAMPLE};
+use super::gate::{sample, Frame, Gate, Look, Texts, Turn, SAMPLE};
 use super::lines::{first_rows, map_lines, At};
 use super::origin::Origin;
 use super::render::{Rendered, Renderer};
@@ -122,8 +122,8 @@ impl Reading<'_> {
     /// What the rows of a file have in common, by an even sample of its first ones.
     fn frame(&self, path: &Path, key: &str, renderer: &Renderer) -> Result<Frame, Error> {
         let first = first_rows(path, key, usize::MAX, <[u8]>::to_vec)?;
-        let stride = first.len().div_ceil(SAMPLE).max(1);
-        let rows = first.iter().step_by(stride).filter_map(|(_, text)| {
+        let rows = sample(first.len(), SAMPLE).filter_map(|index| {
+            let (_, text) = &first[index];
             let mut row: Row<'_> = serde_json::from_slice(text).ok()?;
             row.rename(&self.data.columns);
             Some(match renderer.render(&row).ok()? {

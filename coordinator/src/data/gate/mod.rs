@@ -22,7 +22,7 @@ pub use look::{Look, Texts, Turn};
 pub use show::show;
 pub use text::{Place, Text};
 pub use tokens::{TokenFlaws, Tokens};
-pub use words::{Frame, SAMPLE};
+pub use words::{sample, Frame, SAMPLE};
 
 use super::{Error, Example, TextTokenizer};
 use marks::Marks;

@@ -7,6 +7,7 @@ use super::finding::{amount, Finding, SHOWN};
 use super::kind::Kind;
 use super::repeats::{groups, sorted};
 use super::text::{Seen, Text};
+use super::words::sample;
 use crate::data::split::Part;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -84,15 +85,13 @@ fn probes(text: &Text) -> Vec<u32> {
     let mut first = 0;
     for task in &text.tasks {
         let rows = task.rows() as usize;
-        let stride = rows.div_ceil(SAMPLED).max(1);
-        for index in 0..rows {
-            let row = first + index;
-            if text.rows[row].part != Part::Train || index % stride == 0 {
-                probes.push(row as u32);
-            }
-        }
+        let begin = probes.len();
+        probes.extend(sample(rows, SAMPLED).map(|index| (first + index) as u32));
+        probes.extend((first..first + rows).filter(|&row| text.rows[row].part != Part::Train).map(|row| row as u32));
+        probes[begin..].sort_unstable();
         first += rows;
     }
+    probes.dedup();
     probes
 }
 

@@ -116,23 +116,29 @@ impl Tokens {
 mod tests {
     use super::*;
 
-    fn flaws(tokens: &[u32], prompt: u32, gaps: &[std::ops::Range<u32>], truncated: bool) -> Vec<Kind> {
+    fn flaws(tokens: &[u32], prompt: u32, gap: std::ops::Range<u32>, truncated: bool) -> Vec<Kind> {
         let ids = Ids { ends: vec![0, 9], begin: Some(1), unknown: Some(2) };
-        let example = Example { task: 0, row: 0, tokens: tokens.into(), prompt, gaps: gaps.into() };
+        let example = Example {
+            task: 0,
+            row: 0,
+            tokens: tokens.into(),
+            prompt,
+            gaps: std::iter::once(gap).filter(|gap| !gap.is_empty()).collect(),
+        };
         let found = ids.look(&example, truncated);
         KINDS.into_iter().enumerate().filter(|(bit, _)| found.0 >> bit & 1 == 1).map(|(_, kind)| kind).collect()
     }
 
     #[test]
     fn each_flaw_is_seen_and_a_plain_row_has_none() {
-        assert_eq!(flaws(&[1, 5, 6, 7, 0], 3, &[], false), []);
-        assert_eq!(flaws(&[1, 5, 0, 7, 9, 5, 7, 0], 3, &[5..6], false), []);
-        assert_eq!(flaws(&[1, 5, 6, 7, 8], 3, &[], true), [Kind::Truncated]);
-        assert_eq!(flaws(&[1, 5, 6, 7, 8], 3, &[], false), [Kind::MissingEos]);
-        assert_eq!(flaws(&[1, 5, 6, 0, 0], 3, &[], false), [Kind::DoubledEos]);
-        assert_eq!(flaws(&[1, 5, 6, 7, 9, 0, 5, 7, 0], 3, &[6..7], false), [Kind::DoubledEos]);
-        assert_eq!(flaws(&[1, 1, 6, 7, 0], 3, &[], false), [Kind::DoubledBos]);
-        assert_eq!(flaws(&[1, 5, 2, 7, 0], 3, &[], false), [Kind::UnknownTokens]);
+        assert_eq!(flaws(&[1, 5, 6, 7, 0], 3, 0..0, false), []);
+        assert_eq!(flaws(&[1, 5, 0, 7, 9, 5, 7, 0], 3, 5..6, false), []);
+        assert_eq!(flaws(&[1, 5, 6, 7, 8], 3, 0..0, true), [Kind::Truncated]);
+        assert_eq!(flaws(&[1, 5, 6, 7, 8], 3, 0..0, false), [Kind::MissingEos]);
+        assert_eq!(flaws(&[1, 5, 6, 0, 0], 3, 0..0, false), [Kind::DoubledEos]);
+        assert_eq!(flaws(&[1, 5, 6, 7, 9, 0, 5, 7, 0], 3, 6..7, false), [Kind::DoubledEos]);
+        assert_eq!(flaws(&[1, 1, 6, 7, 0], 3, 0..0, false), [Kind::DoubledBos]);
+        assert_eq!(flaws(&[1, 5, 2, 7, 0], 3, 0..0, false), [Kind::UnknownTokens]);
     }
 
     #[test]
