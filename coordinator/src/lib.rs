@@ -7,6 +7,7 @@ pub mod demo;
 pub mod digest;
 pub mod export;
 pub mod launch;
+pub mod locate;
 pub mod model;
 pub mod monitor;
 pub mod run;

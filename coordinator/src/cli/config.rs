@@ -1,6 +1,7 @@
 //! The options that name or change a run configuration, shared by every command that takes one.
 
 use super::{Error, Result};
+use crate::locate::locate;
 use crate::model;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -13,10 +14,11 @@ pub struct ConfigArgs {
     /// Run configuration (TOML); instead of it: --model and --data
     #[arg(value_name = "CONFIG", conflicts_with_all = ["model", "data"])]
     config: Option<PathBuf>,
-    /// Hugging Face model directory
+    /// Hugging Face model: a directory, a name in the Hugging Face cache, or an s3:// or gs:// URL
     #[arg(long, value_name = "DIR", requires = "data")]
     model: Option<PathBuf>,
-    /// JSON Lines file of prompts and completions; several make several tasks
+    /// Rows to train on: a .jsonl, .json or .parquet file, a directory, a glob, the name of a data set in the Hugging Face
+    /// cache, or an s3:// or gs:// URL; several make several tasks
     #[arg(long, value_name = "FILE", num_args = 1.., requires = "model")]
     data: Vec<PathBuf>,
     /// Number of workers; default: one per core, at most train.micro_batches
@@ -46,6 +48,7 @@ impl ConfigArgs {
         };
         let mut config = read.map_err(Error::bad_input)?;
         resolve(&mut config)?;
+        locate(&mut config).map_err(Error::bad_input)?;
         let spec = model::check(&config.model.path).map_err(Error::bad_input)?.spec;
         Ok((config, spec))
     }

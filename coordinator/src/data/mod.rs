@@ -40,6 +40,7 @@ pub use ahead::{Ahead, Notice};
 pub use dataset::Dataset;
 pub use error::Error;
 pub use ordering::{ordering, planned_shares};
+pub use files::matches as fits_glob;
 pub use pack::{pack, Packed};
 pub use prepare::{prepare, Extent};
 pub use report::Report;
