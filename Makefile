@@ -31,9 +31,14 @@ test: setup ## Runs all tests (with cargo-nextest if it is installed)
 		set -x; $(CARGO) test --workspace --locked -j $(JOBS) -- --test-threads $$(nproc); \
 	fi
 
-chaos: setup ## Runs the long tests too: the negative control builds a second worker
+# Kills of `make chaos`, and where their places and instants come from.
+KILLS ?= 300
+SEED ?= 1
+
+chaos: setup ## Runs the long tests too: KILLS=300 deaths of processes, and the negative control
 	$(CARGO) build --workspace --bins --locked -j $(JOBS)
-	$(CARGO) test -p unisono-tests --locked -j $(JOBS) -- --ignored --test-threads 1
+	UNISONO_KILLS=$(KILLS) UNISONO_SEED=$(SEED) \
+		$(CARGO) test -p unisono-tests --locked -j $(JOBS) -- --ignored --test-threads 1 --nocapture
 
 lint: setup ## Formatting, clippy, and licences with cargo-deny if it is installed
 	$(CARGO) fmt --all --check

@@ -18,11 +18,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "Member",
         "RunDone",
         "Failure",
+        "WorkerLost",
     ] {
         build = build.type_attribute(format!("unisono.v1.{message}"), "#[derive(serde::Serialize)]");
     }
     build
         .field_attribute("unisono.v1.Failure.phase", "#[serde(serialize_with = \"crate::event::phase\")]")
+        .field_attribute("unisono.v1.WorkerLost.failure", "#[serde(flatten)]")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -292,6 +292,16 @@ pub struct Cluster {
     pub assignment: Assignment,
     /// Seconds after which a silent peer is given up.
     pub peer_timeout: f64,
+    /// Seconds between a worker's signs of life, which come from a thread that never computes.
+    pub heartbeat: f64,
+    /// Seconds without a sign of life after which a worker is lost: a stopped process, a dead machine. At least twice
+    /// cluster.heartbeat; more for a network or a machine that stalls.
+    pub lease: f64,
+    /// Seconds that a run waits for somebody in a lost worker's place; then it goes on with fewer. A worker tries as long
+    /// to reach a coordinator that it has lost.
+    pub rejoin_timeout: f64,
+    /// Losses of workers in a row, without anything new in between, that a run survives; 0: the first lost worker ends it.
+    pub restarts: u32,
 }
 
 impl Default for Cluster {
@@ -304,6 +314,10 @@ impl Default for Cluster {
             recompute: Recompute::Auto,
             assignment: Assignment::Balanced,
             peer_timeout: 60.0,
+            heartbeat: 0.25,
+            lease: 1.5,
+            rejoin_timeout: 60.0,
+            restarts: 3,
         }
     }
 }

@@ -24,7 +24,7 @@ const READY: &str =
 fn supervisor_process() {
     let (Some(coordinator), Some(worker)) = (std::env::var_os(COORDINATOR), std::env::var_os(WORKER)) else { return };
     let arguments: Vec<OsString> = Vec::new();
-    let launch = Launch { program: coordinator.into(), arguments, worker: worker.into() };
+    let launch = Launch { program: coordinator.into(), arguments, again: Vec::new(), worker: worker.into() };
     let code = match local::run(launch) {
         Ok(Ended::Code(code)) => code.into(),
         Ok(Ended::Interrupted { signal, .. }) => 128 + signal,
@@ -160,9 +160,13 @@ fn a_dead_coordinator_is_named_with_the_place() {
     let stage = Stage::new(&format!("{READY} {progress} {JOIN}"), JOIN);
     let supervisor = stage.start();
     let workers = stage.pids("worker", 2);
-    let coordinator = stage.pids("coordinator", 1)[0];
-    std::thread::sleep(Duration::from_millis(200));
-    signal(coordinator, "KILL");
+    // Each successor that gets no further is followed by another one, a few times.
+    let mut coordinator = 0;
+    for start in 1..=4 {
+        coordinator = stage.pids("coordinator", start)[start - 1];
+        std::thread::sleep(Duration::from_millis(100));
+        signal(coordinator, "KILL");
+    }
     let (status, words) = end(supervisor);
     assert_eq!(status.code(), Some(3));
     assert!(
@@ -172,6 +176,31 @@ fn a_dead_coordinator_is_named_with_the_place() {
         "{words}"
     );
     all_gone(&workers);
+}
+
+#[test]
+fn a_killed_worker_is_started_again_and_a_lost_one_is_killed() {
+    let stage = Stage::new(
+        &format!(
+            r#"{} while ! test -s "$0.lost"; do sleep 0.05; done
+            echo "{{\"report\":\"lost\",\"pid\":$(cat "$0.lost")}}" > /proc/self/fd/$UNISONO_REPORT_FD; {JOIN}"#,
+            READY.replace("\"token\"", "\"restarts\":2,\"token\"")
+        ),
+        JOIN,
+    );
+    let supervisor = stage.start();
+    let first = stage.pids("worker", 2);
+    signal(first[0], "KILL");
+    let second = stage.pids("worker", 3)[2];
+    // Stopped, it would never notice anything.
+    signal(first[1], "STOP");
+    std::fs::write(stage.dir.path().join("coordinator.lost"), first[1].to_string()).unwrap();
+    let third = stage.pids("worker", 4)[3];
+    assert!(alive(second) && alive(third));
+    all_gone(&first);
+    signal(supervisor.id() as i32, "KILL");
+    end(supervisor);
+    all_gone(&[second, third]);
 }
 
 #[test]

@@ -15,6 +15,7 @@ impl Body {
             Body::Membership(_) => "membership",
             Body::Done(_) => "done",
             Body::Failed(_) => "failed",
+            Body::Lost(_) => "lost",
         }
     }
 
@@ -29,6 +30,7 @@ impl Body {
             Body::Membership(message) => serde_json::to_value(message),
             Body::Done(message) => serde_json::to_value(message),
             Body::Failed(message) => serde_json::to_value(message),
+            Body::Lost(message) => serde_json::to_value(message),
         };
         let mut object = Map::new();
         object.insert("event".into(), self.kind().into());

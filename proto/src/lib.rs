@@ -2,6 +2,7 @@
 
 pub mod dial;
 pub mod event;
+pub mod fail_point;
 
 /// Version 1 of the protocol.
 #[allow(clippy::all, clippy::pedantic, missing_docs)]

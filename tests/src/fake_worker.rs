@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -29,6 +30,8 @@ pub struct FakeWorker {
     pub token: Token,
     pub layout: Layout,
     pub fingerprint: Fingerprint,
+    /// Its name among its peers, though it has nothing to tell them.
+    pub listen: String,
     /// Leaves without a word in the middle of this step.
     pub dies_in: Option<u64>,
     /// Reports a failure in this step.
@@ -43,6 +46,8 @@ pub enum End {
         computed: BTreeSet<(u64, u32)>,
     },
     Aborted(Failure),
+    /// Its generation is over, and it would join again.
+    Regrouped,
     /// The coordinator said no, in these words.
     Refused(String),
     Died,
@@ -88,20 +93,33 @@ struct Life {
 
 impl FakeWorker {
     pub fn new(address: &str, token: Token, layout: Layout) -> Self {
+        static COUNT: AtomicU16 = AtomicU16::new(1);
+        let listen = format!("127.0.0.1:{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let fingerprint = Fingerprint { device: "cpu".into(), libtorch: "none".into(), ..Default::default() };
-        FakeWorker { address: address.into(), token, layout, fingerprint, dies_in: None, fails_in: None }
+        FakeWorker { address: address.into(), token, layout, fingerprint, listen, dies_in: None, fails_in: None }
     }
 
-    /// Lives from Join to the end.
+    /// Joins again whenever its generation is over, until the run is.
+    pub async fn live_on(self) -> End {
+        loop {
+            match self.clone().live().await {
+                End::Regrouped => {}
+                end => return end,
+            }
+        }
+    }
+
+    /// Lives from Join to the end, or to that of its generation.
     pub async fn live(self) -> End {
         let channel = dial(&self.address, &self.token).await.expect("the coordinator is there");
         let data = dial(&self.address, &self.token).await.expect("the coordinator is there");
         let (outbound, messages) = mpsc::channel(64);
         let join = Join {
-            listen: "127.0.0.1:1".into(),
+            listen: self.listen.clone(),
             host: "fake".into(),
             pid: std::process::id(),
             fingerprint: Some(self.fingerprint.clone()),
+            again: false,
         };
         outbound.send(WorkerMessage { epoch: None, body: Some(Body::Join(join)) }).await.expect("open");
         let mut request = Request::new(ReceiverStream::new(messages));
@@ -118,7 +136,7 @@ impl FakeWorker {
 
 impl Life {
     async fn live(mut self) -> End {
-        let mut beat = tokio::time::interval(Duration::from_secs(1));
+        let mut beat = tokio::time::interval(Duration::from_millis(250));
         loop {
             let message = tokio::select! {
                 message = self.inbound.message() => message,
@@ -138,6 +156,7 @@ impl Life {
                     self.say(Body::Ready(Ready::default())).await;
                 }
                 Order::Go(_) | Order::Acknowledge(_) => {}
+                Order::Abort(abort) if abort.regroup => return End::Regrouped,
                 Order::Abort(abort) => return End::Aborted(abort.failure.expect("an abort says why")),
                 Order::Directive(directive) => {
                     let id = directive.id;

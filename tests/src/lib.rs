@@ -8,6 +8,7 @@ pub mod binaries;
 pub mod corpus;
 pub mod fake_worker;
 pub mod fixture;
+pub mod kills;
 pub mod processes;
 pub mod served;
 pub mod train;

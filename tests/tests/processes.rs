@@ -9,8 +9,13 @@ use unisono_tests::{fixture, train::Train};
 
 /// A run of two workers that would go on for long, after its second step.
 fn under_way(dir: &std::path::Path) -> Live {
+    with_restarts(dir, 3)
+}
+
+fn with_restarts(dir: &std::path::Path, restarts: u32) -> Live {
     let tiny = fixture::tiny();
-    let mut live = Train::new(&tiny.model, &tiny.data, dir).workers(2).set("train.steps", 5000).start();
+    let train = Train::new(&tiny.model, &tiny.data, dir).workers(2).set("train.steps", 5000);
+    let mut live = train.set("cluster.restarts", restarts).start();
     live.wait_for("step");
     live.wait_for("step");
     assert_eq!(live.workers().len(), 2);
@@ -18,9 +23,9 @@ fn under_way(dir: &std::path::Path) -> Live {
 }
 
 #[test]
-fn a_killed_worker_ends_the_run_with_its_rank_and_phase() {
+fn without_restarts_a_killed_worker_ends_the_run_with_its_rank_and_phase() {
     let dir = tempfile::tempdir().unwrap();
-    let live = under_way(dir.path());
+    let live = with_restarts(dir.path(), 0);
     let rank = 1;
     let pid = {
         let membership = live_membership(&live);
@@ -47,16 +52,26 @@ fn live_membership(live: &Live) -> Vec<u32> {
 }
 
 #[test]
-fn a_killed_coordinator_ends_the_run() {
+fn a_killed_worker_and_a_killed_coordinator_are_replaced() {
     let dir = tempfile::tempdir().unwrap();
-    let live = under_way(dir.path());
-    kill(live.coordinator().pid);
-    let ended = live.finish();
-    wait_until_gone(&ended.mark, Duration::from_secs(2));
-    assert_eq!(ended.code(), Some(3), "{}", ended.stderr);
-    let last = ended.stderr.lines().last().unwrap_or_default();
-    assert!(last.contains("coordinator") && last.contains("step"), "the sentence says who and where: {last}");
-    assert!(!ended.stderr.contains("panicked"), "{}", ended.stderr);
+    let mut live = under_way(dir.path());
+    let before = live.workers();
+    kill(before[0].pid);
+    assert_eq!(live.wait_for("lost")["pid"], before[0].pid);
+    live.wait_for("membership");
+    let coordinator = live.coordinator().pid;
+    live.wait_for("step");
+    kill(coordinator);
+    live.wait_for("membership");
+    live.wait_for("step");
+    assert_ne!(live.coordinator().pid, coordinator);
+    let after = live.workers();
+    assert!(after.len() == 2 && after.contains(&before[1]) && !after.contains(&before[0]), "{before:?} {after:?}");
+    let steps: Vec<u64> = live.all("step").iter().map(|s| s["step"].as_u64().unwrap()).collect();
+    assert!(steps.windows(2).all(|w| w[0] + 1 == w[1]), "a step was lost or said twice: {steps:?}");
+    let mark = live.mark.clone();
+    kill(live.pid());
+    wait_until_gone(&mark, Duration::from_secs(3));
 }
 
 #[test]

@@ -134,8 +134,37 @@ fn outcome_dir(events: &[Event]) -> std::path::PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_that_dies_is_named_to_everyone() {
+async fn a_lost_worker_is_replaced_and_the_run_ends_like_the_undisturbed_one() {
     let served = Served::new(60, 3);
+    let (_, undisturbed, _) = whole_run(&served, "undisturbed", served.training(), 3).await;
+    let serving = served.start("run", served.training()).await;
+    let mut lives = JoinSet::new();
+    lives.spawn(worker(&served, &serving).live_on());
+    lives.spawn(worker(&served, &serving).live_on());
+    let (dying, successor) = (FakeWorker { dies_in: Some(4), ..worker(&served, &serving) }, worker(&served, &serving));
+    lives.spawn(async move {
+        assert_eq!(dying.live().await, End::Died);
+        successor.live_on().await
+    });
+    let events = follow(&serving, 0).await;
+    assert_eq!(serving.outcome().await.failure, None);
+    let ends = lives.join_all().await;
+    assert!(ends.iter().all(|e| matches!(e, End::Drained { .. })), "{ends:?}");
+    let values = |events: &[Event]| steps(events).iter().map(|s| (s.0, s.1, s.2)).collect::<Vec<_>>();
+    assert_eq!(values(&events), values(&undisturbed));
+    let count = |events: &[Event], kind: &str| {
+        events.iter().filter_map(|e| e.body.as_ref()).filter(|body| body.kind() == kind).count()
+    };
+    assert_eq!((count(&events, "lost"), count(&events, "membership")), (1, 2));
+    for kind in ["eval", "checkpoint", "done"] {
+        assert_eq!(count(&events, kind), count(&undisturbed, kind), "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_dies_once_too_often_is_named_to_everyone() {
+    let mut served = Served::new(60, 3);
+    served.config.cluster.restarts = 0;
     let serving = served.start("run", served.training()).await;
     let mut lives = JoinSet::new();
     lives.spawn(worker(&served, &serving).live());

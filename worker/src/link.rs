@@ -13,6 +13,7 @@ use tasks::{attend, beat, fetch, lock, Shared};
 use tokio::sync::{mpsc, Semaphore};
 use tonic::transport::Channel;
 use unisono_proto::dial::{self, Token};
+use unisono_proto::fail_point;
 use unisono_proto::get_u32s;
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
@@ -24,6 +25,8 @@ use unisono_proto::v1::{
 const CREDIT: usize = 4;
 /// Reports that may wait for the wire before the compute thread does.
 const OUTGOING: usize = 256;
+/// Milliseconds between heartbeats before the coordinator says how many.
+const HEARTBEAT: u64 = 250;
 /// How long a last message may take to leave.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -38,8 +41,19 @@ pub enum Error {
     Lost(String),
     #[error("stopped by the coordinator because of {}", place(.0))]
     Aborted(Box<Failure>),
+    #[error("the generation is over because of {}", place(.0))]
+    Regroup(Box<Failure>),
+    #[error("the run is over; this worker waited as a spare and was not needed")]
+    Dismissed,
     #[error("the coordinator {0}: coordinator and worker must be of the same build")]
     Protocol(String),
+}
+
+impl Error {
+    /// Whether joining again, on a new link, is what the coordinator expects.
+    pub fn rejoins(&self) -> bool {
+        matches!(self, Error::Regroup(_) | Error::Lost(_))
+    }
 }
 
 /// Whose failure it is, where, and what happened.
@@ -66,6 +80,7 @@ pub struct Progress {
 impl Progress {
     pub fn enter(&self, phase: Phase) {
         self.phase.store(phase as i32, Ordering::Relaxed);
+        fail_point::reached(phase.word());
     }
 
     pub fn set_step(&self, step: Option<u64>) {
@@ -101,12 +116,13 @@ pub struct Link {
 }
 
 impl Link {
-    /// Connects, asks to join and starts the heartbeat. `on_end` is called once, from the link's thread and with the own
+    /// Connects, asks to join and starts the heartbeat. Messages older than `known` are dropped. `on_end` is called once, from the link's thread and with the own
     /// rank, when the coordinator aborts or is lost.
     pub fn open(
         address: &str,
         token: Token,
         join: Join,
+        known: Option<Epoch>,
         on_end: impl Fn(&Error, Option<u32>) + Send + Sync + 'static,
     ) -> Result<Self, Error> {
         let runtime = runtime()?;
@@ -115,7 +131,7 @@ impl Link {
             let data = dial::dial(address, &token).await?;
             Ok::<_, Error>(Connections { control, data, token: Some(token) })
         })?;
-        Ok(Self::over(runtime, connections, join, on_end))
+        Ok(Self::over(runtime, connections, join, known, on_end))
     }
 
     /// The same over connections that exist already.
@@ -123,6 +139,7 @@ impl Link {
         runtime: tokio::runtime::Runtime,
         connections: Connections,
         join: Join,
+        known: Option<Epoch>,
         on_end: impl Fn(&Error, Option<u32>) + Send + Sync + 'static,
     ) -> Self {
         let (outgoing, reports) = mpsc::channel(OUTGOING);
@@ -130,6 +147,8 @@ impl Link {
             progress: Progress::default(),
             stopper: Stopper::default(),
             epoch: Mutex::new(None),
+            known: Mutex::new(known),
+            heartbeat: AtomicU64::new(HEARTBEAT),
             rank: OnceLock::new(),
             ended: OnceLock::new(),
             leaving: AtomicBool::new(false),
@@ -168,6 +187,22 @@ impl Link {
     /// Why the link ended, if it did.
     pub fn ended(&self) -> Option<&Error> {
         self.shared.ended.get()
+    }
+
+    /// The newest epoch that this process has known.
+    pub fn known(&self) -> Option<Epoch> {
+        *lock(&self.shared.known)
+    }
+
+    /// Waits until the coordinator ends this link, at most for `patience`.
+    pub fn wait_for_end(&self, patience: Duration) {
+        // Directives and the like that still come are of a generation that is over.
+        let deadline = std::time::Instant::now() + patience;
+        while self.ended().is_none() && std::time::Instant::now() < deadline {
+            if self.incoming.recv_timeout(Duration::from_millis(20)) == Err(plain::RecvTimeoutError::Disconnected) {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
     }
 
     fn why(&self) -> Error {

@@ -5,9 +5,10 @@ use std::net::UdpSocket;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use unisono_proto::dial::Token;
-use unisono_proto::v1::{Failure, Join, Phase};
+use unisono_proto::v1::worker_message::Body;
+use unisono_proto::v1::{Epoch, Failure, Join, Phase};
 use unisono_worker::collective::tcp;
 use unisono_worker::link::{self, Link};
 use unisono_worker::{fingerprint, lifeline, session};
@@ -94,34 +95,100 @@ fn join(address: &str, listen: Option<String>) -> ExitCode {
         Ok(fingerprint) => fingerprint,
         Err(e) => return complain(&format!("this program's own file cannot be read ({e})"), RUN_FAILED),
     };
-    let join = Join { listen, host: host_name(), pid: std::process::id(), fingerprint: Some(fingerprint) };
-    let link = match Link::open(address, token, join, leave_soon) {
+    let mut join =
+        Join { listen, host: host_name(), pid: std::process::id(), fingerprint: Some(fingerprint), again: false };
+    let mut standing = session::Standing::new(listener);
+    let mut known = None;
+    let mut link = match Link::open(address, token.clone(), join.clone(), known, leave_soon) {
         Ok(link) => link,
         Err(e) => return complain(&e, BAD_INPUT),
     };
-    let outcome = catch_unwind(AssertUnwindSafe(|| session::run(&link, listener)));
-    let code = match outcome {
-        Ok(Ok(())) => ExitCode::SUCCESS,
-        Ok(Err(error)) => fail(&link, &error.to_string(), error.bad_input()),
+    loop {
+        match take_part(&link, &mut standing) {
+            Some(code) => {
+                link.close();
+                return code;
+            }
+            None => (known, join.again) = (link.known(), true),
+        }
+        link.close();
+        link = match rejoin(address, &token, &join, known, standing.patience) {
+            Ok(link) => link,
+            Err(e) => return complain(&e, code(&e)),
+        };
+    }
+}
+
+/// One generation, or as much of it as there is. `None`: this worker joins again.
+fn take_part(link: &Link, standing: &mut session::Standing) -> Option<ExitCode> {
+    let outcome = catch_unwind(AssertUnwindSafe(|| session::run(link, standing)));
+    match outcome {
+        Ok(Ok(())) => return Some(ExitCode::SUCCESS),
+        Ok(Err(error)) if error.recoverable() && link.ended().is_none() => {
+            tracing::info!(%error, "cut off from a peer");
+            // Nobody may be listening any more; then the link ends too.
+            let _ = link.report(Body::Failure(failure(link, &error.to_string(), &error)));
+            link.wait_for_end(standing.patience);
+        }
+        Ok(Err(error)) if link.ended().is_none() => {
+            return Some(fail(link, failure(link, &error.to_string(), &error)));
+        }
         Err(_) => {
             let said = PANIC.lock().ok().and_then(|mut p| p.take()).unwrap_or_default();
-            fail(&link, &format!("an internal error, please report it: {said}"), false)
+            let message = format!("an internal error, please report it: {said}");
+            return Some(fail(link, Failure { message, ..place(link) }));
         }
-    };
-    link.close();
-    code
+        Ok(Err(_)) => {}
+    }
+    // When the link ended first, whatever failed since is a consequence.
+    match link.ended() {
+        Some(error) if error.rejoins() => {
+            tracing::info!(%error, "joining again");
+            None
+        }
+        Some(link::Error::Dismissed) => Some(ExitCode::SUCCESS),
+        Some(error) => Some(complain(&at(link.rank(), None, None, error), code(error))),
+        None => Some(complain(&at(link.rank(), None, None, &"the coordinator does not answer"), RUN_FAILED)),
+    }
+}
+
+/// A new link to the coordinator, which may be on its way back.
+fn rejoin(
+    address: &str,
+    token: &Token,
+    join: &Join,
+    known: Option<Epoch>,
+    patience: Duration,
+) -> Result<Link, link::Error> {
+    let begun = Instant::now();
+    let mut pause = Duration::from_millis(20);
+    loop {
+        match Link::open(address, token.clone(), join.clone(), known, leave_soon) {
+            Err(error @ link::Error::Dial(_)) if begun.elapsed() < patience => {
+                tracing::info!(%error, "no coordinator yet");
+                std::thread::sleep(pause);
+                pause = (2 * pause).min(Duration::from_secs(1));
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Where this worker is, for a failure to come.
+fn place(link: &Link) -> Failure {
+    let (phase, step) = (link.progress().phase() as i32, link.progress().step());
+    Failure { rank: link.rank(), host: host_name(), phase, step, ..Failure::default() }
+}
+
+fn failure(link: &Link, message: &str, error: &session::Error) -> Failure {
+    let (bad_input, recoverable) = (error.bad_input(), error.recoverable());
+    Failure { message: message.into(), bad_input, recoverable, ..place(link) }
 }
 
 /// Tells the user and the coordinator why this worker cannot go on.
-fn fail(link: &Link, message: &str, bad_input: bool) -> ExitCode {
-    // When the link ended first, whatever failed since is a consequence.
-    if let Some(error) = link.ended() {
-        return complain(&at(link.rank(), None, None, error), code(error));
-    }
-    let (phase, step) = (link.progress().phase(), link.progress().step());
-    let failure =
-        Failure { rank: link.rank(), host: host_name(), phase: phase as i32, step, message: message.into(), bad_input };
-    let place = at(link.rank(), Some(phase), step, &message);
+fn fail(link: &Link, failure: Failure) -> ExitCode {
+    let bad_input = failure.bad_input;
+    let place = at(link.rank(), Some(failure.phase()), failure.step, &failure.message);
     // Nobody may be listening any more; the user reads it here in any case.
     let _ = link.fail(failure);
     complain(&place, if bad_input { BAD_INPUT } else { RUN_FAILED })
@@ -138,14 +205,17 @@ fn at(rank: Option<u32>, phase: Option<Phase>, step: Option<u64>, message: &dyn 
 fn code(error: &link::Error) -> u8 {
     match error {
         link::Error::Aborted(failure) if failure.bad_input => BAD_INPUT,
-        link::Error::Refused(_) | link::Error::Dial(_) => BAD_INPUT,
+        link::Error::Refused(_) => BAD_INPUT,
         _ => RUN_FAILED,
     }
 }
 
 /// Called from the link's thread when it ends: the compute thread usually notices by itself; if it computes for longer,
-/// the process ends under it.
+/// the process ends under it, unless it is to join again.
 fn leave_soon(error: &link::Error, rank: Option<u32>) {
+    if error.rejoins() {
+        return;
+    }
     let (code, sentence) = (code(error), error.to_string());
     std::thread::spawn(move || {
         std::thread::sleep(GRACE);

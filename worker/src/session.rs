@@ -45,6 +45,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the same work may succeed in another generation: a peer was lost, not this worker.
+    pub fn recoverable(&self) -> bool {
+        matches!(self, Error::Collective(_) | Error::Train(train::Error::Collective(_)))
+    }
+
     /// Whether the user's input is at fault rather than the run.
     pub fn bad_input(&self) -> bool {
         match self {
@@ -61,51 +66,75 @@ impl Error {
     }
 }
 
-/// Runs a worker from joining to the end.
-pub fn run(link: &Link, listener: TcpListener) -> Result<(), Error> {
-    Joining::new(link, listener).run()?.run()?.run()?.run()
+/// What a worker keeps from one generation to the next.
+pub struct Standing {
+    /// Peers call here.
+    pub listener: TcpListener,
+    /// As it was before this process, and any worker that joined with it, loaded anything.
+    available: Available,
+    baseline: u64,
+    /// How many processes share that; 0 before the first assignment.
+    sharing: usize,
+    /// How long to wait for a coordinator that is lost: as it said last.
+    pub patience: Duration,
+}
+
+/// As long as no coordinator has said anything else.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+impl Standing {
+    pub fn new(listener: TcpListener) -> Self {
+        let (available, baseline) = (memory::available(), memory::resident());
+        Standing { listener, available, baseline, sharing: 0, patience: PATIENCE }
+    }
+}
+
+/// Runs a worker from joining to the end, or to the end of its generation.
+pub fn run(link: &Link, standing: &mut Standing) -> Result<(), Error> {
+    Joining::new(link, standing).run()?.run()?.run()?.run()
 }
 
 /// Has asked to take part.
 pub struct Joining<'l> {
     link: &'l Link,
-    listener: TcpListener,
-    /// Before any worker loads anything.
-    available: Available,
-    baseline: u64,
+    standing: &'l mut Standing,
 }
 
 impl<'l> Joining<'l> {
-    pub fn new(link: &'l Link, listener: TcpListener) -> Self {
+    pub fn new(link: &'l Link, standing: &'l mut Standing) -> Self {
         link.progress().enter(Phase::Join);
-        Joining { link, listener, available: memory::available(), baseline: memory::resident() }
+        Joining { link, standing }
     }
 
     pub fn run(self) -> Result<Loading<'l>, Error> {
         let (assign, epoch) = self.link.assignment()?;
         tracing::info!(rank = assign.rank, world = assign.world, ?epoch, "assigned");
-        let Joining { link, listener, available, baseline } = self;
-        Ok(Loading { link, listener, assign, epoch, available, baseline })
+        let Joining { link, standing } = self;
+        if standing.sharing == 0 {
+            standing.sharing = assign.fresh.max(1) as usize;
+        }
+        if assign.rejoin_timeout > 0.0 && assign.rejoin_timeout.is_finite() {
+            standing.patience = Duration::from_secs_f64(assign.rejoin_timeout);
+        }
+        Ok(Loading { link, standing, assign, epoch })
     }
 }
 
 /// Knows its rank: meets its peers, loads the model and tries the worst micro-batch.
 pub struct Loading<'l> {
     link: &'l Link,
-    listener: TcpListener,
+    standing: &'l Standing,
     assign: Assign,
     epoch: Epoch,
-    available: Available,
-    baseline: u64,
 }
 
 impl<'l> Loading<'l> {
     pub fn run(self) -> Result<Training<'l>, Error> {
-        let Loading { link, assign, epoch, .. } = &self;
+        let Loading { link, standing, assign, epoch } = &self;
         link.progress().enter(Phase::Load);
         let membership = self.membership()?;
         // Everybody is assigned at the same moment, so peers are met before loading makes some later than others.
-        let peers = Mesh::meet(&self.listener, &membership, link.stopper())?;
+        let peers = Mesh::meet(&standing.listener, &membership, link.stopper())?;
         let (path, compute) = self.source()?;
         let device = device::open(&assign.device, place_on_host(&assign.peers, assign.rank as usize))?;
         let spec = ModelSpec::read(&path)?;
@@ -122,9 +151,9 @@ impl<'l> Loading<'l> {
                 document: assign.worst_document as usize,
                 trains: assign.trains,
                 recompute: recompute(assign.recompute()),
-                baseline: self.baseline,
+                baseline: standing.baseline,
             };
-            demand.plan(&self.available, neighbours(&assign.peers, rank))?
+            demand.plan(&standing.available, standing.sharing)?
         };
         tracing::info!(planned_bytes = plan.total(), "{plan}");
 

@@ -48,7 +48,22 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "seed",
         ],
     ),
-    ("cluster", &["workers", "threads_per_worker", "device", "zero_stage", "recompute", "assignment", "peer_timeout"]),
+    (
+        "cluster",
+        &[
+            "workers",
+            "threads_per_worker",
+            "device",
+            "zero_stage",
+            "recompute",
+            "assignment",
+            "peer_timeout",
+            "heartbeat",
+            "lease",
+            "rejoin_timeout",
+            "restarts",
+        ],
+    ),
     ("eval", &["every"]),
     ("checkpoint", &["every", "keep"]),
 ];

@@ -319,6 +319,13 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
             n => return Err(s.fail("zero_stage", format!("is {n} and must be \"auto\", 1, 2 or 3"))),
         },
     };
+    let seconds = "a number of seconds above 0";
+    let heartbeat = s.real("heartbeat", d.heartbeat, |x| x > 0.0, seconds)?;
+    let lease = s.real("lease", d.lease, |x| x > 0.0, seconds)?;
+    if lease < 2.0 * heartbeat {
+        let least = 2.0 * heartbeat;
+        return Err(s.fail("lease", format!("is {lease} and must be at least {least}, twice cluster.heartbeat")));
+    }
     Ok(Cluster {
         workers,
         threads_per_worker: s.whole("threads_per_worker", d.threads_per_worker as u64, 1)? as usize,
@@ -344,7 +351,11 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
             d.assignment,
             &[("balanced", Assignment::Balanced), ("shuffled", Assignment::Shuffled)],
         )?,
-        peer_timeout: s.real("peer_timeout", d.peer_timeout, |x| x > 0.0, "a number of seconds above 0")?,
+        peer_timeout: s.real("peer_timeout", d.peer_timeout, |x| x > 0.0, seconds)?,
+        heartbeat,
+        lease,
+        rejoin_timeout: s.real("rejoin_timeout", d.rejoin_timeout, |x| x >= 0.0, "a number of seconds from 0")?,
+        restarts: s.whole("restarts", u64::from(d.restarts), 0)? as u32,
     })
 }
 

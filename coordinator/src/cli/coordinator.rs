@@ -4,15 +4,16 @@ use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading, Screen};
 use super::{check, print, resume, run_dir, shares, Error, Result};
 use crate::data::{self, Extent};
-use crate::launch::report::Reporter;
+use crate::launch::report::{Report, Reporter};
 use crate::launch::{child, LISTEN_FD};
 use crate::monitor::plain::failure;
 use crate::monitor::state::RunState;
 use crate::monitor::summary::summary;
 use crate::run::composition::Composition;
 use crate::run::event::{Conclusion, Outcome};
+use crate::run::recorded::Recorded;
 use crate::serve::ledger::Ledger;
-use crate::serve::setup::{Conclude, Setup};
+use crate::serve::setup::{Conclude, Resumption, Setup};
 use crate::serve::work::Work;
 use crate::{digest, export};
 use std::net::TcpListener;
@@ -54,7 +55,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let reporter = Reporter::from_environment();
+    let mut reporter = Reporter::from_environment();
     // Bound before the data is read: an address that is taken is known at once.
     let listener = listener(args.listen.as_deref())?;
     let resumed = resume::target(args.resume.as_deref(), args.run_dir.as_deref(), &args.config)?;
@@ -75,6 +76,7 @@ pub fn run(args: Args) -> Result<()> {
         check::refuse(&dataset.findings)?;
     }
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
+    let again = resumed.is_some();
     let (run_dir, work, resumption) = match (resumed, ledger) {
         (Some(run_dir), Some(ledger)) => {
             let resumed = resume::resume(&run_dir, ledger, work, &Layout::new(&spec))?;
@@ -82,14 +84,21 @@ pub fn run(args: Args) -> Result<()> {
                 eprintln!("{} is finished: {} steps, digest {}", run_dir.display(), done.steps, done.digest);
                 return Ok(());
             }
-            (run_dir, resumed.work, Some(resumed.resumption))
+            run_dir::record(&run_dir, &config)?;
+            (run_dir, resumed.work, resumed.resumption)
         }
         // Last, so that a refused run leaves no directory.
-        _ => (run_dir::create(args.run_dir.as_deref(), &args.config.name())?, work, None),
+        _ => {
+            let run_dir = run_dir::create(args.run_dir.as_deref(), &args.config.name())?;
+            run_dir::record(&run_dir, &config)?;
+            let ledger = Ledger::open(&run_dir).inspect_err(|_| run_dir::withdraw(&run_dir));
+            (run_dir, work, Resumption { ledger: ledger.map_err(Error::bad_input)?, recorded: Recorded::default() })
+        }
     };
-    run_dir::record(&run_dir, &config)?;
-    let screen = Arc::new(Screen::new(reporter, &run_dir, workers(&config), args.json, false));
-    let term = resumption.as_ref().map(|r| r.ledger.term());
+    // A path that holds wherever the coordinator is started again.
+    reporter.send(&Report::Created { run_dir: run_dir.canonicalize().map_err(Error::failed)? });
+    let screen = Arc::new(Screen::new(reporter, &run_dir, &config.cluster, args.json, false));
+    let term = again.then(|| resumption.ledger.term());
     let conclude = conclude(config.clone(), run_dir.clone(), term);
     let told = Told { work: work.clone(), config: config.clone() };
     let setup = Setup {
@@ -100,7 +109,7 @@ pub fn run(args: Args) -> Result<()> {
         spec,
         work,
         observer: screen.clone(),
-        resume: resumption,
+        resume: Some(resumption),
         conclude: Some(conclude),
     };
     if let Err(error) = serve(setup, &screen) {

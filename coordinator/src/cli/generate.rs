@@ -57,7 +57,7 @@ pub fn run(args: Args) -> Result<()> {
             let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
             // In front of what a user may have put behind "--".
             arguments.splice(1..1, ["--scratch".into(), scratch.0.clone().into()]);
-            train::supervise(arguments)
+            train::supervise(arguments, Vec::new())
         }
     }
 }
@@ -111,7 +111,7 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
         return Err(Error::BadInput(format!("{place}: {problem}")));
     }
     let work = Work::generate(ids, args.max_new_tokens, end_tokens(&config.model.path, tokenizer.eos()), &spec);
-    let screen = Arc::new(Screen::new(reporter, scratch, 1, false, true));
+    let screen = Arc::new(Screen::new(reporter, scratch, &config.cluster, false, true));
     let setup = Setup {
         listener,
         advertise: None,

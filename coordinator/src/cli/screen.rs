@@ -15,6 +15,7 @@ use std::io::{IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use unisono_configs::run::{Cluster, Count};
 use unisono_proto::v1::{event::Body, Event};
 
 /// Seconds between two step lines where no bar can be drawn.
@@ -29,13 +30,14 @@ struct Inner {
     display: Display,
     reporter: Reporter,
     workers: usize,
+    restarts: u32,
     /// The run's directory, where no supervisor starts the workers: its user has to be told how they join.
     invitation: Option<PathBuf>,
 }
 
 impl Screen {
     /// `quiet` shows nothing of the run's events, for commands whose output is something else.
-    pub fn new(reporter: Reporter, run_dir: &Path, workers: usize, json: bool, quiet: bool) -> Self {
+    pub fn new(reporter: Reporter, run_dir: &Path, cluster: &Cluster, json: bool, quiet: bool) -> Self {
         let mut views: Vec<Box<dyn View>> = Vec::new();
         if json && !quiet {
             views.push(Box::new(Json::new(std::io::stdout())));
@@ -47,8 +49,13 @@ impl Screen {
                 false => views.push(Box::new(Plain::new(std::io::stderr(), PACE).without_failure())),
             }
         }
+        let workers = match cluster.workers {
+            Count::Exactly(workers) => workers,
+            Count::Auto => 1,
+        };
+        let restarts = cluster.restarts;
         let invitation = (!reporter.supervised()).then(|| run_dir.to_path_buf());
-        Screen { inner: Mutex::new(Inner { display: Display::new(views), reporter, workers, invitation }) }
+        Screen { inner: Mutex::new(Inner { display: Display::new(views), reporter, workers, restarts, invitation }) }
     }
 
     /// Whether a supervisor started this process.
@@ -73,6 +80,7 @@ impl Observer for Screen {
             address: control.address.clone(),
             workers: inner.workers,
             token: control.tokens.worker.clone(),
+            restarts: inner.restarts,
         };
         inner.reporter.send(&ready);
     }
@@ -80,9 +88,13 @@ impl Observer for Screen {
     fn event(&self, event: &Event) {
         let mut inner = self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         inner.display.observe(event);
-        if let Some(Body::Step(step)) = &event.body {
-            let steps = inner.display.state.steps();
-            inner.reporter.send(&report::Report::Progress { step: step.step, steps });
+        match &event.body {
+            Some(Body::Step(step)) => {
+                let steps = inner.display.state.steps();
+                inner.reporter.send(&report::Report::Progress { step: step.step, steps });
+            }
+            Some(Body::Lost(lost)) => inner.reporter.send(&report::Report::Lost { pid: lost.pid }),
+            _ => {}
         }
     }
 }

@@ -46,6 +46,7 @@ pub fn run(args: Args) -> Result<()> {
         return dry_run(&args);
     }
     let mut arguments: Vec<OsString> = vec!["coordinator".into()];
+    let mut again = arguments.clone();
     if let Some(run_dir) = &args.run_dir {
         arguments.extend(["--run-dir".into(), run_dir.into()]);
     }
@@ -54,17 +55,19 @@ pub fn run(args: Args) -> Result<()> {
     }
     if args.json {
         arguments.push("--json".into());
+        again.push("--json".into());
     }
     arguments.extend(args.config.arguments());
-    supervise(arguments)
+    supervise(arguments, again)
 }
 
-/// Runs this program again as a coordinator with `arguments`, and the workers it asks for, to their end.
-pub fn supervise(arguments: Vec<OsString>) -> Result<()> {
+/// Runs this program again as a coordinator with `arguments`, and the workers it asks for, to their end. `again` are the
+/// arguments of a coordinator that is started anew on the run that it has made.
+pub fn supervise(arguments: Vec<OsString>, again: Vec<OsString>) -> Result<()> {
     let program = std::env::current_exe().map_err(Error::failed)?;
     let worker = local::worker_binary(&program).map_err(Error::bad_input)?;
     local::probe(&worker).map_err(Error::bad_input)?;
-    match local::run(Launch { program, arguments, worker }) {
+    match local::run(Launch { program, arguments, again, worker }) {
         Ok(Ended::Code(0)) => Ok(()),
         Ok(Ended::Code(code)) => Err(Error::Code(code)),
         Ok(Ended::Interrupted { signal, place }) => {

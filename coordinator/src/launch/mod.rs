@@ -1,8 +1,11 @@
 //! Starting the processes of a run: on this machine by a small supervisor.
 
 pub mod child;
+mod crew;
 pub mod local;
+mod member;
 pub mod report;
+mod restarts;
 
 /// The listening socket that the supervisor hands to the coordinator.
 pub const LISTEN_FD: &str = "UNISONO_LISTEN_FD";

@@ -4,11 +4,15 @@ use super::{child, REPORT_FD};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Write;
+use std::path::PathBuf;
 
 /// One line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "lowercase")]
 pub enum Report {
+    /// The run's directory is made and its ledger is there: a coordinator that dies from now on is started again to go on
+    /// with it.
+    Created { run_dir: PathBuf },
     /// The input is good, the run directory exists, and workers may join.
     Ready {
         /// host:port that workers dial.
@@ -17,7 +21,12 @@ pub enum Report {
         workers: usize,
         /// The secret with which they join.
         token: String,
+        /// Deaths of a worker in a row that the run survives.
+        #[serde(default)]
+        restarts: u32,
     },
+    /// The run goes on without this worker, which may still live.
+    Lost { pid: u32 },
     /// How far the run is, for the case that the coordinator cannot tell any more.
     Progress { step: u64, steps: u64 },
 }

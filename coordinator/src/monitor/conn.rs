@@ -13,6 +13,8 @@ use unisono_proto::v1::{Event, StatusReply, StatusRequest, WatchRequest};
 const RETRY: Duration = Duration::from_millis(300);
 /// How long a coordinator may stay out of reach while nothing says that it is gone.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a coordinator that was killed may take to come back.
+const RESTART: Duration = Duration::from_secs(5);
 /// Ledger entries read at once.
 const PAGE: usize = 1000;
 
@@ -132,7 +134,9 @@ pub async fn follow(target: &Target, sink: &mut dyn FnMut(&Event)) -> Result<Run
         if state.sequence > before {
             heard = Instant::now();
         }
-        if !target.may_live() || heard.elapsed() > PATIENCE {
+        // One that was killed is started again.
+        let patience = if target.may_live() { PATIENCE } else { RESTART };
+        if heard.elapsed() > patience {
             return match lost {
                 Some(error) if state.sequence == 0 => Err(error),
                 _ => Err(Error::Gone { step: state.step_number(), place: target.place() }),

@@ -109,6 +109,14 @@ pub fn line(event: &Event, state: &RunState) -> Option<String> {
                 m.members.iter().map(|m| format!("rank {} on {} (pid {})", m.rank, m.host, m.pid)).collect();
             format!("membership {}: {}", m.generation, members.join(", "))
         }
+        Body::Lost(l) => {
+            let who = l.failure.as_ref().map(failure).unwrap_or_default();
+            let from = match l.resume_step {
+                0 => "from the beginning".to_owned(),
+                step => format!("after step {step}"),
+            };
+            format!("lost {who}; the run goes on {from}")
+        }
         Body::Done(d) => {
             let mut line = format!("done {} steps in {} digest {}", d.steps, clock(d.seconds), d.digest);
             if !d.export.is_empty() {
@@ -304,7 +312,7 @@ mod tests {
             phase: 4,
             step: Some(9),
             message: "was killed".into(),
-            bad_input: false,
+            ..Failure::default()
         };
         assert_eq!(failure(&f), "rank 1 on node, phase reduce, step 9: was killed");
         f.message = "rank 1 was killed in phase reduce of step 9".into();

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use unisono_proto::v1::{
-    event::Body, CheckpointCommitted, Evaluated, Event, Failure, Membership, Memory, RunDone, RunStarted, StepCommitted,
+    event::Body, CheckpointCommitted, Evaluated, Event, Failure, Membership, Memory, RunDone, RunStarted,
+    StepCommitted, WorkerLost,
 };
 
 /// Steps that the current rate is averaged over.
@@ -33,6 +34,8 @@ pub struct RunState {
     pub rank_tokens: Vec<u64>,
     pub checkpoint: Option<CheckpointCommitted>,
     pub membership: Option<Membership>,
+    /// Workers that were lost, in order.
+    pub losses: Vec<WorkerLost>,
     pub done: Option<RunDone>,
     pub failed: Option<Failure>,
 }
@@ -65,6 +68,7 @@ impl RunState {
             }
             Some(Body::Checkpoint(checkpoint)) => self.checkpoint = Some(checkpoint.clone()),
             Some(Body::Membership(membership)) => self.membership = Some(membership.clone()),
+            Some(Body::Lost(lost)) => self.losses.push(lost.clone()),
             Some(Body::Done(done)) => self.done = Some(done.clone()),
             Some(Body::Failed(failure)) => self.failed = Some(failure.clone()),
             None => {}

@@ -113,8 +113,6 @@ pub struct Continuation {
 pub enum Refusal {
     #[error("the run is over; start a new one")]
     Over,
-    #[error("the run already has its {world} workers; start it with --workers {} to have one more", world + 1)]
-    Full { world: u32 },
     #[error("the numerics of this worker on {host} differ from those of the workers that joined before: {differences}; run the same unisono-worker and libtorch on the same kind of processor everywhere, so that results do not depend on who computes them")]
     Fingerprint { host: String, differences: String },
     #[error("the worker on {host} did not say on which host:port it accepts its peers; use the unisono-worker that belongs to this coordinator")]

@@ -6,69 +6,98 @@ use super::phases::Phase;
 use super::program::{Item, Program};
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
-use unisono_proto::v1::{self as wire, Abort, Failure};
+use unisono_proto::v1::worker_message::Body as Report;
+use unisono_proto::v1::{self as wire, directive, Abort, Directive, Failure};
 
-/// Seconds that a worker's complaint about a collective waits for the news that a peer was lost, who is then the culprit.
+/// Seconds that a worker's complaint about a peer waits for the news that one was lost, who is then the culprit.
 const COMPLAINT_WAITS: f64 = 2.0;
 
 impl Machine {
     pub(super) fn ended(&mut self, now: f64, from: Connection, reason: &str) -> Vec<Effect> {
+        self.spares.forget(from);
         let Some(rank) = self.roster.rank_of(from) else { return Vec::new() };
         if self.phase == Phase::Gathering {
             self.roster.forget(from);
             return Vec::new();
         }
-        let worker = &self.roster.workers()[rank];
+        let worker = self.roster.get_mut(rank);
+        worker.gone = true;
         if worker.drained || worker.complained {
             return Vec::new();
         }
-        let failure = self.lost(rank, &format!("its connection {reason}"));
-        self.fail(now, failure)
+        self.lost(now, rank, &format!("its connection {reason}"))
     }
 
-    /// A worker says that it cannot go on. When it stumbled in a collective, a peer may be the cause: wait for that news.
+    /// A worker says that it cannot go on. When it stumbled over a peer, that one may be the cause: wait for that news.
     pub(super) fn complained(&mut self, now: f64, rank: usize, told: Failure) -> Vec<Effect> {
         let (phase, step) = self.place_of(rank);
         let named = wire::Phase::try_from(told.phase).unwrap_or_default();
         let phase = if named == wire::Phase::Unspecified { phase } else { named };
         let culprit = told.rank.filter(|&r| (r as usize) < self.roster.len()).unwrap_or(rank as u32);
         let mut failure = self.failure(Some(culprit), phase, told.step.or(step), told.message);
-        failure.bad_input = told.bad_input;
+        (failure.bad_input, failure.recoverable) = (told.bad_input, told.recoverable);
         if self.phase == Phase::Gathering {
             failure.rank = None;
         }
         self.roster.get_mut(rank).complained = true;
-        // Peers meet while loading, and the norm is summed while updating.
-        let in_collective =
-            matches!(phase, wire::Phase::Load | wire::Phase::Reduce | wire::Phase::Update | wire::Phase::Gather);
-        if in_collective && !failure.bad_input {
-            self.complaint.get_or_insert((now, failure));
+        if failure.recoverable && self.phase != Phase::Gathering {
+            self.complaint.get_or_insert((now, culprit as usize, failure));
             return Vec::new();
         }
         self.fail(now, failure)
     }
 
     pub(super) fn tick(&mut self, now: f64) -> Vec<Effect> {
-        if let Some(rank) = self.roster.silent(now, self.settings.silence) {
+        // Who has not looked for a while has heard nobody.
+        let slept = now - std::mem::replace(&mut self.ticked, now) > self.settings.lease / 2.0;
+        if slept {
+            self.roster.renew(now);
+            self.spares.renew(now);
+        }
+        let lease = self.settings.lease;
+        let silent = self.spares.silent(now, lease);
+        silent.iter().for_each(|&from| self.spares.forget(from));
+        let mut effects: Vec<Effect> = silent.into_iter().map(|to| Effect::Close { to }).collect();
+        if self.phase == Phase::Gathering {
+            effects.extend(self.muster(now));
+            return effects;
+        }
+        let silent = self.roster.silent(now, lease).first().and_then(|&from| self.roster.rank_of(from));
+        if let Some(rank) = silent {
             let silent = now - self.roster.workers()[rank].heard;
-            let failure = self.lost(rank, &format!("it has been silent for {silent:.0} s"));
-            return self.fail(now, failure);
+            effects.extend(self.lost(now, rank, &format!("it has been silent for {silent:.1} s")));
+            return effects;
         }
         match self.complaint.clone() {
-            Some((since, failure)) if now - since > COMPLAINT_WAITS => self.fail(now, failure),
-            _ => Vec::new(),
+            Some((since, rank, failure)) if now - since > COMPLAINT_WAITS => {
+                effects.extend(self.regroup(now, rank, failure));
+            }
+            _ => {}
         }
+        effects
     }
 
-    fn lost(&self, rank: usize, how: &str) -> Failure {
+    fn lost(&mut self, now: f64, rank: usize, how: &str) -> Vec<Effect> {
+        // Everything is settled: all that it could still have said is farewell.
+        if let Some(last) = self.queue.front_mut().filter(|o| o.item == Item::Finish) {
+            last.reports[rank] = Some(Report::Drained(wire::Drained {}));
+            self.roster.get_mut(rank).drained = true;
+            let mut effects = self.settle_answered(now);
+            effects.extend(self.conclude(now));
+            return effects;
+        }
         let (phase, step) = self.place_of(rank);
-        let run = self.settings.run_dir.display();
-        let again = match self.program {
-            Program::Train(_) => format!("go on with --resume {run}"),
+        let message = format!("the worker was lost: {how}; look at its log for the cause (out of memory, killed)");
+        let failure = self.failure(Some(rank as u32), phase, step, message);
+        self.regroup(now, rank, failure)
+    }
+
+    /// How a person goes on with a run that has failed.
+    pub(super) fn again(&self) -> String {
+        match self.program {
+            Program::Train(_) => format!("go on with --resume {}", self.settings.run_dir.display()),
             _ => "start it again".into(),
-        };
-        let advice = format!("look at its log for the cause (out of memory, killed), then {again}");
-        self.failure(Some(rank as u32), phase, step, format!("the worker was lost: {how}; {advice}"))
+        }
     }
 
     pub(super) fn blame(&mut self, now: f64, rank: usize, message: String) -> Vec<Effect> {
@@ -80,7 +109,7 @@ impl Machine {
     pub(super) fn failure(&self, rank: Option<u32>, phase: wire::Phase, step: Option<u64>, message: String) -> Failure {
         let worker = rank.and_then(|r| self.roster.workers().get(r as usize));
         let host = worker.map(|w| w.join.host.clone()).unwrap_or_default();
-        Failure { rank, host, phase: phase.into(), step, message, bad_input: false }
+        Failure { rank, host, phase: phase.into(), step, message, ..Failure::default() }
     }
 
     /// The run is over: everyone who is left hears why.
@@ -90,9 +119,21 @@ impl Machine {
         self.close_outcome(now);
         self.outcome.failure = Some(failure.clone());
         let mut effects = vec![Effect::Append(Entry::Failed(failure.clone()))];
-        effects.extend(self.broadcast(Order::Abort(Abort { failure: Some(failure) })));
+        effects.extend(self.broadcast(Order::Abort(Abort { failure: Some(failure), regroup: false })));
+        effects.extend(self.dismiss_spares());
         effects.extend(self.roster.workers().iter().map(|w| Effect::Close { to: w.connection }));
         effects.push(Effect::Done(self.outcome.clone()));
+        effects
+    }
+
+    /// Those that still waited for a place need wait no longer.
+    pub(super) fn dismiss_spares(&mut self) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for spare in std::mem::take(&mut self.spares).into_workers() {
+            let to = spare.connection;
+            let finish = Directive { id: 1, body: Some(directive::Body::Finish(wire::Finish {})) };
+            effects.extend([self.send(to, Order::Directive(finish)), Effect::Close { to }]);
+        }
         effects
     }
 

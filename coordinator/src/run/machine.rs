@@ -6,6 +6,7 @@
 //! so nothing depends on who answered first.
 
 use super::event::{Connection, Effect, Event, Outcome, PendingCheckpoint, Refusal};
+use super::gathering::Regrouping;
 use super::outstanding::{generate_of, name, step_of, Outstanding};
 use super::phases::Phase;
 use super::program::{Agenda, Item, Program};
@@ -13,15 +14,15 @@ use super::recorded::Recorded;
 use super::roster::Roster;
 use super::settle::{self, Fault};
 use crate::checkpoint::manifest;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
-    self as wire, Acknowledge, Assign, CoordinatorMessage, Directive, Epoch, Failure, Go, Join, Membership, Memory,
-    RunDone, RunStarted, StepCommitted, Suite, WorkerMessage,
+    self as wire, Acknowledge, Assign, CoordinatorMessage, Directive, Epoch, Failure, Fingerprint, Memory, RunDone,
+    RunStarted, StepCommitted, Suite, WorkerMessage,
 };
 
 /// Directives under way at a time: enough that no worker waits for one.
@@ -46,28 +47,48 @@ pub struct Settings {
     /// Names of the tasks, by index.
     pub tasks: Vec<String>,
     /// Seconds of silence after which a worker is lost.
-    pub silence: f64,
+    pub lease: f64,
+    /// Losses in a row without anything new in between that the run survives.
+    pub restarts: u32,
 }
 
 pub struct Machine {
     pub(super) settings: Settings,
     pub(super) program: Program,
-    agenda: Agenda,
+    pub(super) agenda: Agenda,
+    /// The agenda's next item, which waits until everything before it is settled.
+    pub(super) held_back: Option<Item>,
     pub(super) phase: Phase,
+    /// In rank order once ranks are assigned.
     pub(super) roster: Roster,
+    /// Those that wait for a place.
+    pub(super) spares: Roster,
+    /// Addresses of the last generation, in rank order.
+    pub(super) ranks: Vec<String>,
+    /// The arithmetic that everyone must have.
+    pub(super) standard: Option<Fingerprint>,
     pub(super) generation: u64,
+    /// Set while the generation is over and the next one gathers.
+    pub(super) regrouping: Option<Regrouping>,
+    /// Losses since something new was settled.
+    pub(super) stumbles: u32,
     /// Directives that not every rank has answered, oldest first.
     pub(super) queue: VecDeque<Outstanding>,
-    next_id: u64,
+    pub(super) next_id: u64,
     /// Steps up to this one can be dealt: their rows are tokenized.
     prepared: u64,
     pub(super) committed: u64,
     /// Time of the last commit, or of Go.
-    last_commit: f64,
-    started: f64,
-    committing: usize,
-    last_checkpoint: u64,
-    pub(super) complaint: Option<(f64, Failure)>,
+    pub(super) last_commit: f64,
+    /// Time of the first Go; 0 before.
+    pub(super) started: f64,
+    /// Steps whose checkpoints are being committed.
+    committing: BTreeSet<u64>,
+    pub(super) last_checkpoint: u64,
+    /// Since when, which rank, and what it said.
+    pub(super) complaint: Option<(f64, usize, Failure)>,
+    /// Time of the last tick.
+    pub(super) ticked: f64,
     pub(super) outcome: Outcome,
 }
 
@@ -77,20 +98,27 @@ impl Machine {
         let outcome = Outcome { tokens: settings.recorded.tokens(committed), ..Outcome::default() };
         Machine {
             agenda: Agenda::new(&program),
+            held_back: None,
+            generation: settings.recorded.generation(),
             settings,
             program,
             phase: Phase::Gathering,
             roster: Roster::default(),
-            generation: 0,
+            spares: Roster::default(),
+            ranks: Vec::new(),
+            standard: None,
+            regrouping: None,
+            stumbles: 0,
             queue: VecDeque::new(),
             next_id: 1,
             prepared,
             committed,
             last_commit: 0.0,
             started: 0.0,
-            committing: 0,
+            committing: BTreeSet::new(),
             last_checkpoint: committed,
             complaint: None,
+            ticked: 0.0,
             outcome,
         }
     }
@@ -114,14 +142,14 @@ impl Machine {
             Event::Message { from, message } => self.message(now, from, message),
             Event::Ended { from, reason } => Ok(self.ended(now, from, &reason)),
             Event::CheckpointCommitted { step, result } => {
-                if self.committing == 0 {
+                if !self.committing.remove(&step) {
                     return Err(Refusal::Unasked);
                 }
-                self.committing -= 1;
                 Ok(match result {
                     Ok(entry) => {
-                        self.last_checkpoint = step;
+                        self.last_checkpoint = self.last_checkpoint.max(step);
                         let mut effects = vec![Effect::Append(Entry::Checkpoint(entry))];
+                        effects.extend(self.grow(now));
                         effects.extend(self.conclude(now));
                         effects
                     }
@@ -159,37 +187,12 @@ impl Machine {
         }
     }
 
-    fn joined(&mut self, now: f64, from: Connection, join: Join) -> Result<Vec<Effect>, Refusal> {
-        if self.phase != Phase::Gathering {
-            return Err(Refusal::Full { world: self.settings.world });
-        }
-        self.roster.admit(from, join, now)?;
-        if self.roster.len() < self.settings.world as usize {
-            return Ok(Vec::new());
-        }
-        self.phase = Phase::Loading;
-        self.generation += 1;
-        let (generation, members) = (self.generation, self.roster.members());
-        let mut effects = vec![Effect::Append(Entry::Membership(Membership { generation, members }))];
-        let peers: Vec<String> = self.roster.workers().iter().map(|w| w.join.listen.clone()).collect();
-        let mut key = blake3::Hasher::new_keyed(&self.settings.peer_secret);
-        key.update(&generation.to_le_bytes());
-        let peer_key = bytes::Bytes::copy_from_slice(key.finalize().as_bytes());
-        for (rank, worker) in (0..).zip(self.roster.workers()) {
-            let assign = Assign {
-                rank,
-                world: self.settings.world,
-                peers: peers.clone(),
-                peer_key: peer_key.clone(),
-                ..self.settings.assign.clone()
-            };
-            effects.push(self.send(worker.connection, Order::Assign(assign)));
-        }
-        Ok(effects)
-    }
-
     fn message(&mut self, now: f64, from: Connection, message: WorkerMessage) -> Result<Vec<Effect>, Refusal> {
-        let rank = self.roster.rank_of(from).ok_or(Refusal::Stranger)?;
+        let Some(rank) = self.roster.rank_of(from) else {
+            let spare = self.spares.rank_of(from).ok_or(Refusal::Stranger)?;
+            self.spares.get_mut(spare).heard = now;
+            return Ok(Vec::new());
+        };
         let body = message.body.ok_or(Refusal::Unasked)?;
         let before_assign = matches!(body, Report::Heartbeat(_) | Report::Failure(_)) && message.epoch.is_none();
         let epoch = message.epoch.unwrap_or_default();
@@ -211,31 +214,24 @@ impl Machine {
         }
     }
 
-    fn ready(&mut self, now: f64, rank: usize, ready: wire::Ready) -> Vec<Effect> {
-        if self.phase != Phase::Loading || self.roster.workers()[rank].ready {
-            return self.blame(now, rank, "it said twice that it is ready".into());
-        }
-        let worker = self.roster.get_mut(rank);
-        worker.ready = true;
-        worker.memory = ready.memory.unwrap_or_default();
-        let mut effects = vec![self.memory(rank)];
-        if self.roster.workers().iter().all(|w| w.ready) {
-            self.phase = Phase::Running;
-            (self.started, self.last_commit) = (now, now);
-            effects.extend(self.broadcast(Order::Go(Go {})));
-            effects.extend(self.queue_ahead(now));
-        }
-        effects
-    }
-
     /// Keeps [`LOOKAHEAD`] directives under way.
-    fn queue_ahead(&mut self, now: f64) -> Vec<Effect> {
+    pub(super) fn queue_ahead(&mut self, now: f64) -> Vec<Effect> {
         let mut effects = Vec::new();
         while self.queue.len() < LOOKAHEAD {
-            let Some(item) = self.agenda.next(&self.program, self.prepared) else { break };
-            let Settings { world, assignment, seed, .. } = self.settings;
-            let mut path = String::new();
+            let next = self.held_back.take().or_else(|| self.agenda.next(&self.program, self.prepared));
+            let Some(item) = next else { break };
+            // Nobody leaves before everybody's work is known to be done.
+            if item == Item::Finish && !self.queue.is_empty() {
+                self.held_back = Some(item);
+                break;
+            }
+            let (world, mut path) = (self.roster.len() as u32, String::new());
+            let Settings { assignment, seed, .. } = self.settings;
             if let Item::Checkpoint(step) = item {
+                // Computed again after a loss: it was saved, or is being saved, by the generation before.
+                if step <= self.last_checkpoint || self.committing.contains(&step) {
+                    continue;
+                }
                 path = manifest::directory(&self.settings.run_dir, step).display().to_string();
                 effects.push(Effect::MakeCheckpoint { step });
             }
@@ -266,6 +262,11 @@ impl Machine {
         let worker = self.roster.get_mut(rank);
         worker.answered = turn;
         worker.drained = drained;
+        self.settle_answered(now)
+    }
+
+    /// Settles every directive that all ranks have answered, in order.
+    pub(super) fn settle_answered(&mut self, now: f64) -> Vec<Effect> {
         let mut effects = Vec::new();
         while self.queue.front().is_some_and(|o| o.reports.iter().all(Option::is_some)) {
             let settled = self.queue.pop_front().expect("looked at above");
@@ -304,7 +305,7 @@ impl Machine {
                 let known = self.settings.recorded.knows_step(&entry).map_err(contradiction)?;
                 (self.committed, self.last_commit) = (step, now);
                 self.outcome.tokens += totals.tokens;
-                let append = (!known).then(|| Effect::Append(Entry::Step(entry)));
+                let append = (!known).then(|| self.new_entry(Entry::Step(entry)));
                 let mut effects: Vec<Effect> = append.into_iter().collect();
                 effects.extend(self.broadcast(Order::Acknowledge(Acknowledge { step })));
                 Ok(effects)
@@ -320,13 +321,13 @@ impl Machine {
                 let mut effects = Vec::new();
                 for entry in entries {
                     if !self.settings.recorded.knows_evaluation(&entry).map_err(contradiction)? {
-                        effects.push(Effect::Append(Entry::Eval(entry)));
+                        effects.push(self.new_entry(Entry::Eval(entry)));
                     }
                 }
                 Ok(effects)
             }
             Item::Checkpoint(step) => {
-                self.committing += 1;
+                self.committing.insert(step);
                 let files = answers().filter_map(|r| match r {
                     Report::Checkpoint(report) => Some(report.files.clone()),
                     _ => None,
@@ -345,13 +346,20 @@ impl Machine {
         }
     }
 
+    /// An entry that no generation made before.
+    fn new_entry(&mut self, entry: Entry) -> Effect {
+        self.settings.recorded.note(&entry);
+        self.stumbles = 0;
+        Effect::Append(entry)
+    }
+
     fn is_concluding(&self) -> bool {
         let drained = !self.roster.is_empty() && self.roster.workers().iter().all(|w| w.drained);
-        self.phase == Phase::Running && drained && self.committing == 0
+        self.phase == Phase::Running && drained && self.committing.is_empty()
     }
 
     /// Once everyone has drained and every checkpoint is committed.
-    fn conclude(&mut self, now: f64) -> Vec<Effect> {
+    pub(super) fn conclude(&mut self, now: f64) -> Vec<Effect> {
         if !self.is_concluding() {
             return Vec::new();
         }
@@ -372,6 +380,7 @@ impl Machine {
             digest: self.outcome.conclusion.digest.clone(),
         };
         let mut effects = vec![Effect::Append(Entry::Done(done))];
+        effects.extend(self.dismiss_spares());
         effects.extend(self.roster.workers().iter().map(|w| Effect::Close { to: w.connection }));
         effects.push(Effect::Done(self.outcome.clone()));
         effects
@@ -386,12 +395,12 @@ impl Machine {
         Epoch { term: self.settings.term, generation: self.generation }
     }
 
-    fn memory(&self, rank: usize) -> Effect {
+    pub(super) fn memory(&self, rank: usize) -> Effect {
         let wire::MemoryReport { planned_bytes, peak_bytes, optimizer_bytes } = self.roster.workers()[rank].memory;
         Effect::Append(Entry::Memory(Memory { rank: rank as u32, planned_bytes, peak_bytes, optimizer_bytes }))
     }
 
-    fn send(&self, to: Connection, body: Order) -> Effect {
+    pub(super) fn send(&self, to: Connection, body: Order) -> Effect {
         Effect::Send { to, message: CoordinatorMessage { epoch: Some(self.epoch()), body: Some(body) } }
     }
 

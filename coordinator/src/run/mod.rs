@@ -7,6 +7,7 @@ pub mod cost;
 pub mod deal;
 pub mod event;
 mod faults;
+mod gathering;
 pub mod machine;
 #[cfg(test)]
 mod machine_tests;
@@ -17,6 +18,9 @@ pub mod program;
 pub mod recorded;
 #[cfg(test)]
 mod recorded_tests;
+mod regroup;
+#[cfg(test)]
+mod regroup_tests;
 pub mod roster;
 pub mod schedule;
 pub mod settle;

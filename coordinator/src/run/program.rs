@@ -220,6 +220,14 @@ impl Agenda {
         Agenda { due, planned: program.start() }
     }
 
+    /// A checkpoint as soon as may be: after the newest step that has been handed out.
+    pub fn save_now(&mut self) {
+        let after = self.due.iter().any(|item| matches!(item, Item::Checkpoint(_) | Item::Finish));
+        if self.planned > 0 && !after {
+            self.due.push_back(Item::Checkpoint(self.planned));
+        }
+    }
+
     /// The next item; `None` after [`Item::Finish`], and where it is a step beyond `prepared`.
     pub fn next(&mut self, program: &Program, prepared: u64) -> Option<Item> {
         if let (true, Program::Train(training)) = (self.due.is_empty(), program) {

@@ -8,6 +8,7 @@ use unisono_proto::v1::{Evaluated, StepCommitted};
 
 #[derive(Debug, Clone, Default)]
 pub struct Recorded {
+    generation: u64,
     steps: BTreeMap<u64, StepCommitted>,
     /// By step, split and task.
     evaluations: BTreeMap<(u64, String, String), Evaluated>,
@@ -26,14 +27,23 @@ impl Recorded {
             Entry::Eval(eval) => {
                 self.evaluations.insert(key(eval), eval.clone());
             }
+            Entry::Membership(membership) => self.generation = self.generation.max(membership.generation),
+            Entry::Lost(lost) => self.generation = self.generation.max(lost.generation),
             _ => {}
         }
+    }
+
+    /// The newest generation that there was.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Forgets what `program` will not compute again alike: where the number of steps has changed, learning rates may
     /// have, and from the first step with another one on, all is new.
     pub fn follow(&mut self, program: &Program) {
-        let Program::Train(training) = program else { return *self = Recorded::default() };
+        let Program::Train(training) = program else {
+            return *self = Recorded { generation: self.generation, ..Recorded::default() };
+        };
         let same = |step: &u64| {
             let recorded = self.steps.get(step).map(|s| s.lr.to_bits());
             *step <= training.plan.steps() && recorded == Some(training.rate.at(*step).to_bits())

@@ -1,7 +1,7 @@
 //! Who takes part: one member for each joined worker, in rank order once ranks are assigned.
 
 use super::event::{differences, Connection, Refusal};
-use unisono_proto::v1::{Heartbeat, Join, Member, MemoryReport, Phase};
+use unisono_proto::v1::{Fingerprint, Heartbeat, Join, Member, MemoryReport, Phase};
 
 /// One worker of the run.
 #[derive(Debug, Clone)]
@@ -16,6 +16,8 @@ pub struct Worker {
     pub drained: bool,
     /// It has said that it cannot go on, so that its leaving is no news.
     pub complained: bool,
+    /// Its stream is over.
+    pub gone: bool,
     /// Directives answered.
     pub answered: u64,
     pub memory: MemoryReport,
@@ -35,14 +37,20 @@ pub struct Roster {
 }
 
 impl Roster {
-    /// Takes a worker in, unless its arithmetic may differ from that of those here already.
-    pub fn admit(&mut self, from: Connection, join: Join, now: f64) -> Result<(), Refusal> {
+    /// Takes a worker in, unless its arithmetic may differ from `standard`, or else from that of those here already.
+    pub fn admit(
+        &mut self,
+        from: Connection,
+        join: Join,
+        now: f64,
+        standard: Option<&Fingerprint>,
+    ) -> Result<(), Refusal> {
         if join.listen.is_empty() {
             return Err(Refusal::Listen { host: join.host });
         }
-        if let Some(first) = self.workers.first() {
-            let (theirs, ours) = (join.fingerprint.clone(), first.join.fingerprint.clone());
-            let told = differences(&theirs.unwrap_or_default(), &ours.unwrap_or_default());
+        let first = self.workers.first().and_then(|w| w.join.fingerprint.as_ref());
+        if let Some(ours) = standard.or(first) {
+            let told = differences(&join.fingerprint.clone().unwrap_or_default(), ours);
             if !told.is_empty() {
                 return Err(Refusal::Fingerprint { host: join.host, differences: told });
             }
@@ -55,10 +63,34 @@ impl Roster {
             ready: false,
             drained: false,
             complained: false,
+            gone: false,
             answered: 0,
             memory: MemoryReport::default(),
         });
         Ok(())
+    }
+
+    pub fn push(&mut self, worker: Worker) {
+        self.workers.push(worker);
+    }
+
+    pub fn into_workers(self) -> Vec<Worker> {
+        self.workers
+    }
+
+    /// Ranks: whoever listens where `before` says keeps its place, the others fill the gaps in order of joining.
+    pub fn arrange(&mut self, before: &[String]) {
+        let (world, mut others) = (self.workers.len(), Vec::new());
+        let mut places: Vec<Option<Worker>> = vec![None; world];
+        for worker in self.workers.drain(..) {
+            let rank = before.iter().position(|listen| *listen == worker.join.listen);
+            match rank.and_then(|rank| places.get_mut(rank)) {
+                Some(place @ None) => *place = Some(worker),
+                _ => others.push(worker),
+            }
+        }
+        let mut others = others.into_iter();
+        self.workers = places.into_iter().filter_map(|place| place.or_else(|| others.next())).collect();
     }
 
     pub fn forget(&mut self, from: Connection) {
@@ -85,9 +117,14 @@ impl Roster {
         &mut self.workers[rank]
     }
 
-    /// The first rank that has been silent for longer than `limit` seconds.
-    pub fn silent(&self, now: f64, limit: f64) -> Option<usize> {
-        self.workers.iter().position(|w| !w.drained && now - w.heard > limit)
+    /// Those that have been silent for longer than `limit` seconds.
+    pub fn silent(&self, now: f64, limit: f64) -> Vec<Connection> {
+        self.workers.iter().filter(|w| !w.drained && now - w.heard > limit).map(|w| w.connection).collect()
+    }
+
+    /// Everyone counts as heard from just now.
+    pub fn renew(&mut self, now: f64) {
+        self.workers.iter_mut().for_each(|w| w.heard = now);
     }
 
     pub fn members(&self) -> Vec<Member> {

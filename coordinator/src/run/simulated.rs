@@ -47,19 +47,20 @@ pub(super) fn machine(world: u32, steps: u64, assignment: Assignment) -> Machine
         world,
         assignment,
         seed: 1,
-        assign: Assign { trains: true, ..Assign::default() },
+        assign: Assign { trains: true, rejoin_timeout: 30.0, peer_timeout: 60.0, ..Assign::default() },
         peer_secret: [7; 32],
         started: RunStarted::default(),
         recorded: Recorded::default(),
         tasks: vec!["a".into(), "b".into(), "c".into()],
-        silence: 10.0,
+        lease: 10.0,
+        restarts: 3,
     };
     Machine::new(settings, program(steps))
 }
 
 pub(super) fn join(listen: &str) -> Join {
     let fingerprint = Fingerprint { device: "cpu".into(), libtorch: "2.11.0".into(), ..Default::default() };
-    Join { listen: listen.into(), host: "ada".into(), pid: 1, fingerprint: Some(fingerprint) }
+    Join { listen: listen.into(), host: "ada".into(), pid: 1, fingerprint: Some(fingerprint), again: false }
 }
 
 /// A worker that does what it is told, and what it has not said yet.
@@ -71,6 +72,9 @@ pub(super) struct Simulated {
     pub(super) steps: Vec<u64>,
     pub(super) acknowledged: u64,
     pub(super) aborted: bool,
+    pub(super) listen: String,
+    /// It was told that its generation is over, and joins again.
+    pub(super) regroups: bool,
 }
 
 /// The world around a machine: workers, ledger and committer.
@@ -82,6 +86,9 @@ pub(super) struct World {
     pub(super) commits: VecDeque<PendingCheckpoint>,
     pub(super) concluding: bool,
     pub(super) over: bool,
+    next: u64,
+    /// Addresses of processes that are about to join.
+    pub(super) joining: VecDeque<String>,
 }
 
 pub(super) fn loss(step: u64, micro_batch: u32) -> f64 {
@@ -102,15 +109,44 @@ impl World {
             commits: VecDeque::new(),
             concluding: false,
             over: false,
+            next: 0,
+            joining: VecDeque::new(),
         };
         let effects = this.machine.start();
         this.carry_out(effects);
         for id in 0..world {
-            let from = Connection(u64::from(id));
-            this.workers.insert(from, Simulated::default());
-            this.apply(Event::Joined { from, join: join(&format!("ada:{id}")) }).unwrap();
+            this.joins(format!("ada:{id}"));
         }
         this
+    }
+
+    /// A process joins on a new stream.
+    pub(super) fn joins(&mut self, listen: String) -> Connection {
+        let from = Connection(self.next);
+        self.next += 1;
+        let joined = Event::Joined { from, join: join(&listen) };
+        self.workers.insert(from, Simulated { listen, ..Simulated::default() });
+        self.apply(joined).unwrap();
+        from
+    }
+
+    /// The worker's process dies; another one is started in its place.
+    pub(super) fn dies(&mut self, from: Connection) {
+        let Some(worker) = self.workers.remove(&from) else { return };
+        self.joining.retain(|listen| *listen != worker.listen);
+        self.joining.push_back(format!("{}'", worker.listen));
+        // Refused after the end.
+        self.apply(Event::Ended { from, reason: "broke off".into() }).ok();
+    }
+
+    /// The next one of those that are about to join does.
+    pub(super) fn next_joins(&mut self) -> bool {
+        if self.machine.phase().is_final() {
+            self.joining.clear();
+        }
+        let Some(listen) = self.joining.pop_front() else { return false };
+        self.joins(listen);
+        true
     }
 
     /// A run that goes on after `start` steps; `ledger` is what it committed before it ended.
@@ -150,7 +186,8 @@ impl World {
     }
 
     pub(super) fn deliver(&mut self, to: Connection, epoch: Epoch, order: Order) {
-        let worker = self.workers.get_mut(&to).unwrap();
+        // What is sent to a process that is no more reaches nobody.
+        let Some(worker) = self.workers.get_mut(&to) else { return };
         match order {
             Order::Assign(assign) => {
                 worker.rank = assign.rank;
@@ -163,9 +200,15 @@ impl World {
                 assert!(self.ledger.iter().any(|e| matches!(e, Entry::Step(s) if s.step == acknowledge.step)));
                 worker.acknowledged = acknowledge.step;
             }
+            Order::Abort(abort) if abort.regroup => {
+                worker.outbox.clear();
+                if !std::mem::replace(&mut worker.regroups, true) {
+                    self.joining.push_back(worker.listen.clone());
+                }
+            }
             Order::Abort(_) => worker.aborted = true,
             Order::Directive(directive) => {
-                assert!(!worker.aborted, "a directive after the abort");
+                assert!(!worker.aborted && !worker.regroups, "a directive after the abort");
                 let mine = |passes: &[Pass]| -> Vec<u32> {
                     let shares = passes.iter().flat_map(|p| &p.shares);
                     shares.filter(|s| s.rank == worker.rank).map(|s| s.micro_batch).collect()
@@ -217,7 +260,7 @@ impl World {
 
     /// Lets worker `from` say its next word; false when it has none.
     pub(super) fn say(&mut self, from: Connection) -> bool {
-        let worker = self.workers.get_mut(&from).unwrap();
+        let Some(worker) = self.workers.get_mut(&from) else { return false };
         let Some(body) = worker.outbox.pop_front() else { return false };
         let message = WorkerMessage { epoch: worker.epoch, body: Some(body) };
         self.apply(Event::Message { from, message }).is_ok()
@@ -255,9 +298,9 @@ impl World {
 
     /// Everyone speaks in turn until nobody has anything to say.
     pub(super) fn settle(&mut self) {
-        let connections: Vec<Connection> = self.workers.keys().copied().collect();
         loop {
-            let mut spoke = false;
+            let mut spoke = self.next_joins();
+            let connections: Vec<Connection> = self.workers.keys().copied().collect();
             for &from in &connections {
                 spoke |= self.say(from);
             }

@@ -18,7 +18,7 @@ impl Machine {
             run_dir: self.settings.run_dir.display().to_string(),
             state: self.state().into(),
             epoch: Some(self.epoch()),
-            step: self.committed,
+            step: self.committed.max(self.settings.recorded.newest()),
             steps: self.program.steps(),
             workers: (0..).zip(self.roster.workers()).map(worker).collect(),
             failure: self.outcome.failure.clone(),
@@ -27,6 +27,7 @@ impl Machine {
 
     fn state(&self) -> &'static str {
         match (self.phase, self.under_way().0) {
+            (Phase::Gathering, _) if self.regrouping.is_some() => "regrouping",
             (Phase::Gathering, _) => "gathering",
             (Phase::Loading, _) => "loading",
             (Phase::Finished, _) => "finished",

@@ -10,6 +10,7 @@ use crate::run::event::{Conclusion, PendingCheckpoint};
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use unisono_configs::model::Layout;
+use unisono_proto::fail_point;
 use unisono_proto::v1::CheckpointCommitted;
 
 pub enum Job {
@@ -62,6 +63,7 @@ fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue:
                 handle.send(Command::CheckpointCommitted { step, result });
             }
             Job::Conclude { step } => {
+                fail_point::reached("conclude");
                 let directory = manifest::directory(&archive.run_dir, step);
                 let result = match conclude.take() {
                     Some(conclude) => conclude(&directory),
@@ -88,7 +90,9 @@ impl Archive {
             layout: &self.layout,
             samples: &self.work.samples(step),
         };
+        fail_point::reached("before-commit");
         let manifest = commit(&pending, &facts).map_err(|error| error.to_string())?;
+        fail_point::reached("after-commit");
         let path = manifest::directory(&self.run_dir, step);
         // Reads every file back: what is announced is what is on the disk.
         let digest = digest(&path).map_err(|error| error.to_string())?;

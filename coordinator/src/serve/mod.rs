@@ -5,10 +5,10 @@ mod access;
 mod commit;
 pub mod control;
 mod filesystem;
+mod identity;
 pub mod ledger;
 pub mod setup;
 mod steering;
-mod tls;
 mod training;
 mod viewing;
 pub mod work;
@@ -16,14 +16,13 @@ pub mod work;
 pub use setup::{Conclude, Error, Observer, Resumption, Setup};
 pub use work::Work;
 
-use crate::checkpoint::manifest;
 use crate::data::Notice;
 use crate::run::event::Outcome;
 use crate::run::machine::{Machine, Settings};
 use crate::run::program::Program;
 use access::Access;
 use commit::{Archive, Committer};
-use control::{Control, Tokens, CONTROL};
+use control::{Control, CONTROL};
 use ledger::Ledger;
 use rustls::crypto::ring;
 use std::future::Future;
@@ -35,15 +34,12 @@ use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
 use unisono_configs::model::Layout;
 use unisono_configs::run::{Compute, Count, Device, Recompute, RunConfig, ZeroStage};
-use unisono_proto::dial::{Role, Token};
+use unisono_proto::dial::Role;
 use unisono_proto::v1::monitor_server::MonitorServer;
 use unisono_proto::v1::training_server::TrainingServer;
-use unisono_proto::v1::{self as wire, Assign, CheckpointSource, ModelSource, Optimizer, RunStarted};
+use unisono_proto::v1::{self as wire, Assign, ModelSource, Optimizer, RunStarted};
 use unisono_proto::MAX_MESSAGE_BYTES;
 use viewing::{Progress, ViewingService};
-
-/// Seconds of silence after which a worker is lost. Heartbeats come every second.
-const SILENCE: f64 = 10.0;
 
 /// After the run's end, streams that are still open get this long to close.
 const LINGER: Duration = Duration::from_secs(3);
@@ -59,8 +55,8 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
         None => (Ledger::open(&run_dir)?, Default::default()),
     };
     let (term, reader) = (ledger.term(), ledger.reader()?);
-    let identity = tls::Identity::generate()?;
-    let tokens = Role::ALL.map(|role| Token::generate(role, &identity.authority));
+    let identity = identity::Identity::of(&run_dir)?;
+    let tokens = Arc::new(identity.tokens()?);
     setup.listener.set_nonblocking(true).map_err(Error::Socket)?;
     let address = match setup.advertise {
         Some(address) => address,
@@ -77,12 +73,13 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
         world: workers,
         assignment: setup.config.cluster.assignment,
         seed: setup.config.train.seed,
-        assign: assignment(&setup.config, &program, &run_dir)?,
+        assign: assignment(&setup.config, &program)?,
         peer_secret: secret(),
         started: started(&setup.config, &run_dir, &layout, &setup.work),
         recorded,
         tasks: setup.work.tasks(),
-        silence: SILENCE,
+        lease: setup.config.cluster.lease,
+        restarts: setup.config.cluster.restarts,
     };
     let archive = Archive {
         run_dir: run_dir.clone(),
@@ -108,11 +105,8 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
     // Fails only when `serve` itself was dropped.
     thread.spawn(move || ended.send(steering.run(queue)).ok()).map_err(Error::Socket)?;
 
-    let text = |role: Role| tokens.iter().find(|t| t.role() == role).map(Token::reveal).unwrap_or_default();
-    let texts = Tokens { worker: text(Role::Worker), monitor: text(Role::Monitor), operator: text(Role::Operator) };
-    let control = Control { address, pid: std::process::id(), term, ca: identity.pem, tokens: texts };
+    let control = Control { address, pid: std::process::id(), term, ca: identity.authority, tokens: identity.tokens };
     let (incoming, accepting) = accept::accept(listener, identity.server);
-    let tokens = Arc::new(tokens.to_vec());
     let training = TrainingServer::new(TrainingService { handle: handle.clone(), work: setup.work })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -142,6 +136,7 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
     };
     // The address and the secrets in it lead nowhere any more.
     std::fs::remove_file(run_dir.join(CONTROL)).ok();
+    identity::forget(&run_dir);
     accepting.abort();
     drop(close);
     if tokio::time::timeout(LINGER, &mut server).await.is_err() {
@@ -170,7 +165,7 @@ fn notice_command(notice: Notice) -> Command {
 }
 
 /// What every rank is assigned alike.
-fn assignment(config: &RunConfig, program: &Program, run_dir: &std::path::Path) -> Result<Assign, Error> {
+fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
     let compute = match config.model.compute {
         Compute::Bf16 => wire::Compute::Bf16,
         Compute::Fp32 => wire::Compute::Fp32,
@@ -195,12 +190,7 @@ fn assignment(config: &RunConfig, program: &Program, run_dir: &std::path::Path) 
     let path = &config.model.path;
     let path = path.canonicalize().map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
     let (train, worst) = (&config.train, program.worst());
-    let resume = match program.start() {
-        0 => None,
-        step => Some(CheckpointSource { path: manifest::directory(run_dir, step).display().to_string(), step }),
-    };
     Ok(Assign {
-        resume,
         model: Some(ModelSource { path: path.display().to_string(), compute: compute.into() }),
         optimizer: Some(Optimizer {
             beta1: train.betas[0],
@@ -218,6 +208,8 @@ fn assignment(config: &RunConfig, program: &Program, run_dir: &std::path::Path) 
         recompute: recompute.into(),
         peer_timeout: config.cluster.peer_timeout,
         trains: matches!(program, Program::Train(_)),
+        heartbeat: config.cluster.heartbeat,
+        rejoin_timeout: config.cluster.rejoin_timeout,
         ..Assign::default()
     })
 }

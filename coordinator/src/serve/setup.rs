@@ -34,7 +34,7 @@ pub struct Setup {
     pub work: Work,
     /// Is told everything, from the loop's own thread: it must return soon.
     pub observer: Arc<dyn Observer>,
-    /// The run that this one goes on with; absent: a new one.
+    /// The run's ledger, where it is open already, as for a run that is gone on with.
     pub resume: Option<Resumption>,
     /// What a finished training run leaves behind, besides its last checkpoint.
     pub conclude: Option<Conclude>,

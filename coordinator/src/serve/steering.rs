@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
 use tonic::Status;
+use unisono_proto::fail_point;
 use unisono_proto::v1::coordinator_message::Body;
 use unisono_proto::v1::{Abort, CheckpointCommitted, CoordinatorMessage, Failure, Join, StatusReply, WorkerMessage};
 
@@ -181,8 +182,10 @@ impl Steering {
             }
         }
         if !entries.is_empty() {
+            fail_point::reached("before-append");
             match self.ledger.append(self.clock.now(), entries) {
                 Ok(events) => {
+                    fail_point::reached("after-append");
                     events.iter().for_each(|event| self.observer.event(event));
                     let sequence = events.last().map_or(0, |e| e.sequence);
                     let over = self.machine.phase().is_final();
@@ -222,7 +225,7 @@ impl Steering {
     fn abort(&mut self, message: String) {
         let failure = Some(Failure { message, ..Default::default() });
         let epoch = self.machine.status(self.clock.now()).epoch;
-        let body = Some(Body::Abort(Abort { failure }));
+        let body = Some(Body::Abort(Abort { failure, regroup: false }));
         for (_, outbound) in std::mem::take(&mut self.streams) {
             outbound.send(Ok(CoordinatorMessage { epoch, body: body.clone() })).ok();
         }

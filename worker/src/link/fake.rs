@@ -118,7 +118,7 @@ impl Fake {
             let (control, data) = (endpoint.connect().await.unwrap(), endpoint.connect().await.unwrap());
             Connections { control, data, token: None }
         });
-        Link::over(runtime, connections, join, on_end)
+        Link::over(runtime, connections, join, None, on_end)
     }
 
     /// The next worker that attends, and its Join.

@@ -2,7 +2,7 @@
 
 use super::{keys, Error, Progress, CREDIT};
 use crate::collective::tcp::Stopper;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{mpsc as plain, Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, Semaphore};
@@ -12,7 +12,9 @@ use tonic::{Code, Request, Status};
 use unisono_proto::dial::{self, Token};
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
-use unisono_proto::v1::{BatchKey, BatchRequest, CoordinatorMessage, Epoch, Heartbeat, MicroBatch, WorkerMessage};
+use unisono_proto::v1::{
+    directive, BatchKey, BatchRequest, CoordinatorMessage, Directive, Epoch, Heartbeat, MicroBatch, WorkerMessage,
+};
 
 /// Nobody panics while holding one of the link's locks in a way that matters.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -28,6 +30,10 @@ pub(super) struct Shared {
     /// Ends blocked collectives when the link ends.
     pub stopper: Stopper,
     pub epoch: Mutex<Option<Epoch>>,
+    /// The newest epoch that this process has known, on whatever stream: what is older is of the past.
+    pub known: Mutex<Option<Epoch>>,
+    /// Milliseconds between heartbeats.
+    pub heartbeat: AtomicU64,
     pub rank: OnceLock<u32>,
     /// Why the link ended; set once, before the channels to the compute thread close.
     pub ended: OnceLock<Error>,
@@ -76,12 +82,10 @@ fn status(status: &Status) -> Error {
     }
 }
 
-/// A heartbeat each second for as long as the compute thread holds the other end.
+/// A heartbeat each interval for as long as the compute thread holds the other end.
 pub(super) async fn beat(shared: Arc<Shared>) {
-    let mut tick = tokio::time::interval(Duration::from_secs(1));
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        tick.tick().await;
+        tokio::time::sleep(Duration::from_millis(shared.heartbeat.load(Ordering::Relaxed))).await;
         let heartbeat = Heartbeat { phase: shared.progress.phase() as i32, step: shared.progress.step() };
         // A full channel means that other messages are under way: those are signs of life too.
         // The lock keeps a heartbeat from following the last message.
@@ -130,16 +134,18 @@ fn take(
     keys_wanted: &mpsc::UnboundedSender<BatchKey>,
 ) -> Result<(), Error> {
     let Some(body) = message.body else { return Ok(()) };
-    if let (Some(told), Some(known)) = (message.epoch, shared.epoch()) {
-        if told.term < known.term || told.generation < known.generation {
+    if let Some(told) = message.epoch {
+        let mut known = lock(&shared.known);
+        if let Some(known) = known.filter(|known| (told.term, told.generation) < (known.term, known.generation)) {
             tracing::warn!(?told, ?known, "dropped a message of the past");
             return Ok(());
         }
+        *known = Some(told);
     }
     match &body {
         FromCoordinator::Abort(abort) => {
-            let failure = abort.failure.clone().unwrap_or_default();
-            return Err(Error::Aborted(Box::new(failure)));
+            let failure = Box::new(abort.failure.clone().unwrap_or_default());
+            return Err(if abort.regroup { Error::Regroup(failure) } else { Error::Aborted(failure) });
         }
         FromCoordinator::Acknowledge(_) => return Ok(()),
         FromCoordinator::Assign(assign) => {
@@ -147,6 +153,15 @@ fn take(
             if shared.rank.set(assign.rank).is_err() {
                 return Err(Error::Protocol("assigned a second time".into()));
             }
+            let milliseconds = (assign.heartbeat * 1e3) as u64;
+            if milliseconds > 0 {
+                shared.heartbeat.store(milliseconds, Ordering::Relaxed);
+            }
+        }
+        FromCoordinator::Directive(Directive { body: Some(directive::Body::Finish(_)), .. })
+            if shared.rank.get().is_none() =>
+        {
+            return Err(Error::Dismissed);
         }
         FromCoordinator::Directive(directive) => {
             let rank = shared.rank.get().copied().ok_or_else(|| Error::Protocol("directed before Assign".into()))?;

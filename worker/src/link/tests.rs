@@ -91,13 +91,14 @@ fn an_abort_ends_every_wait_and_names_whose_fault_it_was() {
         step: Some(7),
         message: "it fell silent".into(),
         bad_input: true,
+        recoverable: false,
     };
     let sentence = "stopped by the coordinator because of rank 1 on there, reduce, step 7: it fell silent";
     let waiting = std::thread::spawn(move || {
         let key = BatchKey { suite: Suite::Train as i32, step: 1, micro_batch: 0 };
         (link.batch(&key).unwrap_err(), link.directive().unwrap_err())
     });
-    attendant.tell(1, FromCoordinator::Abort(Abort { failure: Some(failure) }));
+    attendant.tell(1, FromCoordinator::Abort(Abort { failure: Some(failure), regroup: false }));
     for error in <[Error; 2]>::from(waiting.join().unwrap()) {
         assert!(matches!(&error, Error::Aborted(failure) if failure.bad_input), "{error:?}");
         assert_eq!(error.to_string(), sentence);

@@ -118,7 +118,7 @@ fn run(model: &Path, compute: Compute, world: u32) -> Run {
             .map(|_| {
                 let (listener, listen) = tcp::listen("127.0.0.1").unwrap();
                 let link = fake.link(Join { listen, ..Default::default() }, |_, _| {});
-                scope.spawn(move || super::run(&link, listener))
+                scope.spawn(move || super::run(&link, &mut Standing::new(listener)))
             })
             .collect();
         let (attendants, joins): (Vec<_>, Vec<_>) = (0..world).map(|_| fake.welcome()).unzip();
@@ -258,7 +258,7 @@ fn refusal(change: impl Fn(&mut Assign), spoil: impl Fn(&Path)) -> Error {
     let mut assign = assignment(dir.path(), Compute::Fp32, &[join], 0);
     change(&mut assign);
     attendant.tell(1, Told::Assign(assign));
-    super::run(&link, listener).unwrap_err()
+    super::run(&link, &mut Standing::new(listener)).unwrap_err()
 }
 
 #[test]

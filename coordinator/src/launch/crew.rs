@@ -1,0 +1,359 @@
+//! The children of one supervisor: started, watched, started again when they die, and ended with it.
+
+use super::local::{Ended, Error, Launch, Signals, LAST_WORDS};
+use super::member::{forward, manner, Member};
+use super::report::Report;
+use super::restarts::Restarts;
+use super::{child, LIFELINE_FD, LISTEN_FD, REPORT_FD, TOKEN};
+use std::ffi::OsString;
+use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter};
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{sleep_until, Instant};
+
+/// How long the coordinator may take to name the fault of a worker that died for good.
+const TESTIMONY: Duration = Duration::from_secs(5);
+/// How long the coordinator may take to stop when asked to.
+const STOP: Duration = Duration::from_secs(10);
+/// What the dynamic loader exits with when a library or a symbol is missing.
+pub(super) const CANNOT_LOAD: i32 = 127;
+/// A worker's exit code when the user's input is at fault.
+const BAD_INPUT: i32 = 2;
+/// Deaths of the coordinator in a row that a run survives.
+const COORDINATORS: u32 = 3;
+
+pub(super) struct Crew {
+    launch: Launch,
+    listener: TcpListener,
+    coordinator: Member,
+    coordinators: Restarts,
+    /// With what they join, once the coordinator has said it.
+    terms: Option<Terms>,
+    workers: Vec<Slot>,
+    /// Coordinators so far.
+    starts: u32,
+    /// Where a coordinator that is started again goes on.
+    run_dir: Option<PathBuf>,
+    progress: Option<(u64, u64)>,
+    sender: mpsc::UnboundedSender<Report>,
+    lifeline: PipeReader,
+    /// Held, never written: its end is the children's.
+    _lifeline_writer: PipeWriter,
+}
+
+/// A place for a worker.
+struct Slot {
+    worker: Member,
+    restarts: Restarts,
+    /// Which coordinator the worker was started under.
+    start: u32,
+}
+
+struct Terms {
+    address: String,
+    token: String,
+    restarts: u32,
+}
+
+impl Crew {
+    pub fn start(launch: Launch) -> Result<(Self, mpsc::UnboundedReceiver<Report>), Error> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let (lifeline, writer) = io::pipe()?;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let coordinator = coordinate(&launch, &launch.arguments, &listener, &lifeline, &sender)?;
+        let crew = Crew {
+            launch,
+            listener,
+            coordinator,
+            coordinators: Restarts::default(),
+            terms: None,
+            workers: Vec::new(),
+            starts: 1,
+            run_dir: None,
+            progress: None,
+            sender,
+            lifeline,
+            _lifeline_writer: writer,
+        };
+        Ok((crew, receiver))
+    }
+
+    /// As many workers as the coordinator wants, those included that are there or on their way.
+    fn hire(&mut self, workers: usize) -> Result<(), Error> {
+        for slot in 0..workers {
+            match self.workers.get(slot) {
+                None => {
+                    let (worker, start) = (self.worker()?, self.starts);
+                    self.workers.push(Slot { worker, restarts: Restarts::default(), start });
+                }
+                // It left when its work seemed done; now there is more.
+                Some(Slot { worker, restarts, .. }) if worker.ended.is_some() && restarts.due().is_none() => {
+                    self.fill(slot)?;
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A new worker in a place whose worker has ended.
+    fn fill(&mut self, slot: usize) -> Result<(), Error> {
+        self.workers[slot].worker = self.worker()?;
+        self.workers[slot].restarts.started();
+        self.workers[slot].start = self.starts;
+        Ok(())
+    }
+
+    fn worker(&self) -> Result<Member, Error> {
+        let Some(terms) = &self.terms else {
+            return Err(io::Error::other("no coordinator has told its address").into());
+        };
+        let mut command = Command::new(&self.launch.worker);
+        command
+            .args(["join", &terms.address])
+            .env(TOKEN, &terms.token)
+            .env(LIFELINE_FD, self.lifeline.as_raw_fd().to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        child::bind(&mut command, vec![self.lifeline.as_raw_fd()]);
+        let spawned = command.spawn();
+        let mut child = spawned.map_err(|source| Error::Spawn { path: self.launch.worker.clone(), source })?;
+        let words = Arc::default();
+        if let Some(stderr) = child.stderr.take() {
+            let (words, pid) = (Arc::clone(&words), child.id());
+            std::thread::spawn(move || forward(stderr, pid, &words));
+        }
+        Ok(Member { child, ended: None, words })
+    }
+
+    /// Until the run has ended or must end; children may still live then.
+    pub async fn watch(
+        &mut self,
+        signals: &mut Signals,
+        reports: &mut mpsc::UnboundedReceiver<Report>,
+    ) -> Result<Ended, Error> {
+        let mut suspicion: Option<Instant> = None;
+        loop {
+            while let Ok(report) = reports.try_recv() {
+                self.heed(report)?;
+            }
+            let now = Instant::now();
+            if self.coordinators.due().is_none() {
+                if let Some(status) = self.coordinator.reap() {
+                    if status.code().is_some() || self.coordinators.died(now.into(), COORDINATORS).is_none() {
+                        return self.judge_coordinator(status);
+                    }
+                    self.say_restart("the coordinator", self.coordinator.child.id(), status);
+                }
+            }
+            if self.reap_workers(now).await? {
+                suspicion.get_or_insert(now + TESTIMONY);
+            }
+            let due = self.start_again(now)?;
+            let deadline = suspicion.into_iter().chain(due).min();
+            tokio::select! {
+                _ = signals.child.recv() => {}
+                Some(report) = reports.recv() => self.heed(report)?,
+                _ = signals.interrupt.recv() => return Ok(Ended::Interrupted { signal: libc::SIGINT, place: self.place() }),
+                _ = signals.terminate.recv() => return Ok(Ended::Interrupted { signal: libc::SIGTERM, place: self.place() }),
+                () = sleep_until(deadline.unwrap_or(now)), if deadline.is_some() => {
+                    if suspicion.is_some_and(|at| at <= Instant::now()) {
+                        return Err(self.judge_worker());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Looks who has died. True where somebody is not to be started again: the coordinator ought to say why.
+    async fn reap_workers(&mut self, now: Instant) -> Result<bool, Error> {
+        let most = self.terms.as_ref().map_or(0, |terms| terms.restarts);
+        let mut hopeless = false;
+        for slot in 0..self.workers.len() {
+            if self.workers[slot].worker.ended.is_some() {
+                continue;
+            }
+            let Some(status) = self.workers[slot].worker.reap() else { continue };
+            if status.code() == Some(CANNOT_LOAD) {
+                return Err(self.cannot_load(slot).await);
+            }
+            // One that was dismissed by an earlier coordinator may be needed by this one.
+            if status.success() && self.workers[slot].start == self.starts {
+                continue;
+            }
+            let again =
+                status.code() != Some(BAD_INPUT) && self.workers[slot].restarts.died(now.into(), most).is_some();
+            match again {
+                true => self.say_restart("a worker", self.workers[slot].worker.child.id(), status),
+                false => hopeless = true,
+            }
+        }
+        Ok(hopeless)
+    }
+
+    fn say_restart(&self, who: &str, pid: u32, status: ExitStatus) {
+        // Whoever ends by itself has said why, or the run is ending.
+        if let Some(signal) = status.signal() {
+            eprintln!("unisono: {who} (pid {pid}) was killed by signal {signal}{}; it is started again", self.place());
+        }
+    }
+
+    /// Starts those again whose time has come; when the next one's comes.
+    fn start_again(&mut self, now: Instant) -> Result<Option<Instant>, Error> {
+        let ripe = |restarts: &Restarts| restarts.due().is_some_and(|at| at <= now.into_std());
+        if ripe(&self.coordinators) {
+            let arguments: Vec<OsString> = match &self.run_dir {
+                Some(run) => [self.launch.again.clone(), vec!["--resume".into(), run.into()]].concat(),
+                None => self.launch.arguments.clone(),
+            };
+            self.coordinator = coordinate(&self.launch, &arguments, &self.listener, &self.lifeline, &self.sender)?;
+            self.coordinators.started();
+            self.starts += 1;
+        }
+        for slot in 0..self.workers.len() {
+            if ripe(&self.workers[slot].restarts) {
+                self.fill(slot)?;
+            }
+        }
+        let due = self.workers.iter().map(|slot| &slot.restarts).chain([&self.coordinators]);
+        Ok(due.filter_map(Restarts::due).min().map(Instant::from_std))
+    }
+
+    fn heed(&mut self, report: Report) -> Result<(), Error> {
+        match report {
+            Report::Created { run_dir } => self.run_dir = Some(run_dir),
+            Report::Ready { address, workers, token, restarts } => {
+                self.terms = Some(Terms { address, token, restarts });
+                self.hire(workers)?;
+            }
+            Report::Progress { step, steps } => {
+                if self.progress.is_none_or(|(before, _)| step > before) {
+                    self.workers.iter_mut().for_each(|slot| slot.restarts.forgive());
+                    self.coordinators.forgive();
+                }
+                self.progress = Some((step, steps));
+            }
+            // It may only be stopped or cut off: whoever takes its place must be alone there.
+            Report::Lost { pid } => {
+                let found = self.workers.iter().find(|slot| slot.worker.child.id() == pid);
+                found.inspect(|slot| slot.worker.send(libc::SIGKILL));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn say_last_words(&self) {
+        for Slot { worker, .. } in &self.workers {
+            let Ok(words) = worker.words.lock() else { continue };
+            for line in words.iter().filter(|line| line.starts_with(LAST_WORDS)) {
+                eprintln!("worker (pid {}): {line}", worker.child.id());
+            }
+        }
+    }
+
+    /// Where the run was, as far as the coordinator told.
+    fn place(&self) -> String {
+        match self.progress {
+            Some((step, steps)) if step < steps => format!(" in the step after step {step} of {steps}"),
+            Some((step, _)) => format!(" after the last step, {step}"),
+            None if self.workers.is_empty() => " while preparing the run".into(),
+            None => " while workers joined and loaded".into(),
+        }
+    }
+
+    fn judge_coordinator(&self, status: ExitStatus) -> Result<Ended, Error> {
+        match status.code() {
+            Some(code) => Ok(Ended::Code(u8::try_from(code).unwrap_or(u8::MAX))),
+            None => {
+                let pid = self.coordinator.child.id();
+                Err(Error::Coordinator { pid, how: manner(status), place: self.place() })
+            }
+        }
+    }
+
+    /// A worker died for good, and the coordinator knows nothing of it: it had not joined.
+    fn judge_worker(&self) -> Error {
+        let dead = self.workers.iter().map(|slot| &slot.worker);
+        let dead = dead.filter_map(|w| Some((w, w.ended.filter(|s| !s.success())?))).next();
+        let Some((worker, status)) = dead else { return io::Error::other("no worker died").into() };
+        let last = worker.words.lock().ok().and_then(|words| words.back().cloned());
+        Error::Worker {
+            pid: worker.child.id(),
+            how: manner(status),
+            place: self.place(),
+            words: last.map(|line| format!(" ({line})")).unwrap_or_default(),
+            bad_input: status.code() == Some(BAD_INPUT),
+        }
+    }
+
+    async fn cannot_load(&self, slot: usize) -> Error {
+        // The loader's words are on their way through the forwarding thread.
+        let mut found = None;
+        for _ in 0..50 {
+            let words = self.workers[slot].worker.words.lock();
+            found = words.ok().and_then(|words| words.iter().find_map(|line| super::local::missing_library(line)));
+            if found.is_some() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Error::cannot_load(&self.launch.worker, found)
+    }
+
+    /// Ends whoever still lives: the coordinator is asked first, workers get `patience`, then all are killed.
+    /// A further signal to the supervisor ends the patience.
+    pub async fn stop(&mut self, signals: &mut Signals, patience: Duration) {
+        if self.coordinator.reap().is_none() {
+            self.coordinator.send(libc::SIGTERM);
+            let deadline = Instant::now() + STOP;
+            while self.coordinator.reap().is_none() && signals.wait_until(deadline).await {}
+            self.coordinator.send(libc::SIGKILL);
+        }
+        let deadline = Instant::now() + patience;
+        while self.workers.iter_mut().any(|slot| slot.worker.reap().is_none()) && signals.wait_until(deadline).await {}
+        for member in self.workers.iter_mut().map(|slot| &mut slot.worker).chain([&mut self.coordinator]) {
+            member.send(libc::SIGKILL);
+            if member.ended.is_none() {
+                member.ended = member.child.wait().ok();
+            }
+        }
+    }
+}
+
+/// Starts a coordinator on the supervisor's socket. What it reports goes to `sender`.
+fn coordinate(
+    launch: &Launch,
+    arguments: &[OsString],
+    listener: &TcpListener,
+    lifeline: &PipeReader,
+    sender: &mpsc::UnboundedSender<Report>,
+) -> Result<Member, Error> {
+    let (reports, report_writer) = io::pipe()?;
+    let mut command = Command::new(&launch.program);
+    command.args(arguments).stdin(Stdio::null());
+    for (variable, fd) in
+        [(LISTEN_FD, listener.as_raw_fd()), (REPORT_FD, report_writer.as_raw_fd()), (LIFELINE_FD, lifeline.as_raw_fd())]
+    {
+        command.env(variable, fd.to_string());
+    }
+    child::bind(&mut command, vec![listener.as_raw_fd(), report_writer.as_raw_fd(), lifeline.as_raw_fd()]);
+    let child = command.spawn().map_err(|source| Error::Spawn { path: launch.program.clone(), source })?;
+    let sender = sender.clone();
+    std::thread::spawn(move || {
+        for line in BufReader::new(reports).lines().map_while(Result::ok) {
+            if let Ok(report) = serde_json::from_str(&line) {
+                if sender.send(report).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    Ok(Member { child, ended: None, words: Arc::default() })
+}

@@ -1,0 +1,139 @@
+//! From joining to Go: who is taken in, in which order they are ranked, and when the run goes on without the rest.
+
+use super::event::{Connection, Effect, Refusal};
+use super::machine::Machine;
+use super::phases::Phase;
+use crate::checkpoint::manifest;
+use unisono_proto::v1::coordinator_message::Body as Order;
+use unisono_proto::v1::event::Body as Entry;
+use unisono_proto::v1::{self as wire, Assign, CheckpointSource, Go, Join, Membership, Ready};
+
+/// A generation that is over, while the next one gathers.
+#[derive(Debug, Clone)]
+pub(super) struct Regrouping {
+    /// When it was over.
+    pub since: f64,
+    /// Addresses of those that are still there, who will join again.
+    pub expected: Vec<String>,
+}
+
+impl Machine {
+    pub(super) fn joined(&mut self, now: f64, from: Connection, join: Join) -> Result<Vec<Effect>, Refusal> {
+        let mut effects = Vec::new();
+        // A worker that comes again has given its old stream up, also where that has not been noticed yet.
+        let same = |w: &Join| (&w.host, w.pid, &w.listen) == (&join.host, join.pid, &join.listen);
+        let before = self.roster.workers().iter().find(|w| same(&w.join));
+        if let Some(before) = before.map(|w| w.connection) {
+            effects.extend(self.ended(now, before, "was given up for a new one"));
+            if self.phase.is_final() {
+                return Ok(effects);
+            }
+        }
+        if self.phase == Phase::Gathering {
+            self.roster.admit(from, join, now, self.standard.as_ref())?;
+            if self.roster.len() >= self.settings.world as usize {
+                effects.extend(self.assign());
+            }
+            return Ok(effects);
+        }
+        self.spares.admit(from, join, now, self.standard.as_ref())?;
+        effects.extend(self.make_room(now));
+        Ok(effects)
+    }
+
+    /// Takes those in who joined while the generation that is over went on.
+    pub(super) fn take_spares(&mut self) -> Vec<Effect> {
+        let waiting = std::mem::take(&mut self.spares);
+        for spare in waiting.into_workers() {
+            match self.roster.len() < self.settings.world as usize {
+                true => self.roster.push(spare),
+                false => self.spares.push(spare),
+            }
+        }
+        match self.roster.len() >= self.settings.world as usize {
+            true => self.assign(),
+            false => Vec::new(),
+        }
+    }
+
+    /// Everyone here gets a rank. What a rank had before, it keeps.
+    pub(super) fn assign(&mut self) -> Vec<Effect> {
+        self.phase = Phase::Loading;
+        if self.regrouping.take().is_none() {
+            self.generation += 1;
+        }
+        let first = self.roster.workers().first().and_then(|w| w.join.fingerprint.clone());
+        self.standard = self.standard.take().or(first);
+        self.roster.arrange(&self.ranks);
+        self.ranks = self.roster.workers().iter().map(|w| w.join.listen.clone()).collect();
+        self.rewind();
+        let (generation, members) = (self.generation, self.roster.members());
+        let mut effects = vec![Effect::Append(Entry::Membership(Membership { generation, members }))];
+        let mut key = blake3::Hasher::new_keyed(&self.settings.peer_secret);
+        key.update(&generation.to_le_bytes());
+        let peer_key = bytes::Bytes::copy_from_slice(key.finalize().as_bytes());
+        let path = |step| manifest::directory(&self.settings.run_dir, step).display().to_string();
+        let resume =
+            (self.committed > 0).then(|| CheckpointSource { path: path(self.committed), step: self.committed });
+        for (rank, worker) in (0..).zip(self.roster.workers()) {
+            let host = &worker.join.host;
+            let fresh = self.roster.workers().iter().filter(|w| w.join.host == *host && !w.join.again);
+            let assign = Assign {
+                rank,
+                world: self.roster.len() as u32,
+                peers: self.ranks.clone(),
+                peer_key: peer_key.clone(),
+                resume: resume.clone(),
+                fresh: fresh.count() as u32,
+                ..self.settings.assign.clone()
+            };
+            effects.push(self.send(worker.connection, Order::Assign(assign)));
+        }
+        effects
+    }
+
+    pub(super) fn ready(&mut self, now: f64, rank: usize, ready: Ready) -> Vec<Effect> {
+        if self.phase != Phase::Loading || self.roster.workers()[rank].ready {
+            return self.blame(now, rank, "it said twice that it is ready".into());
+        }
+        let worker = self.roster.get_mut(rank);
+        worker.ready = true;
+        worker.memory = ready.memory.unwrap_or_default();
+        let mut effects = vec![self.memory(rank)];
+        if self.roster.workers().iter().all(|w| w.ready) {
+            self.phase = Phase::Running;
+            self.last_commit = now;
+            if self.started == 0.0 {
+                self.started = now;
+            }
+            effects.extend(self.broadcast(Order::Go(Go {})));
+            effects.extend(self.queue_ahead(now));
+        }
+        effects
+    }
+
+    /// Goes on with fewer when nobody came in a lost worker's place, and gives up when nobody is left at all.
+    pub(super) fn muster(&mut self, now: f64) -> Vec<Effect> {
+        let silent = self.roster.silent(now, self.settings.lease);
+        silent.iter().for_each(|&from| self.roster.forget(from));
+        let closed = silent.into_iter().map(|to| Effect::Close { to }).collect();
+        let Some(Regrouping { since, expected }) = &self.regrouping else { return closed };
+        let waited = now - since;
+        let timeout = self.settings.assign.rejoin_timeout;
+        // Whoever computes hears late that the generation is over.
+        let patient = waited < timeout + self.settings.assign.peer_timeout;
+        let here = |listen: &String| self.roster.workers().iter().any(|w| w.join.listen == *listen);
+        let complete = expected.iter().all(here);
+        if waited < timeout || patient && (self.roster.is_empty() || !complete) {
+            return closed;
+        }
+        if !self.roster.is_empty() {
+            return [closed, self.assign()].concat();
+        }
+        let (waited, again) = (format!("{waited:.0} s"), self.again());
+        let message = format!(
+            "every worker was lost and none came back within {waited}; look at their logs for the cause, then {again}"
+        );
+        self.fail(now, self.failure(None, wire::Phase::Join, None, message))
+    }
+}
