@@ -14,6 +14,7 @@ mod tree;
 
 pub use error::Error;
 pub use gate::{Gate, Level};
+pub use names::explanation;
 pub use rows::{Mix, Mixing, Tokens, Unit};
 
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,27 @@ pub struct Data {
     /// included. Absent: the row's own columns.
     #[serde(default)]
     pub template: Option<String>,
+    /// A templates.yaml of promptsource's form, instead of template: Jinja with |||, answer_choices, choice and
+    /// most_frequent, rendered as promptsource does (parts are stripped).
+    #[serde(default)]
+    pub template_file: Option<PathBuf>,
+    /// The template of template_file to render with. Absent: for each row one of all that print something for it, drawn by
+    /// train.seed.
+    #[serde(default)]
+    pub template_name: Option<String>,
+    /// Of template_file: stands between prompt and completion, and belongs to the completion.
+    #[serde(default = "default_delimiter")]
+    pub delimiter: String,
+    /// Examples before each prompt: rows of the same table's training split, drawn by train.seed, never the row itself.
+    #[serde(default)]
+    pub few_shot: usize,
+    /// Follows each of these examples.
+    #[serde(default = "default_few_shot_delimiter")]
+    pub few_shot_delimiter: String,
+    /// Rows with the same value of this field are held out together. Absent: rows with the same prompt where rows have a
+    /// prompt, else equal rows.
+    #[serde(default)]
+    pub group_by: Option<String>,
     /// Of conversations: the messages of these roles are what the model is asked for.
     #[serde(default = "default_roles")]
     pub roles_to_train: Vec<String>,
@@ -130,6 +152,14 @@ pub(crate) fn stem(path: &Path) -> String {
 
 fn default_weight() -> f64 {
     1.0
+}
+
+fn default_delimiter() -> String {
+    " ".into()
+}
+
+fn default_few_shot_delimiter() -> String {
+    "\n\n".into()
 }
 
 fn default_max_dropped() -> f64 {

@@ -15,6 +15,12 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "format",
             "columns",
             "template",
+            "template_file",
+            "template_name",
+            "delimiter",
+            "few_shot",
+            "few_shot_delimiter",
+            "group_by",
             "roles_to_train",
             "turns",
             "validation",
@@ -69,7 +75,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
 ];
 
 /// Keys that are planned: refused, but not as unknown.
-const PLANNED: &[&str] = &["data.group_by", "eval.generate", "model.adapter", "model.freeze"];
+const PLANNED: &[&str] = &["eval.generate", "model.adapter", "model.freeze"];
 
 /// Other trainers' names (TRL, transformers, Axolotl, DeepSpeed) of a key that takes the same value.
 const RENAMED: &[(&str, &str)] = &[
@@ -160,6 +166,11 @@ const EXPLAINED: &[(&str, &str)] = &[
     ("trust_remote_code", "remove it: no code is ever loaded"),
     ("special_tokens", "remove it: model.path has the tokens"),
 ];
+
+/// What another trainer's key is here, where it is no key: what to do instead, or why nothing is to be done.
+pub fn explanation(key: &str) -> Option<&'static str> {
+    EXPLAINED.iter().find(|(name, _)| *name == key).map(|(_, text)| *text)
+}
 
 /// Batch sizes per device and their multiplier.
 const PER_DEVICE: &[&str] = &["per_device_train_batch_size", "micro_batch_size", "train_micro_batch_size_per_gpu"];

@@ -21,6 +21,11 @@ impl RunConfig {
         config(&document, path.parent().unwrap_or(Path::new("")))
     }
 
+    /// Reads TOML that is called `name` in errors; relative paths begin at `base`.
+    pub fn parse(name: &str, toml: &str, base: &Path) -> Result<Self, Error> {
+        config(&Document::parse(name.to_owned(), toml)?, base)
+    }
+
     /// The configuration of `--model model --data files...`: everything else has its default.
     pub fn for_files(model: &Path, files: &[PathBuf], overrides: &[(String, String)]) -> Result<Self, Error> {
         let node = |option: &str, value| Node { value, place: Place::Option(option.into()) };
@@ -162,8 +167,16 @@ fn table(s: &Section<'_>, split: &Split) -> Result<Data, Error> {
         ],
     )?;
     let template = s.text("template")?;
-    if template.is_some() && !matches!(format, Format::Auto | Format::PromptCompletion) {
-        let problem = "this format reads its own columns and takes no template; remove data.format or data.template";
+    let (template_file, template_name) = (s.path("template_file")?, s.text("template_name")?);
+    if let (Some(_), Some(_)) = (template, &template_file) {
+        return Err(s.fail("template_file", "cannot stand beside data.template; remove one of them"));
+    }
+    let few_shot = s.whole("few_shot", 0, 0)?;
+    if few_shot > 1000 {
+        return Err(s.fail("few_shot", format!("is {few_shot} and must be at most 1000")));
+    }
+    if (template.is_some() || template_file.is_some()) && !matches!(format, Format::Auto | Format::PromptCompletion) {
+        let problem = "this format reads its own columns and takes no template; remove data.format or the template";
         return Err(s.fail("format", problem));
     }
     let (validation, test) = (held(s, "validation")?, held(s, "test")?);
@@ -190,6 +203,12 @@ fn table(s: &Section<'_>, split: &Split) -> Result<Data, Error> {
         format,
         columns,
         template: template.map(str::to_owned),
+        template_file,
+        template_name: template_name.map(str::to_owned),
+        delimiter: s.any_text("delimiter", " ")?,
+        few_shot: few_shot as usize,
+        few_shot_delimiter: s.any_text("few_shot_delimiter", "\n\n")?,
+        group_by: s.text("group_by")?.map(str::to_owned),
         roles_to_train: roles(s)?,
         turns: s.choice("turns", Turns::All, &[("all", Turns::All), ("last", Turns::Last)])?,
         validation,

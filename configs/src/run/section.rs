@@ -96,6 +96,15 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// A string that may be empty.
+    pub fn any_text(&self, key: &str, default: &str) -> Result<String, Error> {
+        match self.node(key) {
+            None => Ok(default.to_owned()),
+            Some(Node { value: Value::Text(text), .. }) => Ok(text.clone()),
+            Some(node) => Err(self.wrong(key, node, "a string")),
+        }
+    }
+
     /// One of a few words.
     pub fn choice<T: Copy>(&self, key: &str, default: T, words: &[(&'static str, T)]) -> Result<T, Error> {
         let Some(node) = self.node(key) else { return Ok(default) };

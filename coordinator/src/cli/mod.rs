@@ -7,8 +7,10 @@ pub mod config;
 pub mod coordinator;
 pub mod demo;
 pub mod generate;
+pub mod import;
 pub mod init_model;
 pub mod inspect;
+pub mod render;
 pub mod resume;
 pub mod run_dir;
 pub mod screen;
@@ -63,6 +65,10 @@ enum Command {
     Check(check::Args),
     /// Show what the model will see and be asked for: counts per task, rows as tokens with the loss mask.
     Inspect(inspect::Args),
+    /// Translate an Axolotl configuration, or TRL's arguments; what has no equivalent is listed.
+    Import(import::Args),
+    /// Write the instruction set: prompt, completion, task, split and row of every row, as JSON Lines.
+    Render(render::Args),
     /// Make a new model: random weights, and a tokenizer trained on a corpus.
     InitModel(init_model::Args),
     /// Write a run's weights as a Hugging Face directory.
@@ -107,6 +113,8 @@ pub fn main() -> ExitCode {
         Command::Status(args) => watch::status(args),
         Command::Check(args) => check::check(args),
         Command::Inspect(args) => inspect::inspect(args),
+        Command::Import(args) => import::run(args),
+        Command::Render(args) => render::run(args),
         Command::InitModel(args) => init_model::init_model(args),
         Command::Digest(args) => checkpoints::digest(args),
         Command::Export(args) => checkpoints::export(args),

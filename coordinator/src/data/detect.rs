@@ -37,10 +37,24 @@ impl Kind {
         }
     }
 
+    /// What a row is split by: the field that data.group_by names; of a row that was rendered before, its prompt, because
+    /// the row itself would set two completions of one prompt apart; else all of it.
+    pub fn source(self, data: &Data, row: &Row<'_>) -> Result<u128, String> {
+        match (&data.group_by, self) {
+            (Some(name), _) => {
+                let known = data.columns.iter().find(|(_, own)| *own == name).map_or(name, |(known, _)| known);
+                let missing = || format!("field \"{known}\" of data.group_by is missing; the row has {}", row.names());
+                row.hash_of(known).ok_or_else(missing)
+            }
+            (None, Kind::Columns | Kind::ChatColumns) => Ok(row.hash_of("prompt").unwrap_or_else(|| row.hash())),
+            (None, _) => Ok(row.hash()),
+        }
+    }
+
     /// The kind of the rows of `path`, which `key` of the configuration named.
     pub fn of_file(data: &Data, path: &Path, key: &str) -> Result<Self, Error> {
         match data.format {
-            _ if data.template.is_some() => return Ok(Kind::Template),
+            _ if data.template.is_some() || data.template_file.is_some() => return Ok(Kind::Template),
             Format::Messages => return Ok(Kind::Messages),
             Format::Alpaca => return Ok(Kind::Alpaca),
             Format::Sharegpt => return Ok(Kind::Sharegpt),

@@ -7,6 +7,7 @@ use super::gate::{self, Gate};
 use super::origin::{Origin, Source};
 use super::referee::Referee;
 use super::report::Report;
+use super::shots::Draws;
 use super::split::{split, Part};
 use super::store::Store;
 use super::table::{Found, Line, Reading};
@@ -59,8 +60,17 @@ pub fn prepare(config: &RunConfig, extent: Extent, progress: &dyn Progress) -> R
         if gathered.tasks.contains(&table) {
             return Err(Error::Table { table, problem: "two tables have this name; set data.name".into() });
         }
-        gathered
-            .add(config, &Reading { data, table: &table, model: &config.model.path, gate: &encoder.gate, progress })?;
+        gathered.add(
+            config,
+            &Reading {
+                data,
+                table: &table,
+                model: &config.model.path,
+                gate: &encoder.gate,
+                draws: Draws::of(config, data)?,
+                progress,
+            },
+        )?;
     }
     if gathered.train.is_empty() {
         return Err(Error::Table {

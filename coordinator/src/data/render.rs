@@ -3,7 +3,9 @@
 use super::chat::ChatTemplate;
 use super::conversation::{Conversation, Names};
 use super::detect::Kind;
+use super::promptsource::TemplateFile;
 use super::row::{Field, Row};
+use super::shots::Draws;
 use super::Error;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Object, Value};
@@ -61,12 +63,20 @@ impl Rendered<'_> {
     }
 }
 
-/// How one data table is rendered.
-pub enum Renderer {
+/// How one data table is rendered: its form, what precedes a prompt, and which rows belong together.
+pub struct Renderer {
+    form: Form,
+    kind: Kind,
+    data: Data,
+    draws: Draws,
+}
+
+enum Form {
     Columns,
     Text,
     Alpaca,
     Template(Box<Template>),
+    File(Box<TemplateFile>),
     Chat { template: Box<ChatTemplate>, kind: Kind, names: Names, roles: Vec<String>, turns: Turns },
 }
 
@@ -78,15 +88,65 @@ pub struct Template {
 
 impl Renderer {
     /// `model` is the directory whose chat template renders conversations.
-    pub fn new(data: &Data, table: &str, kind: Kind, model: &Path) -> Result<Self, Error> {
-        Ok(match kind {
-            Kind::Template => {
-                let source = data.template.as_deref().unwrap_or_default();
-                Renderer::Template(Box::new(Template::new(source, table)?))
+    pub fn new(data: &Data, table: &str, kind: Kind, model: &Path, draws: &Draws) -> Result<Self, Error> {
+        if let (Some(name), None) = (&data.template_name, &data.template_file) {
+            let problem =
+                format!("data.template_name = \"{name}\" names a template of no file; set data.template_file");
+            return Err(Error::Table { table: table.into(), problem });
+        }
+        let form = Form::new(data, table, kind, model)?;
+        if data.few_shot > 0 && matches!(form, Form::Chat { .. } | Form::Text) {
+            let problem =
+                format!("data.few_shot needs prompts and completions, but its rows are {}; remove it", kind.name());
+            return Err(Error::Table { table: table.into(), problem });
+        }
+        Ok(Renderer { form, kind, data: data.clone(), draws: draws.clone() })
+    }
+
+    /// What a row is split by: rows of one source are never on two sides.
+    pub fn source(&self, row: &Row<'_>) -> Result<u128, String> {
+        self.kind.source(&self.data, row)
+    }
+
+    /// Errors are what is wrong with the row, in words.
+    pub fn render<'r>(&self, row: &'r Row<'_>) -> Result<Rendered<'r>, String> {
+        let Some(shots) = &self.draws.shots else {
+            return self.form.render(row, self.draws.seed, None, &self.data).map(|(rendered, _)| rendered);
+        };
+        let (rendered, template) = self.form.render(row, self.draws.seed, None, &self.data)?;
+        let Rendered::Pair { prompt, completion } = rendered else { return Ok(rendered) };
+        let mut text = String::new();
+        shots.draw(row, self.source(row)?, self.draws.seed, |example| {
+            let Ok((Rendered::Pair { prompt, completion }, _)) =
+                self.form.render(example, self.draws.seed, template, &self.data)
+            else {
+                return false;
+            };
+            for part in [&prompt, &completion, self.data.few_shot_delimiter.as_str()] {
+                text += part;
             }
-            Kind::Columns => Renderer::Columns,
-            Kind::Text => Renderer::Text,
-            Kind::Alpaca => Renderer::Alpaca,
+            true
+        })?;
+        Ok(Rendered::Pair { prompt: (text + &prompt).into(), completion })
+    }
+}
+
+impl Form {
+    fn new(data: &Data, table: &str, kind: Kind, model: &Path) -> Result<Self, Error> {
+        Ok(match kind {
+            Kind::Template => match &data.template_file {
+                Some(path) => {
+                    let file = TemplateFile::read(path)?;
+                    Form::File(Box::new(match &data.template_name {
+                        Some(name) => file.only(name)?,
+                        None => file,
+                    }))
+                }
+                None => Form::Template(Box::new(Template::new(data.template.as_deref().unwrap_or_default(), table)?)),
+            },
+            Kind::Columns => Form::Columns,
+            Kind::Text => Form::Text,
+            Kind::Alpaca => Form::Alpaca,
             Kind::ChatColumns | Kind::Messages | Kind::Sharegpt => {
                 let Some(template) = ChatTemplate::read(model)? else {
                     let problem = format!(
@@ -100,30 +160,40 @@ impl Renderer {
                 let (role, content) = if kind == Kind::Sharegpt { ("from", "value") } else { ("role", "content") };
                 let named = |name: &str, default: &str| data.columns.get(name).map_or(default, |own| own).to_owned();
                 let names = Names { role: named("role", role), content: named("content", content) };
-                Renderer::Chat { template: Box::new(template), kind, names, roles, turns }
+                Form::Chat { template: Box::new(template), kind, names, roles, turns }
             }
         })
     }
 
-    /// Errors are what is wrong with the row, in words.
-    pub fn render<'r>(&self, row: &'r Row<'_>) -> Result<Rendered<'r>, String> {
-        match self {
-            Renderer::Columns => {
-                Ok(Rendered::Pair { prompt: column(row, "prompt")?, completion: column(row, "completion")? })
+    /// The text of a row, and which template of a file made it: `template`, or one drawn by seed and row.
+    fn render<'r>(
+        &self,
+        row: &'r Row<'_>,
+        seed: u64,
+        template: Option<usize>,
+        data: &Data,
+    ) -> Result<(Rendered<'r>, Option<usize>), String> {
+        let rendered = match self {
+            Form::Columns => Rendered::Pair { prompt: column(row, "prompt")?, completion: column(row, "completion")? },
+            Form::Text => Rendered::Pair { prompt: "".into(), completion: column(row, "text")? },
+            Form::Alpaca => alpaca(row)?,
+            Form::Template(template) => template.render(row)?,
+            Form::File(file) => {
+                let (index, prompt, completion) = file.render(row, row.hash(), seed, template)?;
+                let completion = format!("{}{completion}", data.delimiter);
+                return Ok((Rendered::Pair { prompt: prompt.into(), completion: completion.into() }, Some(index)));
             }
-            Renderer::Text => Ok(Rendered::Pair { prompt: "".into(), completion: column(row, "text")? }),
-            Renderer::Alpaca => alpaca(row),
-            Renderer::Template(template) => template.render(row),
-            Renderer::Chat { template, kind, names, roles, turns } => {
+            Form::Chat { template, kind, names, roles, turns } => {
                 let talk = match kind {
                     Kind::ChatColumns => Conversation::of_columns(row, names)?,
                     Kind::Sharegpt => Conversation::of_sharegpt(row, names)?,
                     _ => Conversation::of_messages(row, names)?,
                 };
                 let rendered = template.render(&talk, roles, *turns)?;
-                Ok(Rendered::Chat { text: rendered.text, spans: rendered.spans, messages: talk.contents(roles) })
+                Rendered::Chat { text: rendered.text, spans: rendered.spans, messages: talk.contents(roles) }
             }
-        }
+        };
+        Ok((rendered, None))
     }
 }
 

@@ -63,6 +63,28 @@ impl<'a> Row<'a> {
         }
     }
 
+    /// The row, without the line that it was read from.
+    pub fn into_owned(self) -> Row<'static> {
+        let own = |field: Field<'a>| match field {
+            Field::Text(text) => Field::Text(Cow::Owned(text.into_owned())),
+            Field::Other(value) => Field::Other(value),
+        };
+        let fields = self.fields.into_iter();
+        Row { fields: fields.map(|(name, field)| (Cow::Owned(name.into_owned()), own(field))).collect() }
+    }
+
+    /// Identifies the row by one of its fields.
+    pub fn hash_of(&self, name: &str) -> Option<u128> {
+        let mut hasher = blake3::Hasher::new_derive_key("unisono 1 group of rows");
+        match self.get(name)? {
+            Field::Text(text) => put(&mut hasher, b's', text.as_bytes()),
+            Field::Other(value) => put_value(&mut hasher, value),
+        }
+        let mut bytes = [0; 16];
+        hasher.finalize_xof().fill(&mut bytes);
+        Some(u128::from_be_bytes(bytes))
+    }
+
     /// Identifies the row whatever its white space, escapes and order of fields.
     pub fn hash(&self) -> u128 {
         let mut hasher = blake3::Hasher::new_derive_key("unisono 1 source row");

@@ -8,6 +8,7 @@ use super::lines::{first_rows, map_lines, At};
 use super::origin::Origin;
 use super::render::{Rendered, Renderer};
 use super::row::Row;
+use super::shots::Draws;
 use super::{Error, Progress};
 use std::path::Path;
 use unisono_configs::run::{Data, OnBadRow};
@@ -49,6 +50,7 @@ pub struct Reading<'a> {
     /// The model's directory.
     pub model: &'a Path,
     pub gate: &'a Gate,
+    pub draws: Draws,
     pub progress: &'a dyn Progress,
 }
 
@@ -77,7 +79,7 @@ impl Reading<'_> {
 
     fn read_file(&self, path: &Path, key: &str) -> Result<Found, Error> {
         let kind = Kind::of_file(self.data, path, key)?;
-        let renderer = Renderer::new(self.data, self.table, kind, self.model)?;
+        let renderer = Renderer::new(self.data, self.table, kind, self.model, &self.draws)?;
         let frame = self.frame(path, key, &renderer)?;
         let mapped = map_lines(path, key, self.progress, |at, text| self.row(at, text, &renderer, &frame))?;
         let outcomes = mapped.results;
@@ -141,8 +143,8 @@ impl Reading<'_> {
             bad(format!("byte {} of the line is not UTF-8; save the file as UTF-8", error.valid_up_to() + 1))
         })?;
         let mut row: Row<'_> = serde_json::from_str(text).map_err(|error| malformed(at.line, text, &error))?;
-        let hash = row.hash();
         row.rename(&self.data.columns);
+        let hash = renderer.source(&row).map_err(|problem| bad(self.own_names(problem)))?;
         let rendered = renderer.render(&row).map_err(|problem| bad(self.own_names(problem)))?;
         let look = match &rendered {
             Rendered::Pair { completion, .. } if completion.trim().is_empty() => {

@@ -35,7 +35,7 @@ pub(super) fn model(dir: &Path, vocab: usize) {
 }
 
 /// A configuration over one table with the given rows.
-fn setup(rows: &str) -> (tempfile::TempDir, RunConfig) {
+pub(super) fn setup(rows: &str) -> (tempfile::TempDir, RunConfig) {
     let dir = tempfile::tempdir().unwrap();
     model(dir.path(), 100);
     std::fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
@@ -48,16 +48,16 @@ fn setup(rows: &str) -> (tempfile::TempDir, RunConfig) {
 
 /// Every row as it is trained on or held out.
 #[derive(Debug, PartialEq)]
-struct Loaded {
-    tasks: Vec<String>,
-    eos: u32,
-    train: Vec<Example>,
-    validation: Vec<Example>,
-    test: Vec<Example>,
-    reports: Vec<Report>,
+pub(super) struct Loaded {
+    pub(super) tasks: Vec<String>,
+    pub(super) eos: u32,
+    pub(super) train: Vec<Example>,
+    pub(super) validation: Vec<Example>,
+    pub(super) test: Vec<Example>,
+    pub(super) reports: Vec<Report>,
 }
 
-fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Loaded, Error> {
+pub(super) fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Loaded, Error> {
     let loaded = |dataset: Dataset| {
         let rows = 0..dataset.train_rows() as u32;
         let train = rows.filter_map(|row| dataset.example(row).transpose()).collect::<Result<_, _>>()?;
@@ -78,14 +78,14 @@ fn prepare(config: &RunConfig, progress: &dyn Progress) -> Result<Loaded, Error>
     Ok(all)
 }
 
-fn sentence(rows: &str, change: impl Fn(&mut RunConfig)) -> String {
+pub(super) fn sentence(rows: &str, change: impl Fn(&mut RunConfig)) -> String {
     let (dir, mut config) = setup(rows);
     change(&mut config);
     let text = prepare(&config, &()).unwrap_err().to_string();
     text.replace(&format!("{}/", dir.path().display()), "")
 }
 
-fn tokens(rows: &str, change: impl Fn(&mut RunConfig)) -> Vec<(Vec<u32>, u32)> {
+pub(super) fn tokens(rows: &str, change: impl Fn(&mut RunConfig)) -> Vec<(Vec<u32>, u32)> {
     let (_dir, mut config) = setup(rows);
     change(&mut config);
     prepare(&config, &()).unwrap().train.iter().map(|e| (e.tokens.to_vec(), e.prompt)).collect()
