@@ -85,3 +85,27 @@ fn every_feature_of_promptsources_templates_renders_to_its_bytes() {
     assert_eq!(golden.lines().count(), file.templates.len() * rows.len());
     assert!(rendered >= golden.lines().count() * 3 / 4, "only {rendered} goldens are no errors");
 }
+
+#[test]
+#[ignore = "a measurement: cargo test --release -p unisono-coordinator --lib promptsource -- --ignored --nocapture speed"]
+fn speed_of_one_core() {
+    let file = TemplateFile::read(&goldens().join("templates.yaml")).unwrap();
+    let rows = std::fs::read_to_string(goldens().join("rows.jsonl")).unwrap();
+    let rows: Vec<&str> = rows.lines().collect();
+    // Seconds that this thread had a core, whatever else runs.
+    let busy = || -> f64 {
+        let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        stat.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
+    };
+    let (begin, mut count) = (busy(), 0u32);
+    while busy() - begin < 1.0 {
+        for template in &file.templates {
+            let row = self::row(rows[count as usize % rows.len()]);
+            let _ = std::hint::black_box(template.apply(&row, row.hash(), 0));
+            count += 1;
+        }
+    }
+    let speed = f64::from(count) / (busy() - begin);
+    println!("{speed:.0} rows a second, JSON and hash included, over {} templates", file.templates.len());
+    assert!(speed > 10_000.0);
+}
