@@ -5,7 +5,7 @@ use crate::processes::{kill, wait_until_gone};
 use crate::train::{Live, Train};
 use serde_json::{json, Value};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Where a worker can be made to die: the phases of its life.
@@ -151,7 +151,7 @@ fn next_step(live: &mut Live, begun: Instant) -> f64 {
 }
 
 /// Waits until a process has come to an armed place.
-fn taken(place: &PathBuf) {
+fn taken(place: &Path) {
     let begun = Instant::now();
     while place.exists() {
         assert!(begun.elapsed() < Duration::from_secs(60), "nobody came to {}", place.display());
