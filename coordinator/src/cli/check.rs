@@ -80,7 +80,9 @@ pub fn show(findings: &[Finding]) -> String {
         findings.iter().cloned().partition(|f| f.severity == Severity::Note);
     let mut out = gate::show(&rest);
     if !notes.is_empty() {
-        out += &format!("{} notes of the gate are not shown; unisono check shows them\n", notes.len());
+        let what =
+            if notes.len() == 1 { "1 note of the gate is" } else { &format!("{} notes of the gate are", notes.len()) };
+        out += &format!("{what} not shown; unisono check shows all\n");
     }
     out
 }
