@@ -29,7 +29,7 @@ pub(super) enum Content {
     Given(Vec<Example>),
     /// The first `train` rows of the store are trained on.
     Read {
-        store: Store,
+        store: Box<Store>,
         train: usize,
     },
 }
@@ -133,7 +133,7 @@ impl Dataset {
     pub(super) fn store(&self) -> Option<&Store> {
         match &self.content {
             Content::Given(_) => None,
-            Content::Read { store, .. } => Some(store),
+            Content::Read { store, .. } => Some(store.as_ref()),
         }
     }
 

@@ -159,7 +159,7 @@ impl<'m> Stream<'m> {
         let count = self.task.rows.len() as u64;
         let row = self.task.rows[self.pass[(self.at % count) as usize] as usize];
         self.at += 1;
-        if self.at % count == 0 {
+        if self.at.is_multiple_of(count) {
             self.turn();
         }
         row

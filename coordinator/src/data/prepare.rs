@@ -171,7 +171,7 @@ impl Gathered {
             test: Vec::new(),
             eos,
             findings,
-            content: Content::Read { store, train },
+            content: Content::Read { store: Box::new(store), train },
             tables: self.tables,
             reports: Mutex::new(self.reports),
         };
