@@ -362,7 +362,7 @@ pub enum Count {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Device {
-    /// "cuda" where there is a GPU, else "cpu".
+    /// The processor, until GPUs have proved themselves.
     #[default]
     Auto,
     Cpu,

@@ -37,7 +37,6 @@ fn unknown_keys_are_refused_with_the_nearest() {
         ("[eval]\nevery = 5\nzzz = 1", "run.toml:7: eval.zzz: is unknown; [eval] has every"),
         ("[model.adapter]\nrank = 8", "run.toml:5: model.adapter: is not supported yet; remove it"),
         ("weight = 2.0", "run.toml:5: data.weight: has no effect; set mix.by = \"weights\", or remove it"),
-        ("group_by = \"id\"", "run.toml:5: data.group_by: is not supported yet; remove it"),
         ("seed = 1", "run.toml:5: data.seed: belongs to another section; set train.seed = 1"),
     ] {
         assert_eq!(refused(tail), expected);

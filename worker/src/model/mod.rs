@@ -234,7 +234,10 @@ mod tests {
         let spec = ModelSpec::from_json(&config, Path::new("config.json")).unwrap();
         let mut model = Model::new(spec, Kind::BFloat16, Device::Cpu);
         model.mirrors = Some(model.buckets.iter().map(|b| b.zeros_like()).collect());
-        let ones = |_: &str, _: Range<usize>, out: &mut [f32]| -> Result<(), Error> { Ok(out.fill(1.0)) };
+        let ones = |_: &str, _: Range<usize>, out: &mut [f32]| -> Result<(), Error> {
+            out.fill(1.0);
+            Ok(())
+        };
         model.fill(ones).unwrap();
         let first = |model: &Model| f64::try_from(model.bucket(1).get(0)).unwrap();
         assert_eq!(first(&model), 1.0);
