@@ -19,6 +19,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "RunDone",
         "Failure",
         "WorkerLost",
+        "Warning",
+        "RunStopped",
     ] {
         build = build.type_attribute(format!("unisono.v1.{message}"), "#[derive(serde::Serialize)]");
     }

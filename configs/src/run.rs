@@ -268,6 +268,11 @@ pub struct Train {
     pub shuffle: bool,
     /// Decides the order of the rows.
     pub seed: u64,
+    /// A step whose loss is more than this many median absolute deviations above the median of the steps before it brings a
+    /// warning that names its rows; 0: never. The run goes on as it is. (A number that is not finite always stops the run.)
+    pub spike_mads: f64,
+    /// Steps that a loss is held against.
+    pub spike_window: usize,
 }
 
 impl Default for Train {
@@ -288,6 +293,8 @@ impl Default for Train {
             max_grad_norm: 1.0,
             shuffle: true,
             seed: 0,
+            spike_mads: 6.0,
+            spike_window: 100,
         }
     }
 }
@@ -419,13 +426,16 @@ impl Default for Eval {
 pub struct Checkpoint {
     /// Steps between checkpoints; 0: only at the end.
     pub every: u64,
-    /// Newest checkpoints kept.
+    /// Newest checkpoints kept. One is deleted only after a newer one has been read back.
     pub keep: usize,
+    /// Seconds that a run has to save and end when it is asked to (SIGTERM, SIGINT, SIGUSR1). Slurm and Kubernetes kill
+    /// after 30 s by default.
+    pub grace: f64,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Checkpoint { every: 500, keep: 3 }
+        Checkpoint { every: 500, keep: 3, grace: 25.0 }
     }
 }
 

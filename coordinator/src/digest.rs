@@ -64,7 +64,7 @@ mod tests {
         let before = digest(dir.path()).unwrap();
         let mut manifest = Manifest::read(dir.path()).unwrap();
         manifest.cursor.position += 1;
-        std::fs::write(dir.path().join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        std::fs::write(dir.path().join(MANIFEST), manifest.to_json()).unwrap();
         assert_ne!(digest(dir.path()).unwrap(), before);
     }
 

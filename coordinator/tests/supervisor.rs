@@ -216,7 +216,8 @@ fn a_worker_that_cannot_load_libtorch_says_what_to_do() {
 
 #[test]
 fn a_worker_that_cannot_start_says_so() {
-    let stage = Stage::new(&format!("{READY} {JOIN}"), "");
+    // Its pid is known before it says that it is ready, after which it may be ended at once.
+    let stage = Stage::new(&format!(r#"echo $$ >> "$0.pids"; {READY} {JOIN}"#), "");
     std::fs::set_permissions(&stage.worker, std::fs::Permissions::from_mode(0o644)).unwrap();
     let (status, words) = end(stage.start());
     assert_eq!(status.code(), Some(2));
@@ -235,9 +236,10 @@ fn a_worker_that_dies_unseen_is_named_and_its_words_kept() {
 
 #[test]
 fn signals_reach_the_coordinator_and_the_exit_code() {
-    for (name, code) in [("INT", 130), ("TERM", 143)] {
+    // The coordinator saves and says how that went.
+    for name in ["TERM", "USR1"] {
         let coordinator = format!(
-            r#"trap 'echo stopped >&2; exit 0' TERM; {READY} echo $$ >> "$0.pids"; while :; do sleep 0.05; done"#
+            r#"trap 'echo stopped >&2; exit 75' {name}; {READY} echo $$ >> "$0.pids"; while :; do sleep 0.05; done"#
         );
         let stage = Stage::new(&coordinator, JOIN);
         let supervisor = stage.start();
@@ -245,7 +247,26 @@ fn signals_reach_the_coordinator_and_the_exit_code() {
         pids.extend(stage.pids("coordinator", 1));
         signal(supervisor.id() as i32, name);
         let (status, words) = end(supervisor);
-        assert_eq!((status.code(), words.as_str()), (Some(code), "stopped"));
+        assert_eq!((status.code(), words.as_str()), (Some(75), "stopped"));
+        all_gone(&pids);
+    }
+}
+
+#[test]
+fn whoever_asks_twice_does_not_wait() {
+    let deaf = format!(r#"trap '' TERM; {READY} echo $$ >> "$0.pids"; while :; do sleep 0.05; done"#);
+    for (name, code) in [("INT", 130), ("TERM", 143)] {
+        let stage = Stage::new(&deaf, JOIN);
+        let supervisor = stage.start();
+        let mut pids = stage.pids("worker", 2);
+        pids.extend(stage.pids("coordinator", 1));
+        signal(supervisor.id() as i32, "TERM");
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(pids.iter().all(|p| alive(*p)), "the first one is passed on");
+        let asked = Instant::now();
+        signal(supervisor.id() as i32, name);
+        assert_eq!(end(supervisor).0.code(), Some(code));
+        assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
         all_gone(&pids);
     }
 }

@@ -16,6 +16,8 @@ impl Body {
             Body::Done(_) => "done",
             Body::Failed(_) => "failed",
             Body::Lost(_) => "lost",
+            Body::Warning(_) => "warning",
+            Body::Stopped(_) => "stopped",
         }
     }
 
@@ -31,6 +33,8 @@ impl Body {
             Body::Done(message) => serde_json::to_value(message),
             Body::Failed(message) => serde_json::to_value(message),
             Body::Lost(message) => serde_json::to_value(message),
+            Body::Warning(message) => serde_json::to_value(message),
+            Body::Stopped(message) => serde_json::to_value(message),
         };
         let mut object = Map::new();
         object.insert("event".into(), self.kind().into());

@@ -14,9 +14,9 @@ use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::directive::Body as Task;
 use unisono_proto::v1::worker_message::Body;
 use unisono_proto::v1::{
-    Assign, BatchKey, BatchRequest, CheckpointFile, CheckpointReport, Continuation, CoordinatorMessage, Drained, Epoch,
-    EvaluateReport, Failure, Fingerprint, GenerateReport, Heartbeat, Join, LossPart, MicroBatch, Pass, Phase, Ready,
-    StepReport, Suite, TensorRange, WorkerMessage,
+    Assign, BatchKey, BatchRequest, CheckpointCopied, CheckpointFile, CheckpointReport, Continuation,
+    CoordinatorMessage, Drained, Epoch, EvaluateReport, Failure, Fingerprint, GenerateReport, Halted, Heartbeat, Join,
+    LossPart, MicroBatch, Pass, Phase, Ready, StepReport, Suite, TensorRange, WorkerMessage,
 };
 use unisono_proto::{get_u32s, put_u32s, NO_TARGET};
 
@@ -87,6 +87,7 @@ struct Life {
     requests: mpsc::Sender<BatchRequest>,
     batches: Streaming<MicroBatch>,
     epoch: Option<Epoch>,
+    begun: u64,
     assign: Assign,
     computed: BTreeSet<(u64, u32)>,
 }
@@ -129,8 +130,8 @@ impl FakeWorker {
         let mut request = Request::new(ReceiverStream::new(asked));
         self.token.authorize(&mut request);
         let batches = training(data).batches(request).await.expect("batches").into_inner();
-        let (epoch, assign, computed) = (None, Assign::default(), BTreeSet::new());
-        Life { worker: self, outbound, inbound, requests, batches, epoch, assign, computed }.live().await
+        let (epoch, begun, assign, computed) = (None, 0, Assign::default(), BTreeSet::new());
+        Life { worker: self, outbound, inbound, requests, batches, epoch, begun, assign, computed }.live().await
     }
 }
 
@@ -155,11 +156,14 @@ impl Life {
                     (self.epoch, self.assign) = (epoch, assign);
                     self.say(Body::Ready(Ready::default())).await;
                 }
-                Order::Go(_) | Order::Acknowledge(_) => {}
+                Order::Go(_) | Order::Acknowledge(_) | Order::Proceed(_) => {}
+                // A directive is carried out before the next message is read.
+                Order::Halt(_) => self.say(Body::Halted(Halted { begun: self.begun })).await,
                 Order::Abort(abort) if abort.regroup => return End::Regrouped,
                 Order::Abort(abort) => return End::Aborted(abort.failure.expect("an abort says why")),
                 Order::Directive(directive) => {
                     let id = directive.id;
+                    self.begun = id;
                     match directive.body.expect("a directive has a body") {
                         Task::Step(step) => {
                             self.say(Body::Heartbeat(Heartbeat {
@@ -193,8 +197,11 @@ impl Life {
                             self.say(Body::Evaluate(EvaluateReport { id, parts })).await;
                         }
                         Task::Checkpoint(checkpoint) => {
-                            let files = vec![self.save(Path::new(&checkpoint.path), checkpoint.step)];
-                            self.say(Body::Checkpoint(CheckpointReport { step: checkpoint.step, files })).await;
+                            let (step, attempt) = (checkpoint.step, checkpoint.attempt);
+                            self.say(Body::Copied(CheckpointCopied { step, attempt })).await;
+                            let files = vec![self.save(Path::new(&checkpoint.path), step)];
+                            let problem = String::new();
+                            self.say(Body::Checkpoint(CheckpointReport { step, files, attempt, problem })).await;
                         }
                         Task::Generate(generate) => {
                             let continuations = self.continuations(&generate.passes, generate.max_new_tokens).await;

@@ -67,6 +67,13 @@ pub fn kill(pid: u32) {
     assert!(status.success(), "process {pid} could not be killed");
 }
 
+/// Sends the signal of this name, for example TERM.
+pub fn signal(pid: u32, name: &str) {
+    let arguments = [format!("-{name}"), pid.to_string()];
+    let status = std::process::Command::new("kill").args(&arguments).status().expect("kill is a command");
+    assert!(status.success(), "process {pid} could not be sent {name}");
+}
+
 fn proc(pid: u32, entry: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{entry}"))
 }

@@ -122,7 +122,7 @@ impl Served {
                 Err(_) => std::future::pending().await,
             }
         };
-        let task = tokio::spawn(serve(setup, shutdown));
+        let task = tokio::spawn(serve(setup, std::future::pending(), shutdown));
         let control = control.await.expect("the coordinator comes up");
         Serving { control, run_dir, stop, events, task }
     }

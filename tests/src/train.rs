@@ -36,13 +36,27 @@ impl Train {
         train
     }
 
+    /// Goes on with the run in `run_dir`.
+    pub fn resumed(run_dir: &Path) -> Self {
+        let parent = run_dir.parent().expect("a run directory lies in a directory");
+        let mut train = Self::command(parent, run_dir.to_path_buf());
+        train.command.arg("--resume").arg(run_dir);
+        train
+    }
+
     fn bare(dir: &Path) -> Self {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let run_dir = dir.join(format!("run-{count}"));
-        let mark = format!("{}-{count}", std::process::id());
+        let run_dir = dir.join(format!("run-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
+        let mut train = Self::command(dir, run_dir);
+        train.command.arg("--run-dir").arg(&train.run_dir);
+        train
+    }
+
+    fn command(dir: &Path, run_dir: PathBuf) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let mark = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let mut command = binaries::command(&["train", "--json"]);
-        command.arg("--run-dir").arg(&run_dir).env(processes::MARK, &mark).current_dir(dir);
+        command.env(processes::MARK, &mark).current_dir(dir);
         // No test finds tokens of another.
         command.env("XDG_CACHE_HOME", dir.join("cache"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -1,11 +1,18 @@
 //! Writes the own shard of the optimizer state: one safetensors file in global coordinates, so that any number of workers
 //! can read what any number wrote. The file is on disk when this says so: flushed and synced, and its directory too.
 
-use crate::optim::Optimizer;
+pub mod saver;
+
+use crate::memory::Bytes;
+use crate::optim::shard::Shard;
+use crate::optim::State;
+use rustix::fs::{fallocate, statvfs, FallocateFlags};
+use rustix::io::Errno;
 use serde_json::{json, Map, Value};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use unisono_configs::model::Layout;
 use unisono_proto::v1::{CheckpointFile, Epoch, TensorRange};
 
 /// Why a shard could not be written. Nothing refers to a file that failed: the next attempt writes another.
@@ -13,23 +20,47 @@ use unisono_proto::v1::{CheckpointFile, Epoch, TensorRange};
 pub enum Error {
     #[error("{path}: the checkpoint cannot be written ({source}); make room, or check that every worker may write to the run directory")]
     Write { path: PathBuf, source: io::Error },
+    #[error("{path}: the checkpoint needs {} here with what the ledger needs, and {} are left; make room, or lower checkpoint.keep", Bytes(*.needed + SPARE), Bytes(*.left))]
+    NoRoom { path: PathBuf, needed: u64, left: u64 },
 }
+
+/// Bytes that a save leaves on the disk, so that the ledger goes on.
+const SPARE: u64 = 8 << 20;
 
 /// The moments' and the master's names in the file.
 const FIELDS: [&str; 3] = ["master", "m", "v"];
 
+/// One worker's shard, wherever it lies.
+#[derive(Debug, Clone, Copy)]
+pub struct Source<'a> {
+    pub layout: &'a Layout,
+    pub shard: &'a Shard,
+    /// Of each bucket.
+    pub states: &'a [State],
+}
+
 /// Writes masters and moments of the own shard into `dir`, which exists. Tensors are named
-/// `<parameter>/<master|m|v>/<begin>-<end>`: F32 `[end - begin]`, elements of the parameter in row-major order.
-pub fn write(dir: &Path, optimizer: &Optimizer, epoch: &Epoch, attempt: u32) -> Result<CheckpointFile, Error> {
-    let shard = optimizer.shard();
-    let (rank, world) = (shard.rank, shard.world);
+/// `<parameter>/<master|m|v>/<begin>-<end>`: F32 `[end - begin]`, elements of the parameter in row-major order. What a
+/// failed attempt has written is deleted.
+pub fn write(dir: &Path, source: Source<'_>, epoch: &Epoch, attempt: u32) -> Result<CheckpointFile, Error> {
+    let (rank, world) = (source.shard.rank, source.shard.world);
     let name = format!("shard-{rank}of{world}-{}-{}-{attempt}.safetensors", epoch.term, epoch.generation);
     let path = dir.join(&name);
-    let failed = |source| Error::Write { path: path.clone(), source };
-    let (bytes, hash) = write_file(&path, optimizer).map_err(failed)?;
-    // A new file's name is durable once its directory is.
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|source| Error::Write { path: dir.into(), source })?;
-    let ranges = shard.pieces(optimizer.layout()).map(|piece| TensorRange {
+    // Never over an existing file: a name belongs to one attempt.
+    let created = OpenOptions::new().write(true).create_new(true).open(&path);
+    let file = created.map_err(|source| Error::Write { path: path.clone(), source })?;
+    let written = reserve(dir, &file, source).and_then(|()| {
+        let written = write_file(file, source).map_err(|source| Error::Write { path: path.clone(), source })?;
+        // A new file's name is durable once its directory is.
+        let synced = File::open(dir).and_then(|d| d.sync_all());
+        synced.map_err(|source| Error::Write { path: dir.into(), source })?;
+        Ok(written)
+    });
+    let (bytes, hash) = written.inspect_err(|_| {
+        // Half a file only takes up the room that the next attempt needs. Whether it goes changes nothing.
+        std::fs::remove_file(&path).ok();
+    })?;
+    let ranges = source.shard.pieces(source.layout).map(|piece| TensorRange {
         tensor: piece.tensor.name.clone(),
         begin: piece.of_tensor.start as u64,
         end: piece.of_tensor.end as u64,
@@ -38,16 +69,33 @@ pub fn write(dir: &Path, optimizer: &Optimizer, epoch: &Epoch, attempt: u32) -> 
     Ok(CheckpointFile { name, bytes, blake3, ranges: ranges.collect() })
 }
 
-fn write_file(path: &Path, optimizer: &Optimizer) -> io::Result<(u64, blake3::Hash)> {
-    // Never over an existing file: a name belongs to one attempt.
-    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+/// Takes the room that the file needs, so that a full disk is known before anything is written.
+fn reserve(dir: &Path, file: &File, source: Source<'_>) -> Result<(), Error> {
+    let needed = 8 + header(source).len() as u64 + 12 * source.shard.elements() as u64;
+    let no_room = |left| Error::NoRoom { path: dir.into(), needed, left };
+    let left = || statvfs(dir).map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize)).ok();
+    let before = left();
+    if let Some(left) = before.filter(|&left| left < needed + SPARE) {
+        return Err(no_room(left));
+    }
+    match fallocate(file, FallocateFlags::empty(), 0, needed) {
+        // Others may have taken room meanwhile.
+        Ok(()) if left().is_some_and(|left| left < SPARE) => Err(no_room(before.unwrap_or(0))),
+        Ok(()) => Ok(()),
+        Err(Errno::NOSPC | Errno::DQUOT) => Err(no_room(before.unwrap_or(0))),
+        // A file system that cannot reserve; or one whose fault the writing will name.
+        Err(_) => Ok(()),
+    }
+}
+
+fn write_file(file: File, source: Source<'_>) -> io::Result<(u64, blake3::Hash)> {
     let mut out = Hashing { inner: BufWriter::with_capacity(1 << 20, file), hasher: blake3::Hasher::new(), bytes: 0 };
-    let header = header(optimizer);
+    let header = header(source);
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     let mut scratch = Vec::new();
-    for piece in optimizer.shard().pieces(optimizer.layout()) {
-        let state = optimizer.state(piece.bucket);
+    for piece in source.shard.pieces(source.layout) {
+        let state = &source.states[piece.bucket];
         for values in [&state.master, &state.m, &state.v] {
             for part in values[piece.of_shard.clone()].chunks(1 << 16) {
                 scratch.clear();
@@ -63,10 +111,10 @@ fn write_file(path: &Path, optimizer: &Optimizer) -> io::Result<(u64, blake3::Ha
 }
 
 /// The safetensors header, padded with spaces so that the data starts at a multiple of 8 bytes.
-fn header(optimizer: &Optimizer) -> Vec<u8> {
+fn header(source: Source<'_>) -> Vec<u8> {
     let mut entries: Map<String, Value> = Map::new();
     let mut offset = 0;
-    for piece in optimizer.shard().pieces(optimizer.layout()) {
+    for piece in source.shard.pieces(source.layout) {
         let (begin, end) = (piece.of_tensor.start, piece.of_tensor.end);
         for field in FIELDS {
             let next = offset + 4 * (end - begin);
@@ -103,6 +151,7 @@ impl<W: Write> Write for Hashing<W> {
 pub(crate) mod tests {
     use super::*;
     use crate::optim::adamw::Settings;
+    use crate::optim::Optimizer;
     use safetensors::SafeTensors;
     use std::collections::BTreeMap;
     use std::sync::Arc;
@@ -132,7 +181,7 @@ pub(crate) mod tests {
         let mut masters: BTreeMap<String, Vec<Option<f32>>> =
             [("norm".to_owned(), vec![None; 100]), ("matrix".to_owned(), vec![None; 200_000])].into();
         for rank in 0..3 {
-            let report = write(dir.path(), &optimizer(rank, 3), &epoch, 1).unwrap();
+            let report = write(dir.path(), optimizer(rank, 3).source(), &epoch, 1).unwrap();
             assert_eq!(report.name, format!("shard-{rank}of3-2-3-1.safetensors"));
             let data = std::fs::read(dir.path().join(&report.name)).unwrap();
             assert_eq!(data.len() as u64, report.bytes);
@@ -162,10 +211,10 @@ pub(crate) mod tests {
     fn a_name_is_never_written_twice_and_a_missing_directory_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let epoch = Epoch { term: 1, generation: 1 };
-        write(dir.path(), &optimizer(0, 1), &epoch, 1).unwrap();
-        let again = write(dir.path(), &optimizer(0, 1), &epoch, 1).unwrap_err().to_string();
+        write(dir.path(), optimizer(0, 1).source(), &epoch, 1).unwrap();
+        let again = write(dir.path(), optimizer(0, 1).source(), &epoch, 1).unwrap_err().to_string();
         assert!(again.contains("shard-0of1-1-1-1.safetensors"), "{again}");
-        write(dir.path(), &optimizer(0, 1), &epoch, 2).unwrap();
-        assert!(write(&dir.path().join("gone"), &optimizer(0, 1), &epoch, 1).is_err());
+        write(dir.path(), optimizer(0, 1).source(), &epoch, 2).unwrap();
+        assert!(write(&dir.path().join("gone"), optimizer(0, 1).source(), &epoch, 1).is_err());
     }
 }

@@ -13,4 +13,5 @@ pub mod ops;
 pub mod optim;
 pub mod restore;
 pub mod session;
+pub mod signals;
 pub mod train;

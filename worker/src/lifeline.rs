@@ -13,6 +13,11 @@ pub fn leave(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// Whether a supervisor holds the other end of a lifeline.
+pub fn is_supervised() -> bool {
+    std::env::var_os(VARIABLE).is_some()
+}
+
 /// Watches the lifeline from a thread of its own, if the environment names one.
 pub fn watch(code: i32) -> Result<(), String> {
     let Ok(fd) = std::env::var(VARIABLE) else { return Ok(()) };

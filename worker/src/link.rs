@@ -5,7 +5,7 @@ mod tasks;
 
 use crate::collective::tcp::Stopper;
 use crate::model::Batch;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{mpsc as plain, Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -18,7 +18,8 @@ use unisono_proto::get_u32s;
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
 use unisono_proto::v1::{
-    directive, Assign, BatchKey, Directive, Drained, Epoch, Failure, Join, MicroBatch, Pass, Phase, Suite,
+    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Join, MicroBatch, Pass, Phase, Suite,
+    WorkerMessage,
 };
 
 /// Micro-batches asked for ahead of the one under way.
@@ -103,12 +104,42 @@ pub struct Connections {
     pub token: Option<Token>,
 }
 
+/// Sends reports to the coordinator. Cheap to clone.
+#[derive(Clone)]
+pub struct Reporter {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Reporter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reporter")
+    }
+}
+
+impl Reporter {
+    /// Sends a report that belongs to `epoch`; waits only when the coordinator has not taken many earlier ones.
+    pub fn report(&self, epoch: Epoch, body: ToCoordinator) -> Result<(), Error> {
+        let lost = || self.shared.ended.get().cloned().unwrap_or_else(|| Error::Lost("the connection closed".into()));
+        let sender = lock(&self.shared.outgoing).clone().ok_or_else(lost)?;
+        sender.blocking_send(WorkerMessage { epoch: Some(epoch), body: Some(body) }).map_err(|_| lost())
+    }
+
+    /// Asks the coordinator to save and stop the run, because `by` wants this worker to end. False where the coordinator
+    /// could not be told, or has not assigned this worker anything yet.
+    pub fn depart(&self, by: &str) -> bool {
+        let assigned = self.shared.epoch().is_some();
+        assigned && self.shared.send(ToCoordinator::Departure(Departure { by: by.into() }))
+    }
+}
+
 /// The worker's view of the coordinator.
 pub struct Link {
     shared: Arc<Shared>,
     incoming: plain::Receiver<FromCoordinator>,
     batches: plain::Receiver<MicroBatch>,
     /// Batches that came before their turn.
+    /// Directives that were taken and not begun.
+    kept: Mutex<VecDeque<Directive>>,
     early: Mutex<BTreeMap<(i32, u64, u32), MicroBatch>>,
     credit: Arc<Semaphore>,
     closed: plain::Receiver<()>,
@@ -154,6 +185,7 @@ impl Link {
             leaving: AtomicBool::new(false),
             outgoing: Mutex::new(Some(outgoing)),
             on_end: Box::new(on_end),
+            turn: Mutex::default(),
         });
         if let Some(outgoing) = &*lock(&shared.outgoing) {
             outgoing.try_send(shared.message(ToCoordinator::Join(join))).expect("an empty channel has room");
@@ -168,7 +200,12 @@ impl Link {
         runtime.spawn(beat(shared.clone()));
         runtime.spawn(attend(shared.clone(), control, token.clone(), reports, to_compute, keys, close));
         runtime.spawn(fetch(shared.clone(), data, token, wanted, credit.clone(), to_batches));
-        Link { shared, incoming, batches, early: Mutex::default(), credit, closed, runtime }
+        Link { shared, incoming, batches, kept: Mutex::default(), early: Mutex::default(), credit, closed, runtime }
+    }
+
+    /// Sends reports from another thread.
+    pub fn reporter(&self) -> Reporter {
+        Reporter { shared: self.shared.clone() }
     }
 
     pub fn progress(&self) -> &Progress {
@@ -239,11 +276,26 @@ impl Link {
         }
     }
 
-    /// Waits for the next directive.
+    /// Waits for the next directive, which thereby begins.
     pub fn directive(&self) -> Result<Directive, Error> {
-        match self.wait(&self.incoming)? {
-            FromCoordinator::Directive(directive) => Ok(directive),
-            other => Err(unexpected(&other, "a directive")),
+        let mut kept = lock(&self.kept);
+        loop {
+            // Whoever has asked what was begun also says how far to go, before anything else begins.
+            if let Some(directive) = kept.front() {
+                let mut turn = lock(&self.shared.turn);
+                if !turn.halted {
+                    turn.begun = directive.id;
+                    return Ok(kept.pop_front().expect("looked at above"));
+                }
+            }
+            match self.wait(&self.incoming)? {
+                FromCoordinator::Directive(directive) => kept.push_back(directive),
+                FromCoordinator::Proceed(proceed) => {
+                    kept.retain(|directive| directive.id <= proceed.last);
+                    lock(&self.shared.turn).halted = false;
+                }
+                other => return Err(unexpected(&other, "a directive")),
+            }
         }
     }
 
@@ -316,6 +368,8 @@ fn unexpected(body: &FromCoordinator, due: &str) -> Error {
         FromCoordinator::Directive(_) => "a directive",
         FromCoordinator::Acknowledge(_) => "Acknowledge",
         FromCoordinator::Abort(_) => "Abort",
+        FromCoordinator::Halt(_) => "Halt",
+        FromCoordinator::Proceed(_) => "Proceed",
     };
     Error::Protocol(format!("sent {found} where {due} was due"))
 }

@@ -4,14 +4,15 @@ use clap::{Parser, Subcommand};
 use std::net::UdpSocket;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use unisono_proto::dial::Token;
 use unisono_proto::v1::worker_message::Body;
 use unisono_proto::v1::{Epoch, Failure, Join, Phase};
 use unisono_worker::collective::tcp;
-use unisono_worker::link::{self, Link};
-use unisono_worker::{fingerprint, lifeline, session};
+use unisono_worker::link::{self, Link, Reporter};
+use unisono_worker::{fingerprint, lifeline, session, signals};
 
 /// The user's input is at fault.
 const BAD_INPUT: u8 = 2;
@@ -22,7 +23,11 @@ const GRACE: Duration = Duration::from_secs(1);
 
 /// Computes micro-batches for a Unisono coordinator and owns a shard of the optimizer state.
 #[derive(Parser)]
-#[command(name = "unisono-worker", version, after_help = "Exit codes: 0 done, 2 bad input, 3 the run failed.")]
+#[command(
+    name = "unisono-worker",
+    version,
+    after_help = "Exit codes: 0 done, 2 bad input, 3 the run failed; 143, 130, 138 ended at once by SIGTERM, Ctrl-C, SIGUSR1.\nA first such signal asks the coordinator to save and stop the run."
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -66,6 +71,9 @@ fn main() -> ExitCode {
     if let Err(problem) = lifeline::watch(i32::from(RUN_FAILED)) {
         return complain(&problem, BAD_INPUT);
     }
+    if let Err(problem) = signals::watch(lifeline::is_supervised(), heed) {
+        return complain(&problem, RUN_FAILED);
+    }
     std::panic::set_hook(Box::new(|info| {
         let panic = PANIC.lock();
         if let Ok(mut panic) = panic {
@@ -73,6 +81,33 @@ fn main() -> ExitCode {
         }
     }));
     join(&address, listen)
+}
+
+/// The way to the coordinator, once there is one.
+static COORDINATOR: Mutex<Option<Reporter>> = Mutex::new(None);
+
+/// The newest one.
+fn coordinator() -> std::sync::MutexGuard<'static, Option<Reporter>> {
+    COORDINATOR.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A first signal asks the coordinator to save and stop. Whoever sends a second one does not want to wait; except that a
+/// supervisor's workers hear signals that were sent to all, and it knows better how many those were.
+fn heed(signal: i32, name: &str) {
+    static ASKED: AtomicBool = AtomicBool::new(false);
+    let again = ASKED.swap(true, Ordering::SeqCst);
+    let supervised = lifeline::is_supervised();
+    match again {
+        true if supervised => {}
+        false if coordinator().as_ref().is_some_and(|coordinator| coordinator.depart(name)) => {
+            if !supervised {
+                eprintln!(
+                    "unisono-worker: {name}: the run is asked to save and stop; once more ends this worker at once"
+                );
+            }
+        }
+        _ => lifeline::leave(128 + signal),
+    }
 }
 
 /// What the last panic said.
@@ -104,6 +139,7 @@ fn join(address: &str, listen: Option<String>) -> ExitCode {
         Err(e) => return complain(&e, BAD_INPUT),
     };
     loop {
+        *coordinator() = Some(link.reporter());
         match take_part(&link, &mut standing) {
             Some(code) => {
                 link.close();
@@ -181,8 +217,8 @@ fn place(link: &Link) -> Failure {
 }
 
 fn failure(link: &Link, message: &str, error: &session::Error) -> Failure {
-    let (bad_input, recoverable) = (error.bad_input(), error.recoverable());
-    Failure { message: message.into(), bad_input, recoverable, ..place(link) }
+    let (bad_input, recoverable, micro_batch) = (error.bad_input(), error.recoverable(), error.micro_batch());
+    Failure { message: message.into(), bad_input, recoverable, micro_batch, ..place(link) }
 }
 
 /// Tells the user and the coordinator why this worker cannot go on.

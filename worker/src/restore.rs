@@ -182,7 +182,8 @@ mod tests {
     /// What `world` workers wrote as the checkpoint after step 7.
     fn written(dir: &Path, world: usize) {
         let epoch = Epoch { term: 1, generation: 1 };
-        let files: Vec<_> = (0..world).map(|rank| write(dir, &optimizer(rank, world), &epoch, 1).unwrap()).collect();
+        let files: Vec<_> =
+            (0..world).map(|rank| write(dir, optimizer(rank, world).source(), &epoch, 1).unwrap()).collect();
         let listed = |file: &unisono_proto::v1::CheckpointFile| {
             let ranges: Vec<_> = file
                 .ranges

@@ -1,5 +1,6 @@
 //! A worker's life: joining -> loading -> training -> draining, one struct per state; `run` returns the next.
 
+use crate::checkpoint::saver::Saver;
 use crate::collective;
 use crate::collective::tcp::{Membership, Mesh};
 use crate::device;
@@ -48,6 +49,14 @@ impl Error {
     /// Whether the same work may succeed in another generation: a peer was lost, not this worker.
     pub fn recoverable(&self) -> bool {
         matches!(self, Error::Collective(_) | Error::Train(train::Error::Collective(_)))
+    }
+
+    /// The micro-batch that gave a bad number.
+    pub fn micro_batch(&self) -> Option<u32> {
+        match self {
+            Error::Train(error) => error.micro_batch(),
+            _ => None,
+        }
     }
 
     /// Whether the user's input is at fault rather than the run.
@@ -141,7 +150,7 @@ impl<'l> Loading<'l> {
         use_threads(assign.threads);
         let layout = unisono_configs::model::Layout::new(&spec);
         let (rank, world) = (assign.rank as usize, assign.world as usize);
-        let owned = layout.shard_elements(rank, world).iter().map(|r| r.len()).sum();
+        let owned: usize = layout.shard_elements(rank, world).iter().map(|r| r.len()).sum();
         let plan = {
             let sketch = Model::sketch(spec.clone(), compute).ok_or(memory::Error::Beyond)?;
             let demand = Demand {
@@ -151,11 +160,16 @@ impl<'l> Loading<'l> {
                 document: assign.worst_document as usize,
                 trains: assign.trains,
                 recompute: recompute(assign.recompute()),
+                copies: assign.trains,
                 baseline: standing.baseline,
             };
             demand.plan(&standing.available, standing.sharing)?
         };
         tracing::info!(planned_bytes = plan.total(), "{plan}");
+        let behind = plan.copy > 0;
+        if assign.trains && owned > 0 && !behind {
+            tracing::warn!("there is no memory for a copy of the optimizer's state: training waits while it is saved");
+        }
 
         let weights = Weights::open(&path)?;
         weights.check(&layout)?;
@@ -188,11 +202,13 @@ impl<'l> Loading<'l> {
         drop((weights, saved));
         try_worst(assign, &model, optimizer.as_mut()).map_err(failed)?;
 
-        let (link, epoch) = (*link, *epoch);
-        let trainer = Trainer { link, model, optimizer, peers: Box::new(peers), planned_bytes: plan.total() };
+        let link = *link;
+        let new_saver = |o: &Optimizer| Saver::new(o.source(), o.layout().clone(), behind, link.reporter(), *epoch);
+        let saver = optimizer.as_ref().map(new_saver);
+        let trainer = Trainer { link, model, optimizer, saver, peers: Box::new(peers), planned_bytes: plan.total() };
         link.report(Body::Ready(Ready { memory: Some(trainer.memory()) }))?;
         link.go()?;
-        Ok(Training { trainer, epoch })
+        Ok(Training { trainer })
     }
 
     fn membership(&self) -> Result<Membership, Error> {
@@ -313,7 +329,6 @@ fn try_worst(assign: &Assign, model: &Model, optimizer: Option<&mut Optimizer>) 
 /// Carries out directives until the last.
 pub struct Training<'l> {
     trainer: Trainer<'l>,
-    epoch: Epoch,
 }
 
 impl<'l> Training<'l> {
@@ -338,9 +353,7 @@ impl<'l> Training<'l> {
                 Some(directive::Body::Generate(generate)) => {
                     Body::Generate(self.trainer.generate(directive.id, &generate, &keys)?)
                 }
-                Some(directive::Body::Checkpoint(checkpoint)) => {
-                    Body::Checkpoint(self.trainer.checkpoint(&checkpoint, &self.epoch)?)
-                }
+                Some(directive::Body::Checkpoint(checkpoint)) => Body::Copied(self.trainer.checkpoint(checkpoint)?),
                 Some(directive::Body::Finish(_)) => break,
                 None => {
                     return Err(link::Error::Protocol("sent a directive that this worker does not know".into()).into())
@@ -348,6 +361,7 @@ impl<'l> Training<'l> {
             };
             link.report(report)?;
         }
+        self.trainer.finish();
         Ok(Draining { link })
     }
 }

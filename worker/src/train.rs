@@ -1,17 +1,16 @@
 //! What a worker does on a directive: above all one optimizer step, top to bottom.
 
-use crate::checkpoint;
+use crate::checkpoint::saver::{BadState, Saver};
 use crate::collective::{self, Collective};
 use crate::link::{self, Link};
 use crate::memory;
 use crate::model::{self, Loss, Model};
 use crate::optim::{Optimizer, Parameters};
-use std::path::Path;
 use std::time::Instant;
 use tch::Tensor;
 use unisono_proto::put_u32s;
 use unisono_proto::v1::{
-    BatchKey, Checkpoint, CheckpointReport, Continuation, Epoch, EvaluateReport, Generate, GenerateReport, LossPart,
+    BatchKey, Checkpoint, CheckpointCopied, Continuation, EvaluateReport, Generate, GenerateReport, LossPart,
     MemoryReport, Phase, Step, StepReport, StepSeconds,
 };
 
@@ -22,8 +21,6 @@ pub enum Error {
     Link(#[from] link::Error),
     #[error(transparent)]
     Collective(#[from] collective::Error),
-    #[error(transparent)]
-    Checkpoint(#[from] checkpoint::Error),
     #[error("micro-batch {micro_batch}: {source}")]
     Model { micro_batch: u32, source: model::Error },
     #[error(
@@ -34,8 +31,22 @@ pub enum Error {
     BadNorm { norm: f64 },
     #[error("the updated parameters cannot be copied to the GPU: {source}")]
     Publish { source: model::Error },
+    #[error(transparent)]
+    BadState(#[from] BadState),
     #[error("this run keeps no optimizer state, and the coordinator asked for {0}")]
     NoOptimizer(&'static str),
+}
+
+impl Error {
+    /// The micro-batch that gave a bad number.
+    pub fn micro_batch(&self) -> Option<u32> {
+        match self {
+            Error::BadLoss { micro_batch, .. } | Error::Model { micro_batch, source: model::Error::BadNumber(_) } => {
+                Some(*micro_batch)
+            }
+            _ => None,
+        }
+    }
 }
 
 impl Parameters for Model {
@@ -50,6 +61,8 @@ pub struct Trainer<'l> {
     pub model: Model,
     /// Absent in a run without steps.
     pub optimizer: Option<Optimizer>,
+    /// There where the optimizer is.
+    pub saver: Option<Saver>,
     pub peers: Box<dyn Collective>,
     pub planned_bytes: u64,
 }
@@ -132,12 +145,23 @@ impl Trainer<'_> {
         Ok(GenerateReport { id, continuations })
     }
 
-    /// Writes the own shard at a barrier.
-    pub fn checkpoint(&mut self, checkpoint: &Checkpoint, epoch: &Epoch) -> Result<CheckpointReport, Error> {
+    /// Copies the own shard at a barrier; it is written behind training.
+    pub fn checkpoint(&mut self, checkpoint: Checkpoint) -> Result<CheckpointCopied, Error> {
         self.link.progress().enter(Phase::Checkpoint);
-        let optimizer = self.optimizer.as_ref().ok_or(Error::NoOptimizer("a checkpoint"))?;
-        let file = checkpoint::write(Path::new(&checkpoint.path), optimizer, epoch, checkpoint.attempt)?;
-        Ok(CheckpointReport { step: checkpoint.step, files: vec![file] })
+        let (Some(optimizer), Some(saver)) = (&self.optimizer, &mut self.saver) else {
+            return Err(Error::NoOptimizer("a checkpoint"));
+        };
+        let (step, attempt) = (checkpoint.step, checkpoint.attempt);
+        saver.save(optimizer.source(), checkpoint)?;
+        Ok(CheckpointCopied { step, attempt })
+    }
+
+    /// Everything that was to be written is.
+    pub fn finish(&mut self) {
+        self.link.progress().enter(Phase::Drain);
+        if let Some(saver) = &mut self.saver {
+            saver.finish();
+        }
     }
 
     pub fn memory(&self) -> MemoryReport {

@@ -52,6 +52,8 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "max_grad_norm",
             "shuffle",
             "seed",
+            "spike_mads",
+            "spike_window",
         ],
     ),
     (
@@ -71,7 +73,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     ("eval", &["every"]),
-    ("checkpoint", &["every", "keep"]),
+    ("checkpoint", &["every", "keep", "grace"]),
 ];
 
 /// Keys that are planned: refused, but not as unknown.

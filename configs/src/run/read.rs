@@ -292,6 +292,8 @@ fn train(s: &Section<'_>) -> Result<Train, Error> {
         )?,
         shuffle: s.flag("shuffle", d.shuffle)?,
         seed: s.whole("seed", d.seed, 0)?,
+        spike_mads: s.real("spike_mads", d.spike_mads, |x| x >= 0.0, "a number of at least 0 (0: never)")?,
+        spike_window: s.whole("spike_window", d.spike_window as u64, 1)? as usize,
     };
     let (length, tokens) = (train.max_length, train.max_tokens_per_micro_batch);
     if tokens as u64 > MOST_TOKENS {
@@ -384,5 +386,9 @@ fn checkpoint(s: &Section<'_>) -> Result<Checkpoint, Error> {
         let problem = format!("is {}, but only a number of steps is supported yet; for example 500", node.show());
         return Err(s.fail("every", problem));
     }
-    Ok(Checkpoint { every: s.whole("every", d.every, 0)?, keep: s.whole("keep", d.keep as u64, 1)? as usize })
+    Ok(Checkpoint {
+        every: s.whole("every", d.every, 0)?,
+        keep: s.whole("keep", d.keep as u64, 1)? as usize,
+        grace: s.real("grace", d.grace, |x| x > 0.0 && x < 1e6, "a number of seconds above 0")?,
+    })
 }

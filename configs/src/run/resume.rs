@@ -4,7 +4,17 @@ use super::{Error, RunConfig};
 use toml::{Table, Value};
 
 /// Sections and keys that may change.
-const FREE: &[&str] = &["train.epochs", "train.steps", "gate", "tokens", "eval", "checkpoint", "cluster"];
+const FREE: &[&str] = &[
+    "train.epochs",
+    "train.steps",
+    "train.spike_mads",
+    "train.spike_window",
+    "gate",
+    "tokens",
+    "eval",
+    "checkpoint",
+    "cluster",
+];
 
 /// Keys of those sections that decide the bits.
 const FIXED: &[&str] = &["cluster.threads_per_worker", "cluster.device"];

@@ -1,13 +1,15 @@
 //! Committing a checkpoint: the ranks' files are checked to tile every parameter exactly, the committed rows are written
 //! beside them, and the manifest is created if it is absent. Nothing is ever renamed over.
 
+use super::disk::Disk;
 use super::manifest::{self, Cursor, File, Kind, Manifest, Parent, Range, Tensor, Writer, MANIFEST, VERSION};
 use crate::run::event::PendingCheckpoint;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use unisono_configs::model::Layout;
+use unisono_proto::v1::CheckpointFile;
 
 /// Why a checkpoint is not committed. Each is one sentence for a person.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +28,7 @@ pub enum Error {
 
 /// What the manifest says besides the ranks' files.
 pub struct Facts<'a> {
+    pub disk: &'a dyn Disk,
     pub run_dir: &'a Path,
     pub cursor: Cursor,
     /// Hash of the configuration.
@@ -35,16 +38,17 @@ pub struct Facts<'a> {
     pub samples: &'a [u64],
 }
 
-/// Commits the checkpoint and returns its manifest. When this returns, it is on the disk.
-pub fn commit(pending: &PendingCheckpoint, facts: &Facts<'_>) -> Result<Manifest, Error> {
+/// The manifest of what the ranks wrote, once that tiles every parameter; writes the committed rows beside it. It commits
+/// nothing: see [`create`].
+pub fn draft(pending: &PendingCheckpoint, facts: &Facts<'_>) -> Result<Manifest, Error> {
     let directory = manifest::directory(facts.run_dir, pending.step);
     let mut files = state_files(pending, &directory)?;
     check_tiling(pending.step, &files, facts.layout)?;
-    files.push(write_samples(&directory, pending, facts.samples)?);
+    files.push(write_samples(facts.disk, &directory, pending, facts.samples)?);
     files.sort_by(|a, b| a.name.cmp(&b.name));
     let tensor =
         |slot: &unisono_configs::model::TensorSlot| Tensor { name: slot.name.clone(), shape: slot.shape.clone() };
-    let manifest = Manifest {
+    Ok(Manifest {
         version: VERSION,
         step: pending.step,
         cursor: facts.cursor,
@@ -58,35 +62,60 @@ pub fn commit(pending: &PendingCheckpoint, facts: &Facts<'_>) -> Result<Manifest
         parent: parent(facts.run_dir, pending.step),
         tensors: facts.layout.tensors().map(|(_, slot)| tensor(slot)).collect(),
         files,
-    };
-    create(&directory, &manifest)?;
-    Ok(manifest)
+        hash: String::new(),
+    })
 }
 
 /// Creates the directory of the checkpoint after `step`.
-pub fn prepare(run_dir: &Path, step: u64) -> Result<PathBuf, Error> {
+pub fn prepare(disk: &dyn Disk, run_dir: &Path, step: u64) -> Result<PathBuf, Error> {
     let directory = manifest::directory(run_dir, step);
     let write = || {
-        fs::create_dir_all(&directory)?;
-        sync(&run_dir.join("checkpoints"))?;
-        sync(run_dir)
+        disk.make_directories(&directory)?;
+        disk.sync_directory(&run_dir.join("checkpoints"))?;
+        disk.sync_directory(run_dir)
     };
     write().map_err(|source| Error::Write { path: directory.clone(), source })?;
     Ok(directory)
 }
 
-/// Deletes all but the newest `keep` checkpoints, the manifest first, so that no half of one is ever taken for whole.
-pub fn retain(run_dir: &Path, keep: usize) -> Result<(), Error> {
+/// Deletes files that ranks wrote towards the checkpoint after `step`, as far as that is possible.
+pub fn discard(disk: &dyn Disk, run_dir: &Path, step: u64, files: &[Vec<CheckpointFile>]) {
+    let directory = manifest::directory(run_dir, step);
+    for file in files.iter().flatten().filter(|file| is_plain(&file.name)) {
+        let path = directory.join(&file.name);
+        if let Err(error) = disk.remove_file(&path) {
+            tracing::warn!(path = %path.display(), %error, "a file of a failed save stays behind");
+        }
+    }
+}
+
+/// Deletes all but the newest `keep` checkpoints, the manifest first, so that no half of one is ever taken for whole; and
+/// what saves that were never committed have left of earlier steps.
+pub fn retain(disk: &dyn Disk, run_dir: &Path, keep: usize) -> Result<(), Error> {
     let found = manifest::list(run_dir);
     for (_, directory) in found.iter().take(found.len().saturating_sub(keep.max(1))) {
         let remove = || {
-            fs::remove_file(directory.join(MANIFEST))?;
-            sync(directory)?;
-            fs::remove_dir_all(directory)
+            disk.remove_file(&directory.join(MANIFEST))?;
+            disk.sync_directory(directory)?;
+            disk.remove_all(directory)
         };
         remove().map_err(|source| Error::Write { path: directory.clone(), source })?;
     }
+    let Some((newest, _)) = found.last() else { return Ok(()) };
+    for (_, directory) in manifest::directories(run_dir).into_iter().filter(|(step, _)| step < newest) {
+        // One that was set aside is kept for whoever wants to know what happened to it.
+        let names = fs::read_dir(&directory).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        if names.into_iter().any(|name| name.to_string_lossy().starts_with(MANIFEST)) {
+            continue;
+        }
+        disk.remove_all(&directory).map_err(|source| Error::Write { path: directory, source })?;
+    }
     Ok(())
+}
+
+/// Whether a checkpoint's file may be named so: it lies in the checkpoint's own directory.
+pub(super) fn is_plain(name: &str) -> bool {
+    !name.is_empty() && !name.contains('/') && !name.starts_with('.') && name != MANIFEST
 }
 
 fn state_files(pending: &PendingCheckpoint, directory: &Path) -> Result<Vec<File>, Error> {
@@ -94,11 +123,10 @@ fn state_files(pending: &PendingCheckpoint, directory: &Path) -> Result<Vec<File
     for (rank, written) in pending.files.iter().enumerate() {
         for file in written {
             let name = &file.name;
-            let plain = !name.is_empty() && !name.contains('/') && !name.starts_with('.') && name != MANIFEST;
             let Ok(hash) = <[u8; 32]>::try_from(&file.blake3[..]) else {
                 return Err(Error::Name { rank, name: name.clone() });
             };
-            if !plain || !names.insert(name.clone()) {
+            if !is_plain(name) || !names.insert(name.clone()) {
                 return Err(Error::Name { rank, name: name.clone() });
             }
             let path = directory.join(name);
@@ -149,7 +177,12 @@ fn check_tiling(step: u64, files: &[File], layout: &Layout) -> Result<(), Error>
 }
 
 /// A safetensors file with the one U64 tensor `samples`.
-fn write_samples(directory: &Path, pending: &PendingCheckpoint, samples: &[u64]) -> Result<File, Error> {
+fn write_samples(
+    disk: &dyn Disk,
+    directory: &Path,
+    pending: &PendingCheckpoint,
+    samples: &[u64],
+) -> Result<File, Error> {
     let name = format!("samples-{}-{}.safetensors", pending.term, pending.attempt);
     let bytes = samples.len() * 8;
     let mut header =
@@ -162,7 +195,7 @@ fn write_samples(directory: &Path, pending: &PendingCheckpoint, samples: &[u64])
     content.extend(header.as_bytes());
     content.extend(samples.iter().flat_map(|s| s.to_le_bytes()));
     let path = directory.join(&name);
-    write_new(&path, &content).map_err(|source| Error::Write { path, source })?;
+    disk.write_new(&path, &content).map_err(|source| Error::Write { path, source })?;
     let blake3 = blake3::hash(&content).to_hex().to_string();
     Ok(File { name, kind: Kind::Samples, bytes: content.len() as u64, blake3, ranges: Vec::new() })
 }
@@ -173,45 +206,36 @@ fn parent(run_dir: &Path, step: u64) -> Option<Parent> {
     Some(Parent { step: before.0, blake3: blake3::hash(&bytes).to_hex().to_string() })
 }
 
-/// The commit: the whole manifest appears under its name at once, and only where there was none.
-fn create(directory: &Path, manifest: &Manifest) -> Result<(), Error> {
+/// The commit: the whole manifest appears under its name at once, and only where there was none. When this returns, the
+/// checkpoint is on the disk.
+pub fn create(disk: &dyn Disk, directory: &Path, manifest: &Manifest) -> Result<(), Error> {
     let Writer { term, attempt, .. } = manifest.writer;
     let (path, draft) = (directory.join(MANIFEST), directory.join(format!(".{MANIFEST}.{term}-{attempt}")));
-    let mut content = serde_json::to_vec_pretty(manifest).expect("strings and numbers serialize");
-    content.push(b'\n');
+    let content = manifest.to_json();
     let fail = |source: io::Error| match source.kind() {
         io::ErrorKind::AlreadyExists => Error::Exists { path: path.clone() },
         _ => Error::Write { path: path.clone(), source },
     };
     // What the manifest names is on the disk before the manifest is.
-    sync(directory).map_err(fail)?;
-    write_new(&draft, &content).map_err(fail)?;
-    let linked = fs::hard_link(&draft, &path);
-    fs::remove_file(&draft).map_err(fail)?;
+    disk.sync_directory(directory).map_err(fail)?;
+    disk.write_new(&draft, &content).map_err(fail)?;
+    let linked = disk.link(&draft, &path);
+    disk.remove_file(&draft).map_err(fail)?;
     match linked {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(fail(error)),
         // A file system without hard links: a torn manifest does not parse, so it is never taken for one.
-        Err(_) => write_new(&path, &content).map_err(fail)?,
+        Err(_) => disk.write_new(&path, &content).map_err(fail)?,
     }
-    sync(directory).map_err(fail)
-}
-
-fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
-    file.write_all(content)?;
-    file.sync_all()
-}
-
-fn sync(directory: &Path) -> io::Result<()> {
-    fs::File::open(directory)?.sync_all()
+    disk.sync_directory(directory).map_err(fail)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::disk::Local;
     use super::*;
     use unisono_configs::model::{Bucket, TensorSlot};
-    use unisono_proto::v1::{CheckpointFile, TensorRange};
+    use unisono_proto::v1::TensorRange;
 
     fn layout() -> Layout {
         let slot = |name: &str, elements, offset| TensorSlot { name: name.into(), shape: vec![elements], offset };
@@ -221,7 +245,7 @@ mod tests {
 
     /// One rank holds `a[0:4]`, the other the rest.
     fn pending(run_dir: &Path, step: u64) -> PendingCheckpoint {
-        let directory = prepare(run_dir, step).unwrap();
+        let directory = prepare(&Local, run_dir, step).unwrap();
         let range = |tensor: &str, begin, end| TensorRange { tensor: tensor.into(), begin, end };
         let file = |name: &str, ranges: Vec<TensorRange>| {
             fs::write(directory.join(name), name).unwrap();
@@ -237,7 +261,14 @@ mod tests {
 
     fn try_commit(run_dir: &Path, pending: &PendingCheckpoint) -> Result<Manifest, Error> {
         let cursor = Cursor { step: pending.step, epoch: 0, position: 2 };
-        commit(pending, &Facts { run_dir, cursor, config: "c", layout: &layout(), samples: &[5, 3] })
+        let manifest =
+            draft(pending, &Facts { disk: &Local, run_dir, cursor, config: "c", layout: &layout(), samples: &[5, 3] })?;
+        create(&Local, &manifest::directory(run_dir, pending.step), &manifest)?;
+        Ok(manifest)
+    }
+
+    fn read(directory: &Path) -> Manifest {
+        Manifest { hash: String::new(), ..Manifest::read(directory).unwrap() }
     }
 
     #[test]
@@ -246,19 +277,19 @@ mod tests {
         let first = try_commit(dir.path(), &pending(dir.path(), 2)).unwrap();
         assert_eq!(first.files.len(), 3);
         let directory = manifest::directory(dir.path(), 2);
-        assert_eq!(Manifest::read(&directory).unwrap(), first);
+        assert_eq!(read(&directory), first);
         let names: BTreeSet<_> = fs::read_dir(&directory).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names.len(), 4, "{names:?}");
         let samples = fs::read(directory.join("samples-1-1.safetensors")).unwrap();
-        let read = safetensors::SafeTensors::deserialize(&samples).unwrap();
-        assert_eq!(read.tensor("samples").unwrap().data(), [5u64, 3].map(u64::to_le_bytes).concat());
+        let tensors = safetensors::SafeTensors::deserialize(&samples).unwrap();
+        assert_eq!(tensors.tensor("samples").unwrap().data(), [5u64, 3].map(u64::to_le_bytes).concat());
         let again = PendingCheckpoint { attempt: 2, ..pending(dir.path(), 2) };
         assert!(matches!(try_commit(dir.path(), &again), Err(Error::Exists { .. })));
-        assert_eq!(Manifest::read(&directory).unwrap(), first);
+        assert_eq!(read(&directory), first);
         let second = try_commit(dir.path(), &pending(dir.path(), 4)).unwrap();
         assert_eq!(second.parent.unwrap().step, 2);
         try_commit(dir.path(), &pending(dir.path(), 6)).unwrap();
-        retain(dir.path(), 2).unwrap();
+        retain(&Local, dir.path(), 2).unwrap();
         let kept: Vec<u64> = manifest::list(dir.path()).into_iter().map(|(step, _)| step).collect();
         assert_eq!(kept, [4, 6]);
     }

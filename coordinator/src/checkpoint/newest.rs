@@ -1,8 +1,8 @@
 //! The checkpoint that a run goes on from: the newest one that is whole. Those that are not are set aside.
 
+use super::disk::Disk;
 use super::manifest::{self, MANIFEST};
 use super::state::{elements, Error as StateError, State};
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use unisono_configs::model::Layout;
@@ -27,7 +27,12 @@ pub struct Damaged {
 /// The newest checkpoint whose files are all there, hash as the manifest says and hold every parameter of `layout`, and
 /// what is wrong with those after it: their manifests are renamed, so that nobody takes them for checkpoints again. The
 /// run's lock must be held.
-pub fn newest(run_dir: &Path, term: u64, layout: &Layout) -> Result<(Option<State>, Vec<Damaged>), Error> {
+pub fn newest(
+    disk: &dyn Disk,
+    run_dir: &Path,
+    term: u64,
+    layout: &Layout,
+) -> Result<(Option<State>, Vec<Damaged>), Error> {
     let mut damaged = Vec::new();
     for (step, directory) in manifest::list(run_dir).into_iter().rev() {
         let reason = match State::open(&directory) {
@@ -39,7 +44,8 @@ pub fn newest(run_dir: &Path, term: u64, layout: &Layout) -> Result<(Option<Stat
             Err(StateError::Manifest(error @ manifest::Error::Version { .. })) => return Err(Error::Version(error)),
             Err(error) => error.to_string(),
         };
-        set_aside(&directory, term).map_err(|source| Error::SetAside { path: directory.join(MANIFEST), source })?;
+        set_aside(disk, &directory, term)
+            .map_err(|source| Error::SetAside { path: directory.join(MANIFEST), source })?;
         damaged.push(Damaged { step, reason });
     }
     Ok((None, damaged))
@@ -55,15 +61,17 @@ fn misfit(state: &State, step: u64, layout: &Layout) -> Option<String> {
     (found != expected).then(|| "its parameters are not those of the model".into())
 }
 
-fn set_aside(directory: &Path, term: u64) -> io::Result<()> {
-    fs::rename(directory.join(MANIFEST), directory.join(format!("{MANIFEST}.damaged-{term}")))?;
-    fs::File::open(directory)?.sync_all()
+fn set_aside(disk: &dyn Disk, directory: &Path, term: u64) -> io::Result<()> {
+    disk.rename(&directory.join(MANIFEST), &directory.join(format!("{MANIFEST}.damaged-{term}")))?;
+    disk.sync_directory(directory)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::disk::Local;
     use super::super::state::tests::write;
     use super::*;
+    use std::fs;
     use unisono_configs::model::{Bucket, TensorSlot};
 
     /// Checkpoints after steps 2, 4 and 6, and the layout of what is in them.
@@ -73,7 +81,7 @@ mod tests {
             write(&directory, 2);
             let mut manifest = manifest::Manifest::read(&directory).unwrap();
             (manifest.step, manifest.cursor.step) = (step, step);
-            fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+            fs::write(directory.join(MANIFEST), manifest.to_json()).unwrap();
         }
         let tensors = manifest::Manifest::read(&manifest::directory(run_dir, 2)).unwrap().tensors;
         let slot = |t: &manifest::Tensor| TensorSlot { name: t.name.clone(), shape: t.shape.clone(), offset: 0 };
@@ -91,7 +99,7 @@ mod tests {
     #[test]
     fn the_newest_whole_checkpoint_is_taken_and_damaged_ones_never_count_again() {
         type Damage = fn(&Path);
-        let damages: [(Damage, &str); 5] = [
+        let damages: [(Damage, &str); 6] = [
             (|f| fs::write(f, &fs::read(f).unwrap()[..fs::read(f).unwrap().len() - 1]).unwrap(), "bytes"),
             (
                 |f| {
@@ -106,7 +114,16 @@ mod tests {
             (
                 |f| {
                     let text = fs::read_to_string(f.with_file_name(MANIFEST)).unwrap();
-                    fs::write(f.with_file_name(MANIFEST), text.replace("\"step\":6", "\"step\":5")).unwrap();
+                    fs::write(f.with_file_name(MANIFEST), text.replace("\"step\": 6", "\"step\": 5")).unwrap();
+                },
+                "hash that it gives itself",
+            ),
+            (
+                |f| {
+                    let directory = f.parent().unwrap();
+                    let manifest = manifest::Manifest::read(directory).unwrap();
+                    let other = manifest::Manifest { step: 5, ..manifest };
+                    fs::write(directory.join(MANIFEST), other.to_json()).unwrap();
                 },
                 "step 5",
             ),
@@ -115,12 +132,12 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let layout = run(dir.path());
             damage(&state_file(dir.path(), 6));
-            let (found, damaged) = newest(dir.path(), 3, &layout).unwrap();
+            let (found, damaged) = newest(&Local, dir.path(), 3, &layout).unwrap();
             assert_eq!(found.unwrap().manifest.step, 4, "{sentence}");
             assert_eq!(damaged.len(), 1);
             assert!(damaged[0].step == 6 && damaged[0].reason.contains(sentence), "{damaged:?}");
             assert_eq!(manifest::list(dir.path()).len(), 2);
-            assert_eq!(newest(dir.path(), 4, &layout).unwrap().1, []);
+            assert_eq!(newest(&Local, dir.path(), 4, &layout).unwrap().1, []);
         }
     }
 
@@ -131,10 +148,10 @@ mod tests {
         for step in [2, 4, 6] {
             fs::write(state_file(dir.path(), step), "").unwrap();
         }
-        let (found, damaged) = newest(dir.path(), 3, &layout).unwrap();
+        let (found, damaged) = newest(&Local, dir.path(), 3, &layout).unwrap();
         assert!(found.is_none());
         assert_eq!(damaged.iter().map(|d| d.step).collect::<Vec<_>>(), [6, 4, 2]);
-        let (found, damaged) = newest(Path::new("/nowhere"), 3, &layout).unwrap();
+        let (found, damaged) = newest(&Local, Path::new("/nowhere"), 3, &layout).unwrap();
         assert!(found.is_none() && damaged.is_empty());
     }
 }

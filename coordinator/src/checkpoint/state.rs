@@ -2,7 +2,8 @@
 //!
 //! Nothing is held in memory but the files' headers, so that a model of any size is digested and exported anywhere.
 
-use super::manifest::{Kind, Manifest, Tensor};
+use super::commit::is_plain;
+use super::manifest::{Kind, Manifest, Tensor, MANIFEST};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -70,13 +71,22 @@ pub struct State {
 }
 
 impl State {
+    /// Opens the checkpoint in `directory`.
     pub fn open(directory: &Path) -> Result<Self, Error> {
-        let manifest = Manifest::read(directory)?;
+        Self::verify(directory, Manifest::read(directory)?)
+    }
+
+    /// Opens what is to become the checkpoint in `directory`.
+    pub fn verify(directory: &Path, manifest: Manifest) -> Result<Self, Error> {
         let mut state = State { files: Vec::new(), places: BTreeMap::new(), samples: None, manifest };
         for entry in &state.manifest.files {
+            if !is_plain(&entry.name) {
+                let problem = format!("names a file {:?} outside of the checkpoint", entry.name);
+                return Err(Error::Damaged { path: directory.join(MANIFEST), problem });
+            }
             let path = directory.join(&entry.name);
             let file = File::open(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-            verify(&path, &file, entry.bytes, &entry.blake3)?;
+            check_hash(&path, &file, entry.bytes, &entry.blake3)?;
             let header = Header::read(&path, &file)?;
             let index = state.files.len();
             match entry.kind {
@@ -174,11 +184,11 @@ impl State {
 }
 
 pub fn elements(tensor: &Tensor) -> u64 {
-    tensor.shape.iter().map(|n| *n as u64).product()
+    tensor.shape.iter().fold(1u64, |elements, n| elements.saturating_mul(*n as u64))
 }
 
 /// The file has the size and the hash that the manifest gives.
-fn verify(path: &Path, file: &File, bytes: u64, blake3: &str) -> Result<(), Error> {
+fn check_hash(path: &Path, file: &File, bytes: u64, blake3: &str) -> Result<(), Error> {
     let read = |source| Error::Read { path: path.into(), source };
     let found = file.metadata().map_err(read)?.len();
     let damaged = |problem| Err(Error::Damaged { path: path.into(), problem });
@@ -199,6 +209,15 @@ fn verify(path: &Path, file: &File, bytes: u64, blake3: &str) -> Result<(), Erro
         true => Ok(()),
         false => damaged("does not have the hash that the manifest gives".into()),
     }
+}
+
+/// The header of a safetensors file of `bytes` bytes: how many of its tensors lie within it. What others wrote, as bytes:
+/// a door for fuzzing.
+pub fn tensors_within(header: &[u8], bytes: u64) -> Result<usize, Error> {
+    let path = Path::new("state.safetensors");
+    let header = Header::parse(path, header, bytes)?;
+    let within = |name: &&String| ["F32", "U64"].iter().any(|dtype| header.find(path, name, dtype, None).is_ok());
+    Ok(header.tensors.keys().filter(within).count())
 }
 
 /// What a safetensors file says it holds.
@@ -222,9 +241,16 @@ impl Header {
         }
         let mut text = vec![0; length as usize];
         file.read_exact_at(&mut text, 8).map_err(read)?;
-        let tensors =
-            serde_json::from_slice(&text).map_err(|error| damaged(format!("its header is not JSON ({error})")))?;
-        Ok(Header { tensors, data: 8 + length, bytes })
+        Self::parse(path, &text, bytes)
+    }
+
+    /// `text` is the header of a file of `bytes` bytes.
+    fn parse(path: &Path, text: &[u8], bytes: u64) -> Result<Self, Error> {
+        let tensors = serde_json::from_slice(text).map_err(|error| Error::Damaged {
+            path: path.into(),
+            problem: format!("its header is not JSON ({error})"),
+        })?;
+        Ok(Header { tensors, data: 8 + text.len() as u64, bytes })
     }
 
     /// First byte and bytes of a tensor of type `dtype` with `count` elements, where a count is given.
@@ -296,8 +322,9 @@ pub(crate) mod tests {
             parent: None,
             tensors: tensors.to_vec(),
             files,
+            hash: String::new(),
         };
-        std::fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        std::fs::write(directory.join(MANIFEST), manifest.to_json()).unwrap();
     }
 
     fn file(
@@ -329,7 +356,7 @@ pub(crate) mod tests {
     fn edit(directory: &Path, edit: impl FnOnce(&mut Manifest)) {
         let mut manifest = Manifest::read(directory).unwrap();
         edit(&mut manifest);
-        std::fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        std::fs::write(directory.join(MANIFEST), manifest.to_json()).unwrap();
     }
 
     #[test]

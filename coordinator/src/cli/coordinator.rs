@@ -5,6 +5,7 @@ use super::screen::{data_lines, Reading, Screen};
 use super::{check, print, resume, run_dir, shares, Error, Result};
 use crate::data::{self, Extent};
 use crate::launch::report::{Report, Reporter};
+use crate::launch::signals::{self, Requests, STOPPED};
 use crate::launch::{child, LISTEN_FD};
 use crate::monitor::plain::failure;
 use crate::monitor::state::RunState;
@@ -20,7 +21,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Arc;
-use tokio::signal::unix::{signal, SignalKind};
+use tokio::sync::watch;
 use unisono_configs::model::Layout;
 use unisono_configs::run::RunConfig;
 
@@ -31,7 +32,8 @@ Example:
   # on each worker's machine, with a copy of the run's worker.token:
   UNISONO_TOKEN_FILE=worker.token unisono-worker join 10.0.0.1:7070
 
-Exit codes: 0 done, 2 bad input, 3 the run failed, 130 interrupted by Ctrl-C, 143 by SIGTERM.")]
+Exit codes: 0 done, 2 bad input, 3 the run failed, 75 asked to stop (SIGTERM, Ctrl-C, SIGUSR1) and saved within
+checkpoint.grace: go on with --resume, 143, 130, 138 ended by those signals before that.")]
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
@@ -172,30 +174,46 @@ pub fn listener(address: Option<&str>) -> Result<TcpListener> {
 
 /// Serves to the end. A failed or interrupted run is an error.
 pub fn serve(setup: Setup, screen: &Screen) -> Result<Outcome> {
-    let supervised = screen.supervised();
+    let (supervised, trains) = (screen.supervised(), setup.work.plan().is_some());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::failed)?;
     let caught = Arc::new(AtomicI32::new(0));
     let outcome = runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).map_err(Error::failed)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::failed)?;
+        let (asked, mut first) = watch::channel(0);
+        let mut second = asked.subscribe();
+        let mut requests = Requests::new().map_err(Error::failed)?;
+        let first_signal = caught.clone();
+        tokio::spawn(async move {
+            loop {
+                let signal = requests.next().await;
+                first_signal.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst).ok();
+                asked.send_modify(|signals| *signals += 1);
+            }
+        });
         let caught = caught.clone();
-        let shutdown = async move {
-            let number = tokio::select! {
-                _ = terminate.recv() => libc::SIGTERM,
-                // A supervisor gets Ctrl-C too, and decides.
-                _ = interrupt.recv(), if !supervised => libc::SIGINT,
-            };
-            caught.store(number, Ordering::SeqCst);
-            let name = if number == libc::SIGINT { "Ctrl-C" } else { "SIGTERM" };
-            format!("the run was stopped by {name}")
+        let interrupt = async move {
+            first.wait_for(|signals| *signals > 0).await.ok();
+            signals::name(caught.load(Ordering::SeqCst)).to_owned()
         };
-        crate::serve::serve(setup, shutdown).await.map_err(Error::failed)
+        let stop = async move {
+            // A group's signal reaches supervisor and coordinator alike: how often it was sent, only the supervisor knows.
+            if supervised || second.wait_for(|signals| *signals > 1).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            "it was asked a second time to stop".to_owned()
+        };
+        crate::serve::serve(setup, interrupt, stop).await.map_err(Error::failed)
     })?;
+    if let Some(stopped) = &outcome.stopped {
+        screen.finish();
+        eprintln!("unisono: {}", stopped.message);
+        let saved = trains && stopped.step == stopped.checkpoint;
+        return Err(Error::Code(if saved { STOPPED } else { signals::code(caught.load(Ordering::SeqCst)) }));
+    }
     match (&outcome.failure, caught.load(Ordering::SeqCst)) {
         (None, _) => Ok(outcome),
         (Some(_), number) if number != 0 => {
             screen.finish();
-            Err(Error::Code(128 + u8::try_from(number).unwrap_or(0)))
+            Err(Error::Code(signals::code(number)))
         }
         (Some(failed), _) => {
             screen.finish();

@@ -27,7 +27,8 @@ Exit codes:
   0    done
   2    bad input: one sentence on standard error says what to change
   3    the run failed: rank, phase and step are named
-  130  interrupted by Ctrl-C (143: by SIGTERM)";
+  75   asked to stop by SIGTERM, Ctrl-C or SIGUSR1, and saved: go on with --resume
+  143  ended by SIGTERM before it was saved (130: by Ctrl-C, 138: by SIGUSR1)";
 
 const EXAMPLES: &str = "\
 Examples:

@@ -2,6 +2,7 @@
 
 use super::config::ConfigArgs;
 use super::{run_dir, Error, Result};
+use crate::checkpoint::disk::Local;
 use crate::checkpoint::newest::newest;
 use crate::checkpoint::state::{Error as StateError, State};
 use crate::run::recorded::Recorded;
@@ -59,7 +60,7 @@ pub struct Resumed {
 /// standard error from where.
 pub fn resume(run_dir: &Path, ledger: Ledger, work: Work, layout: &Layout) -> Result<Resumed> {
     let (recorded, done) = replay(&ledger)?;
-    let (state, damaged) = newest(run_dir, ledger.term(), layout).map_err(Error::bad_input)?;
+    let (state, damaged) = newest(&Local, run_dir, ledger.term(), layout).map_err(Error::bad_input)?;
     for bad in &damaged {
         eprintln!("unisono: the checkpoint after step {} is set aside: {}", bad.step, bad.reason);
     }

@@ -5,6 +5,7 @@ use super::screen::{data_lines, Reading};
 use super::{check, print, shares, Error, Result};
 use crate::data::{prepare, Extent};
 use crate::launch::local::{self, Ended, Launch};
+use crate::launch::signals;
 use crate::monitor::plain::grouped;
 use crate::run::composition::Composition;
 use crate::serve::work::Work;
@@ -21,7 +22,8 @@ Example:
   unisono train --resume runs/recipe-001 --workers 3
   unisono train recipe.toml --resume auto
 
-Exit codes: 0 done, 2 bad input, 3 the run failed, 130 interrupted by Ctrl-C, 143 by SIGTERM.")]
+Exit codes: 0 done, 2 bad input, 3 the run failed, 75 asked to stop (SIGTERM, Ctrl-C, SIGUSR1) and saved within
+checkpoint.grace: go on with --resume, 143, 130, 138 ended by those signals before that; a second one ends it at once.")]
 pub struct Args {
     #[command(flatten)]
     pub config: ConfigArgs,
@@ -71,9 +73,9 @@ pub fn supervise(arguments: Vec<OsString>, again: Vec<OsString>) -> Result<()> {
         Ok(Ended::Code(0)) => Ok(()),
         Ok(Ended::Code(code)) => Err(Error::Code(code)),
         Ok(Ended::Interrupted { signal, place }) => {
-            let name = if signal == libc::SIGINT { "Ctrl-C" } else { "SIGTERM" };
+            let name = signals::name(signal);
             eprintln!("unisono: stopped by {name}{place}; go on from its newest checkpoint with --resume RUN");
-            Err(Error::Code(128 + u8::try_from(signal).unwrap_or(0)))
+            Err(Error::Code(signals::code(signal)))
         }
         Err(error) if error.bad_input() => Err(Error::bad_input(error)),
         Err(error) => Err(Error::failed(error)),

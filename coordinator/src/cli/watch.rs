@@ -100,6 +100,7 @@ fn phase(state: &RunState, reply: Option<&StatusReply>) -> String {
         Some(reply) => reply.state.clone(),
         None if state.done.is_some() => "finished".into(),
         None if state.failed.is_some() => "failed".into(),
+        None if state.stopped.is_some() => "stopped".into(),
         None => "ended without a last word".into(),
     }
 }
@@ -144,6 +145,12 @@ fn screen(target: &Target, state: &RunState, reply: Option<&StatusReply>) -> Str
     if let Some(failed) = failed {
         out += &format!("failed      {}\n", failure(failed));
     }
+    if let Some(stopped) = &state.stopped {
+        out += &format!("stopped     {}\n", stopped.message);
+    }
+    if let Some(warning) = &state.warning {
+        out += &format!("warning     {}\n", warning.message);
+    }
     out += &summary::summary(state);
     out
 }
@@ -163,6 +170,8 @@ fn object(target: &Target, state: &RunState, reply: Option<&StatusReply>) -> ser
         "eta_seconds": state.eta_seconds().filter(|_| !state.ended()),
         "workers": workers.collect::<Vec<_>>(),
         "failure": state.failed.as_ref().or(reply.and_then(|r| r.failure.as_ref())).map(failure),
+        "stopped": state.stopped.as_ref().map(|s| &s.message),
+        "warning": state.warning.as_ref().map(|w| &w.message),
         "digest": state.done.as_ref().map(|d| &d.digest),
         "export": state.done.as_ref().map(|d| &d.export),
     })

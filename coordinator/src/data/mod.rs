@@ -40,6 +40,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
+pub mod untrusted;
 pub mod view;
 
 pub use ahead::{Ahead, Notice};

@@ -41,6 +41,8 @@ pub(super) struct Crew {
     /// Where a coordinator that is started again goes on.
     run_dir: Option<PathBuf>,
     progress: Option<(u64, u64)>,
+    /// Somebody asked the run to stop: nobody is started again.
+    pub asked: bool,
     sender: mpsc::UnboundedSender<Report>,
     lifeline: PipeReader,
     /// Held, never written: its end is the children's.
@@ -77,6 +79,7 @@ impl Crew {
             starts: 1,
             run_dir: None,
             progress: None,
+            asked: false,
             sender,
             lifeline,
             _lifeline_writer: writer,
@@ -147,7 +150,10 @@ impl Crew {
             let now = Instant::now();
             if self.coordinators.due().is_none() {
                 if let Some(status) = self.coordinator.reap() {
-                    if status.code().is_some() || self.coordinators.died(now.into(), COORDINATORS).is_none() {
+                    if self.asked
+                        || status.code().is_some()
+                        || self.coordinators.died(now.into(), COORDINATORS).is_none()
+                    {
                         return self.judge_coordinator(status);
                     }
                     self.say_restart("the coordinator", self.coordinator.child.id(), status);
@@ -161,8 +167,15 @@ impl Crew {
             tokio::select! {
                 _ = signals.child.recv() => {}
                 Some(report) = reports.recv() => self.heed(report)?,
-                _ = signals.interrupt.recv() => return Ok(Ended::Interrupted { signal: libc::SIGINT, place: self.place() }),
-                _ = signals.terminate.recv() => return Ok(Ended::Interrupted { signal: libc::SIGTERM, place: self.place() }),
+                // The coordinator saves and ends the run; it knows how long that may take. Before there are workers there
+                // is nothing to save, and whoever asks twice does not want to wait.
+                signal = signals.requests.next() => {
+                    if self.asked || self.workers.is_empty() || self.coordinators.due().is_some() {
+                        return Ok(Ended::Interrupted { signal, place: self.place() });
+                    }
+                    self.asked = true;
+                    self.coordinator.send(signal);
+                }
                 () = sleep_until(deadline.unwrap_or(now)), if deadline.is_some() => {
                     if suspicion.is_some_and(|at| at <= Instant::now()) {
                         return Err(self.judge_worker());
@@ -188,8 +201,9 @@ impl Crew {
             if status.success() && self.workers[slot].start == self.starts {
                 continue;
             }
-            let again =
-                status.code() != Some(BAD_INPUT) && self.workers[slot].restarts.died(now.into(), most).is_some();
+            let again = !self.asked
+                && status.code() != Some(BAD_INPUT)
+                && self.workers[slot].restarts.died(now.into(), most).is_some();
             match again {
                 true => self.say_restart("a worker", self.workers[slot].worker.child.id(), status),
                 false => hopeless = true,
@@ -308,14 +322,14 @@ impl Crew {
     }
 
     /// Ends whoever still lives: the coordinator is asked first, workers get `patience`, then all are killed.
-    /// A further signal to the supervisor ends the patience.
+    /// A further signal to the supervisor ends the patience, and there is none where a second one brought it here.
     pub async fn stop(&mut self, signals: &mut Signals, patience: Duration) {
-        if self.coordinator.reap().is_none() {
+        if self.coordinator.reap().is_none() && !self.asked {
             self.coordinator.send(libc::SIGTERM);
             let deadline = Instant::now() + STOP;
             while self.coordinator.reap().is_none() && signals.wait_until(deadline).await {}
-            self.coordinator.send(libc::SIGKILL);
         }
+        self.coordinator.send(libc::SIGKILL);
         let deadline = Instant::now() + patience;
         while self.workers.iter_mut().any(|slot| slot.worker.reap().is_none()) && signals.wait_until(deadline).await {}
         for member in self.workers.iter_mut().map(|slot| &mut slot.worker).chain([&mut self.coordinator]) {

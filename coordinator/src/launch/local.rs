@@ -6,6 +6,7 @@
 //! speaks.
 
 use super::crew::{Crew, CANNOT_LOAD};
+use super::signals::{Requests, STOPPED};
 use super::WORKER;
 use std::ffi::OsString;
 use std::io;
@@ -117,7 +118,11 @@ pub fn run(launch: Launch) -> Result<Ended, Error> {
         let mut signals = Signals::new()?;
         let (mut crew, mut reports) = Crew::start(launch)?;
         let ended = crew.watch(&mut signals, &mut reports).await;
-        let patience = if matches!(ended, Ok(Ended::Code(0))) { DRAIN } else { SCATTER };
+        let patience = match ended {
+            Ok(Ended::Code(0 | STOPPED)) => DRAIN,
+            Ok(Ended::Interrupted { .. }) if crew.asked => Duration::ZERO,
+            _ => SCATTER,
+        };
         crew.stop(&mut signals, patience).await;
         if matches!(ended, Err(Error::Coordinator { .. })) {
             crew.say_last_words();
@@ -128,17 +133,12 @@ pub fn run(launch: Launch) -> Result<Ended, Error> {
 
 pub(super) struct Signals {
     pub child: Signal,
-    pub interrupt: Signal,
-    pub terminate: Signal,
+    pub requests: Requests,
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
-        Ok(Signals {
-            child: signal(SignalKind::child())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
+        Ok(Signals { child: signal(SignalKind::child())?, requests: Requests::new()? })
     }
 }
 
@@ -148,8 +148,7 @@ impl Signals {
         let wait = async {
             tokio::select! {
                 _ = self.child.recv() => true,
-                _ = self.interrupt.recv() => false,
-                _ = self.terminate.recv() => false,
+                _ = self.requests.next() => false,
             }
         };
         timeout_at(deadline, wait).await.unwrap_or(false)

@@ -6,6 +6,7 @@ pub mod local;
 mod member;
 pub mod report;
 mod restarts;
+pub mod signals;
 
 /// The listening socket that the supervisor hands to the coordinator.
 pub const LISTEN_FD: &str = "UNISONO_LISTEN_FD";

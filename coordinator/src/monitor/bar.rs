@@ -45,7 +45,7 @@ impl View for Bar {
             }
             Some(Body::Memory(memory)) if !self.seen_memory.insert(memory.rank) => {}
             // The command prints the failure's sentence itself.
-            Some(Body::Failed(_)) => self.bar.finish_and_clear(),
+            Some(Body::Failed(_) | Body::Stopped(_)) => self.bar.finish_and_clear(),
             Some(Body::Done(_)) => self.bar.finish_and_clear(),
             Some(body) => {
                 match body {

@@ -44,7 +44,7 @@ impl<W: Write + Send> View for Plain<W> {
             }
         }
         match line(event, state) {
-            Some(_) if !self.failure && matches!(event.body, Some(Body::Failed(_))) => Ok(()),
+            Some(_) if !self.failure && matches!(event.body, Some(Body::Failed(_) | Body::Stopped(_))) => Ok(()),
             Some(line) => {
                 self.out.write_all(format!("{line}\n").as_bytes())?;
                 self.out.flush()
@@ -125,6 +125,8 @@ pub fn line(event: &Event, state: &RunState) -> Option<String> {
             line
         }
         Body::Failed(f) => format!("failed {}", failure(f)),
+        Body::Warning(w) => format!("warning {}", w.message),
+        Body::Stopped(s) => format!("stopped {}", s.message),
     })
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use unisono_proto::v1::{
-    event::Body, CheckpointCommitted, Evaluated, Event, Failure, Membership, Memory, RunDone, RunStarted,
-    StepCommitted, WorkerLost,
+    event::Body, CheckpointCommitted, Evaluated, Event, Failure, Membership, Memory, RunDone, RunStarted, RunStopped,
+    StepCommitted, Warning, WorkerLost,
 };
 
 /// Steps that the current rate is averaged over.
@@ -38,6 +38,11 @@ pub struct RunState {
     pub losses: Vec<WorkerLost>,
     pub done: Option<RunDone>,
     pub failed: Option<Failure>,
+    /// Where it was stopped before its end.
+    pub stopped: Option<RunStopped>,
+    /// The newest, and how many there were.
+    pub warning: Option<Warning>,
+    pub warnings: u64,
 }
 
 impl RunState {
@@ -55,7 +60,7 @@ impl RunState {
             Some(Body::Started(started)) => {
                 self.started = Some(started.clone());
                 // A run that goes on has not ended.
-                (self.done, self.failed) = (None, None);
+                (self.done, self.failed, self.stopped) = (None, None, None);
             }
             Some(Body::Step(step)) => self.step(step),
             Some(Body::Eval(eval)) => {
@@ -71,6 +76,11 @@ impl RunState {
             Some(Body::Lost(lost)) => self.losses.push(lost.clone()),
             Some(Body::Done(done)) => self.done = Some(done.clone()),
             Some(Body::Failed(failure)) => self.failed = Some(failure.clone()),
+            Some(Body::Stopped(stopped)) => self.stopped = Some(stopped.clone()),
+            Some(Body::Warning(warning)) => {
+                self.warning = Some(warning.clone());
+                self.warnings += 1;
+            }
             None => {}
         }
         true
@@ -111,7 +121,7 @@ impl RunState {
 
     /// Whether the run has ended, well or badly.
     pub fn ended(&self) -> bool {
-        self.done.is_some() || self.failed.is_some()
+        self.done.is_some() || self.failed.is_some() || self.stopped.is_some()
     }
 
     /// Tokens per second over the whole run so far, the first step left out unless it is the only one.

@@ -2,7 +2,7 @@
 
 use unisono_proto::v1::{
     event::Body, CheckpointCommitted, CheckpointFile, CoordinatorMessage, Evaluated, Failure, Fingerprint, Join,
-    WorkerMessage,
+    RunStopped, WorkerMessage,
 };
 
 /// One worker's `Attend` stream. Grows with every stream; never used twice.
@@ -18,18 +18,30 @@ pub enum Event {
     Message { from: Connection, message: WorkerMessage },
     /// The stream is over; `reason` completes the sentence "its connection ...".
     Ended { from: Connection, reason: String },
+    /// [`Effect::MakeCheckpoint`] could not be carried out.
+    CheckpointUnprepared { attempt: u32, problem: String },
     /// [`Effect::CommitCheckpoint`] was carried out, or why not.
-    CheckpointCommitted { step: u64, result: Result<CheckpointCommitted, String> },
+    CheckpointCommitted { attempt: u32, result: Result<CheckpointCommitted, NotCommitted> },
     /// [`Effect::Conclude`] was carried out, or why not.
     Concluded { result: Result<Conclusion, String> },
     /// The rows of the steps up to `steps` are tokenized, so that these steps can be dealt.
     Prepared { steps: u64 },
     /// A row of `step` makes it impossible to go on; a sentence that names it and the remedy.
     Unprepared { step: u64, message: String },
+    /// Somebody wants the run to save and stop; completes the sentence "the run was stopped by ...".
+    Interrupt { by: String },
     /// Somebody wants the run to end now; a sentence that says who.
     Stop { reason: String },
     /// Time passed. Comes several times a second.
     Tick,
+}
+
+/// Why a checkpoint was not committed: one sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotCommitted {
+    pub message: String,
+    /// Another attempt would end alike.
+    pub fatal: bool,
 }
 
 /// What a finished run leaves behind.
@@ -57,6 +69,12 @@ pub enum Effect {
     /// Create the directory that the checkpoint after `step` is written into, before anything further is sent.
     MakeCheckpoint {
         step: u64,
+        attempt: u32,
+    },
+    /// Delete what an attempt that failed has written.
+    DiscardCheckpoint {
+        step: u64,
+        files: Vec<Vec<CheckpointFile>>,
     },
     /// Every rank's files are on disk: check them and write the manifest, then answer with
     /// [`Event::CheckpointCommitted`]. Training goes on meanwhile.
@@ -98,6 +116,8 @@ pub struct Outcome {
     pub continuations: Vec<Continuation>,
     /// Why the run failed; absent if it did not.
     pub failure: Option<Failure>,
+    /// Where it was stopped before its end; absent if it was not.
+    pub stopped: Option<RunStopped>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

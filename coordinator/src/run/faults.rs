@@ -4,13 +4,17 @@ use super::event::{Connection, Effect};
 use super::machine::Machine;
 use super::phases::Phase;
 use super::program::{Item, Program};
+use super::spike::Spike;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
-use unisono_proto::v1::{self as wire, directive, Abort, Directive, Failure};
+use unisono_proto::v1::{self as wire, directive, Abort, BatchKey, Directive, Failure, StepCommitted, Suite, Warning};
 
 /// Seconds that a worker's complaint about a peer waits for the news that one was lost, who is then the culprit.
 const COMPLAINT_WAITS: f64 = 2.0;
+
+/// Rows that a sentence names.
+const SHOWN: usize = 8;
 
 impl Machine {
     pub(super) fn ended(&mut self, now: f64, from: Connection, reason: &str) -> Vec<Effect> {
@@ -36,6 +40,10 @@ impl Machine {
         let culprit = told.rank.filter(|&r| (r as usize) < self.roster.len()).unwrap_or(rank as u32);
         let mut failure = self.failure(Some(culprit), phase, told.step.or(step), told.message);
         (failure.bad_input, failure.recoverable) = (told.bad_input, told.recoverable);
+        if let Some(micro_batch) = told.micro_batch {
+            failure.message += &self.rows_at_fault(rank, micro_batch);
+            failure.micro_batch = Some(micro_batch);
+        }
         if self.phase == Phase::Gathering {
             failure.rank = None;
         }
@@ -48,6 +56,9 @@ impl Machine {
     }
 
     pub(super) fn tick(&mut self, now: f64) -> Vec<Effect> {
+        if self.stop_is_due(now) {
+            return self.stopped(now);
+        }
         // Who has not looked for a while has heard nobody.
         let slept = now - std::mem::replace(&mut self.ticked, now) > self.settings.lease / 2.0;
         if slept {
@@ -74,7 +85,40 @@ impl Machine {
             }
             _ => {}
         }
+        // A save that failed may be due again.
+        effects.extend(self.queue_ahead(now));
         effects
+    }
+
+    /// Which rows made a bad number, by the directive that is `rank`'s turn; begins with a separator.
+    fn rows_at_fault(&self, rank: usize, micro_batch: u32) -> String {
+        let turn = self.roster.workers()[rank].answered + 1;
+        match self.queue.iter().find(|o| o.id == turn).map(|o| o.item) {
+            Some(Item::Step(step)) => self.name_rows(Suite::Train, step, micro_batch),
+            Some(Item::Evaluate { suite, .. }) => self.name_rows(suite, 0, micro_batch),
+            _ => String::new(),
+        }
+    }
+
+    fn name_rows(&self, suite: Suite, step: u64, micro_batch: u32) -> String {
+        let rows = self.settings.rows.0(BatchKey { suite: suite.into(), step, micro_batch });
+        if rows.is_empty() {
+            return String::new();
+        }
+        let more = rows.len().saturating_sub(SHOWN);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        format!("; its rows are {}{more}", rows[..rows.len().min(SHOWN)].join(", "))
+    }
+
+    /// A loss far above those before it: most likely the learning rate, or rows that are unlike the others.
+    pub(super) fn warn_of_spike(&self, entry: &StepCommitted, spike: Spike, worst: u32) -> Effect {
+        let StepCommitted { step, loss, grad_norm, .. } = *entry;
+        let Spike { median, limit } = spike;
+        let rows = self.name_rows(Suite::Train, step, worst);
+        let message = format!(
+            "the loss of step {step}, {loss:.4}, is above {limit:.4} where the steps before it have a median of {median:.4} (gradient norm {grad_norm:.3}); if that stays so, lower train.learning_rate. Highest is micro-batch {worst}{rows}"
+        );
+        Effect::Append(Entry::Warning(Warning { kind: "loss-spike".into(), step: Some(step), message }))
     }
 
     fn lost(&mut self, now: f64, rank: usize, how: &str) -> Vec<Effect> {

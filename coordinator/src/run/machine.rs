@@ -5,24 +5,29 @@
 //! when all ranks have answered it, and directives are settled in order. Only settling writes results into the ledger,
 //! so nothing depends on who answered first.
 
-use super::event::{Connection, Effect, Event, Outcome, PendingCheckpoint, Refusal};
+use super::event::{Connection, Effect, Event, Outcome, Refusal};
 use super::gathering::Regrouping;
 use super::outstanding::{generate_of, name, step_of, Outstanding};
 use super::phases::Phase;
 use super::program::{Agenda, Item, Program};
 use super::recorded::Recorded;
 use super::roster::Roster;
+use super::saves::Saves;
 use super::settle::{self, Fault};
+use super::spike::{self, Spikes};
+use super::stopping::Stopping;
 use crate::checkpoint::manifest;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::Arc;
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::coordinator_message::Body as Order;
+use unisono_proto::v1::directive::Body as Task;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
-    self as wire, Acknowledge, Assign, CoordinatorMessage, Directive, Epoch, Failure, Fingerprint, Memory, RunDone,
-    RunStarted, StepCommitted, Suite, WorkerMessage,
+    self as wire, Acknowledge, Assign, BatchKey, CoordinatorMessage, Directive, Epoch, Failure, Fingerprint, Memory,
+    RunDone, RunStarted, StepCommitted, Suite, WorkerMessage,
 };
 
 /// Directives under way at a time: enough that no worker waits for one.
@@ -50,14 +55,28 @@ pub struct Settings {
     pub lease: f64,
     /// Losses in a row without anything new in between that the run survives.
     pub restarts: u32,
+    /// What a loss spike is.
+    pub spike: spike::Rule,
+    /// Says which rows a micro-batch is made of.
+    pub rows: Rows,
+    /// Seconds in which a run that is asked to stop saves and ends.
+    pub grace: f64,
+}
+
+/// Names the rows of a micro-batch, for people: a pure function of the data.
+#[derive(Clone)]
+pub struct Rows(pub Arc<dyn Fn(BatchKey) -> Vec<String> + Send + Sync>);
+
+impl std::fmt::Debug for Rows {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Rows")
+    }
 }
 
 pub struct Machine {
     pub(super) settings: Settings,
     pub(super) program: Program,
     pub(super) agenda: Agenda,
-    /// The agenda's next item, which waits until everything before it is settled.
-    pub(super) held_back: Option<Item>,
     pub(super) phase: Phase,
     /// In rank order once ranks are assigned.
     pub(super) roster: Roster,
@@ -76,15 +95,15 @@ pub struct Machine {
     pub(super) queue: VecDeque<Outstanding>,
     pub(super) next_id: u64,
     /// Steps up to this one can be dealt: their rows are tokenized.
-    prepared: u64,
+    pub(super) prepared: u64,
     pub(super) committed: u64,
     /// Time of the last commit, or of Go.
     pub(super) last_commit: f64,
     /// Time of the first Go; 0 before.
     pub(super) started: f64,
-    /// Steps whose checkpoints are being committed.
-    committing: BTreeSet<u64>,
-    pub(super) last_checkpoint: u64,
+    pub(super) saves: Saves,
+    pub(super) stopping: Option<Stopping>,
+    pub(super) spikes: Spikes,
     /// Since when, which rank, and what it said.
     pub(super) complaint: Option<(f64, usize, Failure)>,
     /// Time of the last tick.
@@ -96,9 +115,9 @@ impl Machine {
     pub fn new(settings: Settings, program: Program) -> Self {
         let (committed, prepared) = (program.start(), program.prepared());
         let outcome = Outcome { tokens: settings.recorded.tokens(committed), ..Outcome::default() };
+        let spikes = Spikes::new(settings.spike, settings.recorded.losses(committed));
         Machine {
             agenda: Agenda::new(&program),
-            held_back: None,
             generation: settings.recorded.generation(),
             settings,
             program,
@@ -115,8 +134,9 @@ impl Machine {
             committed,
             last_commit: 0.0,
             started: 0.0,
-            committing: BTreeSet::new(),
-            last_checkpoint: committed,
+            saves: Saves::new(committed),
+            stopping: None,
+            spikes,
             complaint: None,
             ticked: 0.0,
             outcome,
@@ -141,20 +161,9 @@ impl Machine {
             Event::Joined { from, join } => self.joined(now, from, join),
             Event::Message { from, message } => self.message(now, from, message),
             Event::Ended { from, reason } => Ok(self.ended(now, from, &reason)),
-            Event::CheckpointCommitted { step, result } => {
-                if !self.committing.remove(&step) {
-                    return Err(Refusal::Unasked);
-                }
-                Ok(match result {
-                    Ok(entry) => {
-                        self.last_checkpoint = self.last_checkpoint.max(step);
-                        let mut effects = vec![Effect::Append(Entry::Checkpoint(entry))];
-                        effects.extend(self.grow(now));
-                        effects.extend(self.conclude(now));
-                        effects
-                    }
-                    Err(message) => self.fail(now, self.failure(None, wire::Phase::Checkpoint, Some(step), message)),
-                })
+            Event::CheckpointUnprepared { attempt, problem } => Ok(self.unprepared(attempt, problem)),
+            Event::CheckpointCommitted { attempt, result } => {
+                self.save_committed(now, attempt, result).ok_or(Refusal::Unasked)
             }
             Event::Concluded { result } => {
                 if !self.is_concluding() {
@@ -179,6 +188,7 @@ impl Machine {
                 let failure = self.failure(None, wire::Phase::Unspecified, Some(step), message);
                 Ok(self.fail(now, Failure { bad_input: true, ..failure }))
             }
+            Event::Interrupt { by } => Ok(self.interrupt(now, by)),
             Event::Stop { reason } => {
                 let (phase, step) = self.under_way();
                 Ok(self.fail(now, self.failure(None, phase, step, reason)))
@@ -210,6 +220,13 @@ impl Machine {
             Report::Failure(failure) => Ok(self.complained(now, rank, failure)),
             Report::Join(_) => Ok(self.blame(now, rank, "it joined twice on one stream".into())),
             Report::Ready(ready) => Ok(self.ready(now, rank, ready)),
+            Report::Checkpoint(report) => Ok(self.written(now, rank, report)),
+            Report::Halted(halted) => Ok(self.halted(now, rank, halted.begun)),
+            Report::Departure(departure) => {
+                let host = &self.roster.workers()[rank].join.host;
+                let by = format!("{} to rank {rank} on {host}", departure.by);
+                Ok(self.interrupt(now, by))
+            }
             report => Ok(self.answered(now, rank, report)),
         }
     }
@@ -217,30 +234,21 @@ impl Machine {
     /// Keeps [`LOOKAHEAD`] directives under way.
     pub(super) fn queue_ahead(&mut self, now: f64) -> Vec<Effect> {
         let mut effects = Vec::new();
-        while self.queue.len() < LOOKAHEAD {
-            let next = self.held_back.take().or_else(|| self.agenda.next(&self.program, self.prepared));
-            let Some(item) = next else { break };
-            // Nobody leaves before everybody's work is known to be done.
-            if item == Item::Finish && !self.queue.is_empty() {
-                self.held_back = Some(item);
-                break;
-            }
-            let (world, mut path) = (self.roster.len() as u32, String::new());
+        while self.phase == Phase::Running && self.queue.len() < LOOKAHEAD {
+            let Some(item) = self.next_item(now) else { break };
+            let world = self.roster.len() as u32;
             let Settings { assignment, seed, .. } = self.settings;
-            if let Item::Checkpoint(step) = item {
-                // Computed again after a loss: it was saved, or is being saved, by the generation before.
-                if step <= self.last_checkpoint || self.committing.contains(&step) {
-                    continue;
-                }
-                path = manifest::directory(&self.settings.run_dir, step).display().to_string();
-                effects.push(Effect::MakeCheckpoint { step });
+            let (mut body, expected) = self.program.directive(item, world, assignment, seed);
+            if let Task::Checkpoint(checkpoint) = &mut body {
+                let step = checkpoint.step;
+                checkpoint.path = manifest::directory(&self.settings.run_dir, step).display().to_string();
+                checkpoint.attempt = self.begin_save(now, step, &mut effects);
             }
-            let (body, expected) = self.program.directive(item, world, assignment, seed, &path);
             let id = self.next_id;
             self.next_id += 1;
             effects.extend(self.broadcast(Order::Directive(Directive { id, body: Some(body) })));
             let reports = vec![None; world as usize];
-            self.queue.push_back(Outstanding { id, item, expected, sent: now, reports });
+            self.queue.push_back(Outstanding { id, item, expected, reports });
         }
         effects
     }
@@ -305,8 +313,10 @@ impl Machine {
                 let known = self.settings.recorded.knows_step(&entry).map_err(contradiction)?;
                 (self.committed, self.last_commit) = (step, now);
                 self.outcome.tokens += totals.tokens;
+                let spike = self.spikes.note(entry.loss).filter(|_| !known);
+                let warning = spike.map(|spike| self.warn_of_spike(&entry, spike, totals.worst));
                 let append = (!known).then(|| self.new_entry(Entry::Step(entry)));
-                let mut effects: Vec<Effect> = append.into_iter().collect();
+                let mut effects: Vec<Effect> = append.into_iter().chain(warning).collect();
                 effects.extend(self.broadcast(Order::Acknowledge(Acknowledge { step })));
                 Ok(effects)
             }
@@ -326,17 +336,8 @@ impl Machine {
                 }
                 Ok(effects)
             }
-            Item::Checkpoint(step) => {
-                self.committing.insert(step);
-                let files = answers().filter_map(|r| match r {
-                    Report::Checkpoint(report) => Some(report.files.clone()),
-                    _ => None,
-                });
-                let Epoch { term, generation } = self.epoch();
-                let files = files.collect();
-                let pending = PendingCheckpoint { step, attempt: 1, term, generation, files, since: settled.sent };
-                Ok(vec![Effect::CommitCheckpoint(pending)])
-            }
+            // All have copied; what they write is heard of later.
+            Item::Checkpoint(_) => Ok(Vec::new()),
             Item::Generate => {
                 let reports: Vec<_> = answers().filter_map(generate_of).collect();
                 self.outcome.continuations = settle::continuations(&settled.expected, &reports)?;
@@ -353,9 +354,31 @@ impl Machine {
         Effect::Append(entry)
     }
 
+    /// Workers have been told that nothing follows.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.is_concluding() || self.queue.iter().any(|o| o.item == Item::Finish)
+    }
+
+    /// Takes directives after `last` back, which no worker has begun; the step after which all will stand then.
+    pub(super) fn drop_after(&mut self, last: u64) -> u64 {
+        let last = last.min(self.next_id - 1);
+        for dropped in self.queue.iter().filter(|o| o.id > last) {
+            if let Item::Checkpoint(step) = dropped.item {
+                self.saves.forget(step);
+            }
+        }
+        self.queue.retain(|o| o.id <= last);
+        self.next_id = last + 1;
+        let steps = self.queue.iter().filter_map(|o| match o.item {
+            Item::Step(step) => Some(step),
+            _ => None,
+        });
+        steps.last().unwrap_or(self.committed)
+    }
+
     fn is_concluding(&self) -> bool {
         let drained = !self.roster.is_empty() && self.roster.workers().iter().all(|w| w.drained);
-        self.phase == Phase::Running && drained && self.committing.is_empty()
+        self.phase == Phase::Running && drained && self.saves.are_done()
     }
 
     /// Once everyone has drained and every checkpoint is committed.
@@ -364,7 +387,8 @@ impl Machine {
             return Vec::new();
         }
         match self.program {
-            Program::Train(_) => vec![Effect::Conclude { step: self.last_checkpoint }],
+            Program::Train(_) if self.is_stopping() => self.stopped(now),
+            Program::Train(_) => vec![Effect::Conclude { step: self.saves.newest }],
             _ => self.finish(now),
         }
     }

@@ -175,7 +175,7 @@ fn a_worker_that_answers_out_of_turn_or_wrongly_is_named() {
     (0..2).for_each(|id| {
         world.say(Connection(id));
     });
-    if let Some(Report::Step(report)) = world.workers.get_mut(&Connection(1)).unwrap().outbox.front_mut() {
+    if let Some((_, Report::Step(report))) = world.workers.get_mut(&Connection(1)).unwrap().outbox.front_mut() {
         report.grad_norm = 0.25;
     }
     world.settle();

@@ -22,9 +22,14 @@ mod regroup;
 #[cfg(test)]
 mod regroup_tests;
 pub mod roster;
+mod saves;
+#[cfg(test)]
+mod saves_tests;
 pub mod schedule;
 pub mod settle;
 #[cfg(test)]
 mod simulated;
+pub mod spike;
 mod status;
+mod stopping;
 pub mod units;

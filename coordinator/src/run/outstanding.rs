@@ -8,8 +8,6 @@ pub(super) struct Outstanding {
     pub(super) id: u64,
     pub(super) item: Item,
     pub(super) expected: Expected,
-    /// When it was sent.
-    pub(super) sent: f64,
     /// By rank.
     pub(super) reports: Vec<Option<Report>>,
 }
@@ -20,7 +18,7 @@ impl Outstanding {
         match (self.item, report) {
             (Item::Step(step), Report::Step(report)) => report.step == step,
             (Item::Evaluate { .. }, Report::Evaluate(report)) => report.id == self.id,
-            (Item::Checkpoint(step), Report::Checkpoint(report)) => report.step == step,
+            (Item::Checkpoint(step), Report::Copied(report)) => report.step == step,
             (Item::Generate, Report::Generate(report)) => report.id == self.id,
             (Item::Finish, Report::Drained(_)) => true,
             _ => false,
@@ -33,7 +31,7 @@ pub(super) fn name(report: &Report) -> String {
     match report {
         Report::Step(report) => format!("a report of step {}", report.step),
         Report::Evaluate(report) => format!("the evaluation of directive {}", report.id),
-        Report::Checkpoint(report) => format!("the checkpoint after step {}", report.step),
+        Report::Copied(report) => format!("the copy after step {}", report.step),
         Report::Generate(report) => format!("the continuations of directive {}", report.id),
         Report::Drained(_) => "the word that it has drained".into(),
         _ => "a message out of turn".into(),

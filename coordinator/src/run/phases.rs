@@ -11,9 +11,11 @@
 /// any of the three --(too many losses at one place; a rank that fails whoever computes;
 ///                     results that contradict each other; a checkpoint that cannot be
 ///                     committed; a stop)-----------------------------------------------------> Failed
+/// any of the three --(somebody asks to stop; what was trained is saved, or the grace for it is
+///                     over)------------------------------------------------------------------> Stopped
 /// ```
 ///
-/// `Finished` and `Failed` are final: no directive leaves the machine in them and every event is refused.
+/// `Finished`, `Failed` and `Stopped` are final: no directive leaves the machine in them and every event is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// Waiting for workers, at the start or after a loss. One that leaves again is forgotten.
@@ -24,11 +26,13 @@ pub enum Phase {
     Running,
     Finished,
     Failed,
+    /// Ended early on somebody's wish.
+    Stopped,
 }
 
 impl Phase {
     /// Nothing follows.
     pub fn is_final(self) -> bool {
-        matches!(self, Phase::Finished | Phase::Failed)
+        matches!(self, Phase::Finished | Phase::Failed | Phase::Stopped)
     }
 }

@@ -115,8 +115,9 @@ impl Program {
         }
     }
 
-    /// The directive for `item` in a world of `world`, and what must come back. `path` is the checkpoint's directory.
-    pub fn directive(&self, item: Item, world: u32, assignment: Assignment, seed: u64, path: &str) -> (Body, Expected) {
+    /// The directive for `item` in a world of `world`, and what must come back. A checkpoint's path and attempt are for the caller
+    /// to fill in.
+    pub fn directive(&self, item: Item, world: u32, assignment: Assignment, seed: u64) -> (Body, Expected) {
         match item {
             Item::Step(step) => {
                 let Program::Train(training) = self else { unreachable!("only a training program has steps") };
@@ -144,8 +145,7 @@ impl Program {
                 (Body::Generate(Generate { passes, max_new_tokens, end_tokens }), expected)
             }
             Item::Checkpoint(step) => {
-                let body = Body::Checkpoint(Checkpoint { step, path: path.into(), attempt: 1 });
-                (body, Expected::nothing())
+                (Body::Checkpoint(Checkpoint { step, ..Checkpoint::default() }), Expected::nothing())
             }
             Item::Finish => (Body::Finish(Finish {}), Expected::nothing()),
         }
@@ -241,6 +241,25 @@ impl Agenda {
             Some(&Item::Step(step)) if step > prepared => None,
             _ => self.due.pop_front(),
         }
+    }
+
+    /// What [`Agenda::next`] would give.
+    pub fn peek(&self, program: &Program) -> Option<Item> {
+        match (self.due.front(), program) {
+            (Some(item), _) => Some(*item),
+            (None, Program::Train(t)) if self.planned < t.plan.steps() => Some(Item::Step(self.planned + 1)),
+            (None, _) => None,
+        }
+    }
+
+    /// The step after which the agenda stands, with nothing left of it to do.
+    pub fn barrier(&self) -> Option<u64> {
+        let step = match self.due.front() {
+            None => self.planned,
+            Some(&Item::Step(step)) => step - 1,
+            Some(_) => 0,
+        };
+        (step > 0).then_some(step)
     }
 }
 

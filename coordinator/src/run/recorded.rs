@@ -58,6 +58,11 @@ impl Recorded {
         self.steps.last_key_value().map_or(0, |(step, _)| *step)
     }
 
+    /// Losses of the steps up to `step`, oldest first.
+    pub fn losses(&self, step: u64) -> impl Iterator<Item = f64> + '_ {
+        self.steps.range(..=step).map(|(_, s)| s.loss)
+    }
+
     /// Tokens of the steps up to `step`.
     pub fn tokens(&self, step: u64) -> u64 {
         self.steps.range(..=step).map(|(_, s)| s.tokens).sum()

@@ -6,6 +6,7 @@ use super::gathering::Regrouping;
 use super::machine::Machine;
 use super::phases::Phase;
 use super::program::{Agenda, Item, Program};
+use super::spike::Spikes;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::{Abort, CoordinatorMessage, Failure, WorkerLost};
@@ -13,6 +14,9 @@ use unisono_proto::v1::{Abort, CoordinatorMessage, Failure, WorkerLost};
 impl Machine {
     /// Worker `rank` is lost, as `failure` tells: the rest regroup, unless this has happened too often at this place.
     pub(super) fn regroup(&mut self, now: f64, rank: usize, mut failure: Failure) -> Vec<Effect> {
+        if self.is_stopping() {
+            return self.stopped(now);
+        }
         self.stumbles += 1;
         if self.stumbles > self.settings.restarts {
             if self.stumbles > 1 {
@@ -24,8 +28,8 @@ impl Machine {
         self.generation += 1;
         self.phase = Phase::Gathering;
         self.queue.clear();
-        self.held_back = None;
         self.complaint = None;
+        self.saves.void();
         let workers = std::mem::take(&mut self.roster).into_workers();
         let left = |(other, w): &(usize, super::roster::Worker)| *other != rank && !w.gone;
         let expected = workers.iter().cloned().enumerate().filter(left).map(|(_, w)| w.join.listen).collect();
@@ -34,7 +38,7 @@ impl Machine {
             generation: self.generation,
             failure: Some(failure.clone()),
             pid: workers.get(rank).map_or(0, |w| w.join.pid),
-            resume_step: self.last_checkpoint,
+            resume_step: self.saves.newest,
         };
         let mut effects = vec![Effect::Append(Entry::Lost(lost))];
         // The lost one too: should it only have slept, it wakes up to this.
@@ -50,15 +54,15 @@ impl Machine {
 
     /// Back to the newest checkpoint; without one, to the beginning.
     pub(super) fn rewind(&mut self) {
-        let start = self.last_checkpoint;
+        let start = self.saves.newest;
         if let Program::Train(training) = &mut self.program {
             training.start = start;
         }
         self.agenda = Agenda::new(&self.program);
         self.queue.clear();
-        self.held_back = None;
         self.next_id = 1;
         self.committed = start;
+        self.spikes = Spikes::new(self.settings.spike, self.settings.recorded.losses(start));
         self.outcome.tokens = self.settings.recorded.tokens(start);
         let trains = matches!(self.program, Program::Train(_));
         self.outcome.evaluations.retain(|e| trains && e.step <= start && e.split != "test");
@@ -66,7 +70,10 @@ impl Machine {
 
     /// Whether the run goes on with fewer workers than it should have, and somebody waits.
     pub(super) fn is_short_handed(&self) -> bool {
-        self.phase == Phase::Running && self.roster.len() < self.settings.world as usize && !self.spares.is_empty()
+        !self.is_stopping()
+            && self.phase == Phase::Running
+            && self.roster.len() < self.settings.world as usize
+            && !self.spares.is_empty()
     }
 
     /// Somebody waits for a place: a checkpoint is taken as soon as may be, after which nothing is computed twice.
@@ -84,6 +91,7 @@ impl Machine {
             return Vec::new();
         }
         self.generation += 1;
+        self.saves.void();
         self.phase = Phase::Gathering;
         let workers = std::mem::take(&mut self.roster).into_workers();
         let expected = workers.iter().map(|w| w.join.listen.clone()).collect();

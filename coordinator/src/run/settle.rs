@@ -25,6 +25,8 @@ pub struct StepTotals {
     pub tokens: u64,
     pub target_tokens: u64,
     pub rank_tokens: Vec<u64>,
+    /// The micro-batch with the highest loss per target.
+    pub worst: u32,
 }
 
 /// Sums a step: fp64 parts in micro-batch order, divided by the targets. `reports` are in rank order.
@@ -52,6 +54,8 @@ pub fn step(expected: &Expected, reports: &[StepReport]) -> Result<StepTotals, F
     }
     let target_tokens: u64 = expected.targets.iter().sum();
     let sum: f64 = parts.iter().map(|p| p.loss_sum).sum();
+    let height = |p: &LossPart| p.loss_sum / p.targets.max(1) as f64;
+    let worst = parts.iter().max_by(|a, b| height(a).total_cmp(&height(b))).map_or(0, |p| p.micro_batch);
     let mut rank_tokens = vec![0; reports.len()];
     for (&owner, &tokens) in expected.owners.iter().zip(&expected.tokens) {
         rank_tokens[owner as usize] += tokens;
@@ -62,6 +66,7 @@ pub fn step(expected: &Expected, reports: &[StepReport]) -> Result<StepTotals, F
         tokens: expected.tokens.iter().sum(),
         target_tokens,
         rank_tokens,
+        worst,
     })
 }
 

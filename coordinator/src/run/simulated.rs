@@ -2,7 +2,7 @@
 
 use super::cost::CostModel;
 use super::event::{Connection, Effect, Event, PendingCheckpoint, Refusal};
-use super::machine::{Machine, Settings};
+use super::machine::{Machine, Rows, Settings};
 use super::phases::Phase;
 use super::plan::tests::{reversed, sizes, train, COST};
 use super::plan::Plan;
@@ -18,8 +18,9 @@ use unisono_proto::v1::directive::Body as Task;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
-    Assign, CheckpointCommitted, CheckpointReport, Drained, Epoch, EvaluateReport, Failure, Fingerprint, Join,
-    LossPart, Pass, Ready, RunStarted, StepReport, WorkerMessage,
+    Assign, Checkpoint, CheckpointCommitted, CheckpointCopied, CheckpointReport, Drained, Epoch, EvaluateReport,
+    Failure, Fingerprint, Halted, Heartbeat, Join, LossPart, Pass, Proceed, Ready, RunStarted, StepReport,
+    WorkerMessage,
 };
 
 const ROWS: usize = 23;
@@ -54,6 +55,9 @@ pub(super) fn machine(world: u32, steps: u64, assignment: Assignment) -> Machine
         tasks: vec!["a".into(), "b".into(), "c".into()],
         lease: 10.0,
         restarts: 3,
+        spike: Default::default(),
+        rows: Rows(Arc::new(|key| vec![format!("row {}", key.micro_batch)])),
+        grace: 10.0,
     };
     Machine::new(settings, program(steps))
 }
@@ -68,9 +72,11 @@ pub(super) fn join(listen: &str) -> Join {
 pub(super) struct Simulated {
     pub(super) rank: u32,
     pub(super) epoch: Option<Epoch>,
-    pub(super) outbox: VecDeque<Report>,
+    /// What it has not said yet, each with the directive that it belongs to.
+    pub(super) outbox: VecDeque<(u64, Report)>,
     pub(super) steps: Vec<u64>,
     pub(super) acknowledged: u64,
+    pub(super) begun: u64,
     pub(super) aborted: bool,
     pub(super) listen: String,
     /// It was told that its generation is over, and joins again.
@@ -84,6 +90,8 @@ pub(super) struct World {
     pub(super) workers: BTreeMap<Connection, Simulated>,
     pub(super) ledger: Vec<Entry>,
     pub(super) commits: VecDeque<PendingCheckpoint>,
+    /// Problems that the next writes have, one a rank and save.
+    pub(super) disk: VecDeque<Option<String>>,
     pub(super) concluding: bool,
     pub(super) over: bool,
     next: u64,
@@ -107,6 +115,7 @@ impl World {
             workers: BTreeMap::new(),
             ledger,
             commits: VecDeque::new(),
+            disk: VecDeque::new(),
             concluding: false,
             over: false,
             next: 0,
@@ -173,7 +182,7 @@ impl World {
             match effect {
                 Effect::Append(entry) => self.ledger.push(entry),
                 Effect::Send { to, message } => self.deliver(to, message.epoch.unwrap(), message.body.unwrap()),
-                Effect::Close { .. } | Effect::MakeCheckpoint { .. } => {}
+                Effect::Close { .. } | Effect::MakeCheckpoint { .. } | Effect::DiscardCheckpoint { .. } => {}
                 Effect::CommitCheckpoint(pending) => self.commits.push_back(pending),
                 Effect::Conclude { step } => {
                     assert!(self.commits.is_empty() && !self.concluding);
@@ -192,9 +201,20 @@ impl World {
             Order::Assign(assign) => {
                 worker.rank = assign.rank;
                 worker.epoch = Some(epoch);
-                worker.outbox.push_back(Report::Ready(Ready::default()));
+                worker.outbox.push_back((0, Report::Ready(Ready::default())));
             }
             Order::Go(_) => {}
+            // It has begun what it said last, and perhaps what it would say next; it says so before anything else.
+            Order::Halt(_) => {
+                let next = worker.outbox.front().map_or(0, |(id, _)| *id);
+                let begun = if next % 2 == 0 { next.max(worker.begun) } else { worker.begun };
+                worker.begun = begun;
+                worker.outbox.push_front((0, Report::Halted(Halted { begun })));
+            }
+            Order::Proceed(Proceed { last }) => {
+                assert!(last >= worker.begun, "what was begun is not forgotten");
+                worker.outbox.retain(|(id, _)| *id <= last);
+            }
             Order::Acknowledge(acknowledge) => {
                 // Nothing is acknowledged before it is in the ledger.
                 assert!(self.ledger.iter().any(|e| matches!(e, Entry::Step(s) if s.step == acknowledge.step)));
@@ -247,13 +267,15 @@ impl World {
                         let parts = mine(&evaluate.passes).into_iter().map(part).collect();
                         Report::Evaluate(EvaluateReport { id: directive.id, parts })
                     }
-                    Task::Checkpoint(checkpoint) => {
-                        Report::Checkpoint(CheckpointReport { step: checkpoint.step, files: Vec::new() })
+                    Task::Checkpoint(Checkpoint { step, attempt, .. }) => {
+                        worker.outbox.push_back((directive.id, Report::Copied(CheckpointCopied { step, attempt })));
+                        let problem = self.disk.pop_front().flatten().unwrap_or_default();
+                        Report::Checkpoint(CheckpointReport { step, attempt, problem, ..Default::default() })
                     }
                     Task::Generate(_) => unreachable!(),
                     Task::Finish(_) => Report::Drained(Drained {}),
                 };
-                worker.outbox.push_back(report);
+                worker.outbox.push_back((directive.id, report));
             }
         }
     }
@@ -261,7 +283,8 @@ impl World {
     /// Lets worker `from` say its next word; false when it has none.
     pub(super) fn say(&mut self, from: Connection) -> bool {
         let Some(worker) = self.workers.get_mut(&from) else { return false };
-        let Some(body) = worker.outbox.pop_front() else { return false };
+        let Some((id, body)) = worker.outbox.pop_front() else { return false };
+        worker.begun = worker.begun.max(id);
         let message = WorkerMessage { epoch: worker.epoch, body: Some(body) };
         self.apply(Event::Message { from, message }).is_ok()
     }
@@ -269,9 +292,9 @@ impl World {
     /// Does what the committer has to do next; a run that is over does not want to hear of it.
     pub(super) fn commit(&mut self) {
         let over = self.machine.phase().is_final();
-        let told = if let Some(PendingCheckpoint { step, .. }) = self.commits.pop_front() {
+        let told = if let Some(PendingCheckpoint { step, attempt, .. }) = self.commits.pop_front() {
             let entry = CheckpointCommitted { step, ..Default::default() };
-            self.apply(Event::CheckpointCommitted { step, result: Ok(entry) })
+            self.apply(Event::CheckpointCommitted { attempt, result: Ok(entry) })
         } else if std::mem::take(&mut self.concluding) {
             self.apply(Event::Concluded { result: Ok(Default::default()) })
         } else {
@@ -294,6 +317,23 @@ impl World {
 
     pub(super) fn failure(&self) -> Failure {
         self.machine.status(self.now).failure.expect("the run has failed")
+    }
+
+    /// As [`World::settle`], but time passes too where nobody has anything to say, at most `seconds`.
+    pub(super) fn settle_for(&mut self, seconds: f64) {
+        let end = self.now + seconds;
+        while !self.machine.phase().is_final() && self.now < end {
+            self.settle();
+            self.now += 0.2;
+            for (&from, worker) in &self.workers {
+                let message =
+                    WorkerMessage { epoch: worker.epoch, body: Some(Report::Heartbeat(Heartbeat::default())) };
+                // Refused after the end.
+                self.machine.apply(self.now, Event::Message { from, message }).ok();
+            }
+            // Refused after the end.
+            self.apply(Event::Tick).ok();
+        }
     }
 
     /// Everyone speaks in turn until nobody has anything to say.

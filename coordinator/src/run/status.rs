@@ -32,6 +32,8 @@ impl Machine {
             (Phase::Loading, _) => "loading",
             (Phase::Finished, _) => "finished",
             (Phase::Failed, _) => "failed",
+            (Phase::Stopped, _) => "stopped",
+            (Phase::Running, _) if self.is_stopping() => "stopping",
             (Phase::Running, wire::Phase::Evaluate) => "evaluating",
             (Phase::Running, wire::Phase::Checkpoint | wire::Phase::Drain) => "checkpointing",
             (Phase::Running, wire::Phase::Generate) => "generating",

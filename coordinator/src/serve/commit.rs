@@ -3,18 +3,21 @@
 use super::setup::Conclude;
 use super::steering::{Clock, Command, Handle};
 use super::work::Work;
-use crate::checkpoint::commit::{commit, retain, Facts};
+use crate::checkpoint::commit::{create, discard, draft, retain, Error, Facts};
+use crate::checkpoint::disk::Local;
 use crate::checkpoint::manifest::{self, Cursor};
-use crate::digest::digest;
-use crate::run::event::{Conclusion, PendingCheckpoint};
+use crate::checkpoint::state::State;
+use crate::digest;
+use crate::run::event::{Conclusion, NotCommitted, PendingCheckpoint};
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use unisono_configs::model::Layout;
 use unisono_proto::fail_point;
-use unisono_proto::v1::CheckpointCommitted;
+use unisono_proto::v1::{CheckpointCommitted, CheckpointFile};
 
 pub enum Job {
     Commit(PendingCheckpoint),
+    Discard { step: u64, files: Vec<Vec<CheckpointFile>> },
     Conclude { step: u64 },
 }
 
@@ -54,14 +57,18 @@ fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue:
     for job in queue {
         match job {
             Job::Commit(pending) => {
-                let (step, since) = (pending.step, pending.since);
-                let result =
-                    archive.commit(pending).map(|entry| CheckpointCommitted { seconds: clock.now() - since, ..entry });
+                let (step, attempt, since) = (pending.step, pending.attempt, pending.since);
+                let result = archive.commit(&pending);
+                let result = result.map(|entry| CheckpointCommitted { seconds: clock.now() - since, ..entry });
                 if let Ok(entry) = &result {
                     newest.clone_from(&entry.digest);
                 }
-                handle.send(Command::CheckpointCommitted { step, result });
+                if result.is_err() {
+                    discard(&Local, &archive.run_dir, step, &pending.files);
+                }
+                handle.send(Command::CheckpointCommitted { attempt, result });
             }
+            Job::Discard { step, files } => discard(&Local, &archive.run_dir, step, &files),
             Job::Conclude { step } => {
                 fail_point::reached("conclude");
                 let directory = manifest::directory(&archive.run_dir, step);
@@ -80,24 +87,36 @@ fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue:
 }
 
 impl Archive {
-    fn commit(&self, pending: PendingCheckpoint) -> Result<CheckpointCommitted, String> {
+    fn commit(&self, pending: &PendingCheckpoint) -> Result<CheckpointCommitted, NotCommitted> {
         let step = pending.step;
         let (epoch, position) = self.work.plan().map_or((0, 0), |plan| plan.place_after(step));
         let facts = Facts {
+            disk: &Local,
             run_dir: &self.run_dir,
             cursor: Cursor { step, epoch, position },
             config: &self.config,
             layout: &self.layout,
             samples: &self.work.samples(step),
         };
+        let draft = draft(pending, &facts).map_err(not_committed)?;
+        let directory = manifest::directory(&self.run_dir, step);
+        // Reads every file back: what is announced is what is there, and only that lets older checkpoints go.
+        let again = |error: &dyn std::fmt::Display| NotCommitted { message: error.to_string(), fatal: false };
+        let state = State::verify(&directory, draft).map_err(|error| again(&error))?;
+        let digest = digest::of(&state).map_err(|error| again(&error))?;
+        let manifest = state.manifest;
         fail_point::reached("before-commit");
-        let manifest = commit(&pending, &facts).map_err(|error| error.to_string())?;
+        create(&Local, &directory, &manifest).map_err(not_committed)?;
         fail_point::reached("after-commit");
-        let path = manifest::directory(&self.run_dir, step);
-        // Reads every file back: what is announced is what is on the disk.
-        let digest = digest(&path).map_err(|error| error.to_string())?;
-        retain(&self.run_dir, self.keep).map_err(|error| error.to_string())?;
+        if let Err(error) = retain(&Local, &self.run_dir, self.keep) {
+            tracing::warn!(%error, "an old checkpoint could not be deleted");
+        }
         let bytes = manifest.files.iter().map(|f| f.bytes).sum();
-        Ok(CheckpointCommitted { step, path: path.display().to_string(), bytes, seconds: 0.0, digest })
+        Ok(CheckpointCommitted { step, path: directory.display().to_string(), bytes, seconds: 0.0, digest })
     }
+}
+
+/// A full or failing disk may be better next time; files that do not fit each other will not.
+fn not_committed(error: Error) -> NotCommitted {
+    NotCommitted { message: error.to_string(), fatal: !matches!(error, Error::Write { .. }) }
 }

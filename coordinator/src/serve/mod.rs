@@ -18,8 +18,9 @@ pub use work::Work;
 
 use crate::data::Notice;
 use crate::run::event::Outcome;
-use crate::run::machine::{Machine, Settings};
+use crate::run::machine::{Machine, Rows, Settings};
 use crate::run::program::Program;
+use crate::run::spike;
 use access::Access;
 use commit::{Archive, Committer};
 use control::{Control, CONTROL};
@@ -44,8 +45,13 @@ use viewing::{Progress, ViewingService};
 /// After the run's end, streams that are still open get this long to close.
 const LINGER: Duration = Duration::from_secs(3);
 
-/// Serves a run until it is finished or has failed. `shutdown` ends it early; its output says why, as a sentence.
-pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Result<Outcome, Error> {
+/// Serves a run until it is over. `interrupt` makes it save and stop; its output says who asked. `stop` ends it at once; its
+/// output says why, as a sentence.
+pub async fn serve(
+    setup: Setup,
+    interrupt: impl Future<Output = String>,
+    stop: impl Future<Output = String>,
+) -> Result<Outcome, Error> {
     let workers = check(&setup)?;
     let file =
         |path: &std::path::Path, error: std::io::Error| Error::File { path: path.into(), problem: error.to_string() };
@@ -80,6 +86,12 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
         tasks: setup.work.tasks(),
         lease: setup.config.cluster.lease,
         restarts: setup.config.cluster.restarts,
+        spike: spike::Rule { window: setup.config.train.spike_window, mads: setup.config.train.spike_mads },
+        rows: Rows({
+            let work = setup.work.clone();
+            Arc::new(move |key| work.name_rows(key))
+        }),
+        grace: setup.config.checkpoint.grace,
     };
     let archive = Archive {
         run_dir: run_dir.clone(),
@@ -127,11 +139,19 @@ pub async fn serve(setup: Setup, shutdown: impl Future<Output = String>) -> Resu
     observer.listening(&control);
 
     let lost = || Error::Loop("it panicked".into());
-    let outcome = tokio::select! {
-        outcome = &mut end => outcome.map_err(|_| lost()),
-        reason = shutdown => {
-            handle.send(Command::Stop { reason });
-            end.await.map_err(|_| lost())
+    let (mut interrupt, mut stop) = (std::pin::pin!(interrupt), std::pin::pin!(stop));
+    let (mut interrupted, mut stopped) = (false, false);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut end => break outcome.map_err(|_| lost()),
+            by = &mut interrupt, if !interrupted => {
+                interrupted = true;
+                handle.send(Command::Interrupt { by });
+            }
+            reason = &mut stop, if !stopped => {
+                stopped = true;
+                handle.send(Command::Stop { reason });
+            }
         }
     };
     // The address and the secrets in it lead nowhere any more.

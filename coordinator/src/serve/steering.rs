@@ -6,7 +6,8 @@ use super::ledger::Ledger;
 use super::setup::{Error, Observer};
 use super::viewing::Progress;
 use crate::checkpoint::commit::prepare;
-use crate::run::event::{Conclusion, Connection, Effect, Event, Outcome};
+use crate::checkpoint::disk::Local;
+use crate::run::event::{Conclusion, Connection, Effect, Event, NotCommitted, Outcome};
 use crate::run::machine::Machine;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -33,10 +34,12 @@ pub enum Command {
     Joined { from: Connection, join: Join, outbound: Outbound },
     Message { from: Connection, message: WorkerMessage },
     Ended { from: Connection, reason: String },
-    CheckpointCommitted { step: u64, result: Result<CheckpointCommitted, String> },
+    CheckpointCommitted { attempt: u32, result: Result<CheckpointCommitted, NotCommitted> },
     Concluded { result: Result<Conclusion, String> },
     Prepared { steps: u64 },
     Unprepared { step: u64, message: String },
+    CheckpointUnprepared { attempt: u32, problem: String },
+    Interrupt { by: String },
     Stop { reason: String },
     Status { reply: oneshot::Sender<StatusReply> },
 }
@@ -152,10 +155,16 @@ impl Steering {
                 self.streams.remove(&from);
                 self.apply(Event::Ended { from, reason })
             }
-            Command::CheckpointCommitted { step, result } => self.apply(Event::CheckpointCommitted { step, result }),
+            Command::CheckpointCommitted { attempt, result } => {
+                self.apply(Event::CheckpointCommitted { attempt, result })
+            }
             Command::Concluded { result } => self.apply(Event::Concluded { result }),
             Command::Prepared { steps } => self.apply(Event::Prepared { steps }),
             Command::Unprepared { step, message } => self.apply(Event::Unprepared { step, message }),
+            Command::CheckpointUnprepared { attempt, problem } => {
+                self.apply(Event::CheckpointUnprepared { attempt, problem })
+            }
+            Command::Interrupt { by } => self.apply(Event::Interrupt { by }),
             Command::Stop { reason } => self.apply(Event::Stop { reason }),
             Command::Status { reply } => {
                 // Fails only when the viewer is gone.
@@ -208,11 +217,13 @@ impl Steering {
                     }
                 }
                 Effect::Close { to } => drop(self.streams.remove(&to)),
-                Effect::MakeCheckpoint { step } => {
-                    if let Err(error) = prepare(&self.run_dir, step) {
-                        self.handle.send(Command::Stop { reason: error.to_string() });
+                Effect::MakeCheckpoint { step, attempt } => {
+                    if let Err(error) = prepare(&Local, &self.run_dir, step) {
+                        // Back through the queue: nothing is decided while effects are carried out.
+                        self.handle.send(Command::CheckpointUnprepared { attempt, problem: error.to_string() });
                     }
                 }
+                Effect::DiscardCheckpoint { step, files } => self.committer.send(Job::Discard { step, files }),
                 Effect::CommitCheckpoint(pending) => self.committer.send(Job::Commit(pending)),
                 Effect::Conclude { step } => self.committer.send(Job::Conclude { step }),
                 Effect::Done(done) => outcome = Some(done),

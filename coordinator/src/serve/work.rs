@@ -182,6 +182,24 @@ impl Work {
         }
     }
 
+    /// The rows of the micro-batch of `key` as people find them: file and line, and the task; held-out rows by their place
+    /// among all source rows, as the ledger names them.
+    pub fn name_rows(&self, key: BatchKey) -> Vec<String> {
+        let (Some(rows), Content::Rows(dataset)) = (self.rows_of(key), &self.content) else { return Vec::new() };
+        let held_out = |from: &[Example]| {
+            let found = rows.iter().filter_map(|&row| from.get(row as usize));
+            found.map(|e| format!("row {} ({})", e.row + 1, dataset.tasks[e.task as usize])).collect()
+        };
+        match key.suite() {
+            Suite::Validation => held_out(&dataset.validation),
+            Suite::Test => held_out(&dataset.test),
+            _ => {
+                let name = |&row: &u32| format!("{} ({})", dataset.place_of(row), dataset.tasks[dataset.task_of(row)]);
+                rows.iter().map(name).collect()
+            }
+        }
+    }
+
     fn rows_of(&self, key: BatchKey) -> Option<Vec<u32>> {
         let index = key.micro_batch as usize;
         let unit = |units: &Units| Some(units.as_slice().get(index)?.work.rows.clone());

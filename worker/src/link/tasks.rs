@@ -13,7 +13,8 @@ use unisono_proto::dial::{self, Token};
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
 use unisono_proto::v1::{
-    directive, BatchKey, BatchRequest, CoordinatorMessage, Directive, Epoch, Heartbeat, MicroBatch, WorkerMessage,
+    directive, BatchKey, BatchRequest, CoordinatorMessage, Directive, Epoch, Halted, Heartbeat, MicroBatch,
+    WorkerMessage,
 };
 
 /// Nobody panics while holding one of the link's locks in a way that matters.
@@ -42,6 +43,14 @@ pub(super) struct Shared {
     /// Absent once the last message is on its way.
     pub outgoing: Mutex<Option<mpsc::Sender<WorkerMessage>>>,
     pub on_end: Box<OnEnd>,
+    pub turn: Mutex<Turn>,
+}
+
+/// Which directive was begun last, and whether another may be.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    pub begun: u64,
+    pub halted: bool,
 }
 
 impl Shared {
@@ -57,6 +66,12 @@ impl Shared {
 
     pub fn epoch(&self) -> Option<Epoch> {
         *lock(&self.epoch)
+    }
+
+    /// Sends without waiting; false where that is not possible.
+    pub fn send(&self, body: ToCoordinator) -> bool {
+        let message = self.message(body);
+        lock(&self.outgoing).as_ref().is_some_and(|outgoing| outgoing.try_send(message).is_ok())
     }
 
     pub fn message(&self, body: ToCoordinator) -> WorkerMessage {
@@ -170,7 +185,13 @@ fn take(
                 let _ = keys_wanted.send(key);
             }
         }
-        FromCoordinator::Go(_) => {}
+        FromCoordinator::Halt(_) => {
+            let mut turn = lock(&shared.turn);
+            turn.halted = true;
+            shared.send(ToCoordinator::Halted(Halted { begun: turn.begun }));
+            return Ok(());
+        }
+        FromCoordinator::Go(_) | FromCoordinator::Proceed(_) => {}
     }
     // The compute thread is gone only when the worker is leaving.
     let _ = to_compute.send(body);

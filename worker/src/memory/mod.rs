@@ -22,6 +22,8 @@ pub struct Demand<'a> {
     pub trains: bool,
     /// Absent: the least that fits.
     pub recompute: Option<Recompute>,
+    /// The own shard is copied to be saved behind training, where there is room for that without computing anything again.
+    pub copies: bool,
     /// Resident bytes before anything is loaded: the binary and libtorch.
     pub baseline: u64,
 }
@@ -35,6 +37,8 @@ pub struct Plan {
     pub sums: u64,
     /// Masters and moments of the own shard.
     pub optimizer: u64,
+    /// The same again, for the save behind training; 0 where there is no room for it.
+    pub copy: u64,
     /// Saved for the backward pass of the largest micro-batch, and all temporaries, as a dry run takes them.
     pub activations: u64,
     pub recompute: Recompute,
@@ -49,7 +53,7 @@ const MOST_TOKENS: usize = 120_000;
 
 impl Plan {
     pub fn total(&self) -> u64 {
-        self.baseline + self.parameters + self.sums + self.optimizer + self.activations
+        self.baseline + self.parameters + self.sums + self.optimizer + self.copy + self.activations
     }
 }
 
@@ -73,6 +77,7 @@ impl Demand<'_> {
             parameters: (parameters * width) as u64,
             sums: trains * 8 * parameters as u64,
             optimizer: trains * 12 * self.owned as u64,
+            copy: 0,
             activations: (4 * self.tokens * spec.hidden * streams) as u64,
             recompute: Recompute::Block,
         }
@@ -106,7 +111,9 @@ impl Demand<'_> {
         let each = available.bytes / workers as u64;
         let plan = self.best(each)?;
         if plan.total() <= each {
-            return Ok(plan);
+            let copy = if self.copies { 12 * self.owned as u64 } else { 0 };
+            let fits = plan.total() + copy <= each;
+            return Ok(Plan { copy: if fits { copy } else { 0 }, ..plan });
         }
         // Computing again costs little speed, shorter micro-batches a little more, fewer workers much, another model
         // everything.
@@ -170,10 +177,11 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "each: parameters {}, gradient sums {}, optimizer {}, activations {} ({}), program {}",
+            "each: parameters {}, gradient sums {}, optimizer {}, its copy to save {}, activations {} ({}), program {}",
             Bytes(self.parameters),
             Bytes(self.sums),
             Bytes(self.optimizer),
+            Bytes(self.copy),
             Bytes(self.activations),
             self.recompute,
             Bytes(self.baseline)
@@ -211,8 +219,8 @@ mod tests {
     }
 
     fn demand(sketch: &Model) -> Demand<'_> {
-        let recompute = Some(Recompute::Nothing);
-        Demand { sketch, owned: 100_000, tokens: 4096, document: 256, trains: true, recompute, baseline: 1000 }
+        let (recompute, copies) = (Some(Recompute::Nothing), false);
+        Demand { sketch, owned: 100_000, tokens: 4096, document: 256, trains: true, recompute, copies, baseline: 1000 }
     }
 
     fn left(bytes: u64) -> Available {
@@ -229,6 +237,11 @@ mod tests {
             assert_eq!(demand.plan(&left(total), workers as usize).unwrap(), plan);
             assert!(demand.plan(&left(total - 1), workers as usize).is_err());
         }
+        // The copy is made where there is room, and is no reason to refuse or to compute anything again.
+        let copies = Demand { copies: true, ..demand };
+        let copy = |bytes| copies.plan(&left(bytes), 1).unwrap().copy;
+        let whole = plan.total() + plan.optimizer;
+        assert_eq!((copy(whole - 1), copy(whole)), (0, plan.optimizer));
         let parameters = sketch.layout().parameters() as u64;
         assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2 * parameters, 8 * parameters, 1_200_000));
         let idle = Demand { trains: false, recompute: None, ..demand }.plan(&left(1 << 40), 1).unwrap();

@@ -44,7 +44,7 @@ pub struct Loss {
 
 /// Why a leaf cannot be added.
 #[derive(Debug, thiserror::Error)]
-#[error("gradient of {bucket} has a value that is not finite or too large for the exact sum ({value})")]
+#[error("the gradient of {bucket} has a value that is not finite or too large for the exact sum ({value}): look at the rows of this micro-batch, or lower train.learning_rate")]
 pub struct BadNumber {
     pub bucket: String,
     pub value: f64,

@@ -7,6 +7,7 @@ pub mod exact;
 pub mod norm;
 pub mod shard;
 
+use crate::checkpoint::Source;
 use crate::collective::{self, Collective};
 use crate::ops::view;
 use crate::restore::Part;
@@ -95,6 +96,11 @@ impl Optimizer {
     /// Master and moments of the own range of `bucket`.
     pub fn state(&self, bucket: usize) -> &State {
         &self.states[bucket]
+    }
+
+    /// The own shard, to be written or copied.
+    pub fn source(&self) -> Source<'_> {
+        Source { layout: &self.layout, shard: &self.shard, states: &self.states }
     }
 
     /// Bytes of masters and moments.

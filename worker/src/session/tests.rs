@@ -178,7 +178,10 @@ fn conduct(attendants: &[Attendant], dir: &Path, world: u32) -> Outcome {
             }
             Body::Evaluate(_) => outcome.evaluations.push(evaluations(&reports)),
             Body::Generate(_) => outcome.continuations = continuations(&reports),
-            Body::Checkpoint(_) => read_masters(dir, &mut outcome.masters),
+            Body::Copied(_) => {
+                attendants.iter().for_each(|a| assert!(matches!(a.hear(), Some(Body::Checkpoint(_)))));
+                read_masters(dir, &mut outcome.masters);
+            }
             Body::Drained(_) => return outcome,
             other => panic!("{other:?}"),
         }
