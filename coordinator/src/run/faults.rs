@@ -126,9 +126,7 @@ impl Machine {
         if let Some(last) = self.queue.front_mut().filter(|o| o.item == Item::Finish) {
             last.reports[rank] = Some(Report::Drained(wire::Drained {}));
             self.roster.get_mut(rank).drained = true;
-            let mut effects = self.settle_answered(now);
-            effects.extend(self.conclude(now));
-            return effects;
+            return self.settle_answered(now);
         }
         let (phase, step) = self.place_of(rank);
         let message = format!("the worker was lost: {how}; look at its log for the cause (out of memory, killed)");

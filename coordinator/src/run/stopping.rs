@@ -131,7 +131,9 @@ impl Machine {
         // Those that have drained are gone.
         let failure = Some(Failure { message, ..Failure::default() });
         let stay: Vec<_> = self.roster.workers().iter().filter(|w| !w.drained).map(|w| w.connection).collect();
-        effects.extend(stay.into_iter().map(|to| self.send(to, Order::Abort(Abort { failure: failure.clone(), regroup: false }))));
+        effects.extend(
+            stay.into_iter().map(|to| self.send(to, Order::Abort(Abort { failure: failure.clone(), regroup: false }))),
+        );
         effects.extend(self.dismiss_spares());
         effects.extend(self.roster.workers().iter().map(|w| Effect::Close { to: w.connection }));
         effects.push(Effect::Done(self.outcome.clone()));
