@@ -255,6 +255,10 @@ impl Machine {
 
     /// A rank's answer to the directive that is its turn.
     fn answered(&mut self, now: f64, rank: usize, report: Report) -> Vec<Effect> {
+        if matches!(report, Report::Drained(_)) && self.roster.workers()[rank].drained {
+            // It was taken for lost meanwhile, which was as good.
+            return Vec::new();
+        }
         let turn = self.roster.workers()[rank].answered + 1;
         let due = self.queue.iter_mut().find(|o| o.id == turn);
         let Some(due) = due.filter(|o| o.is_answered_by(&report)) else {
