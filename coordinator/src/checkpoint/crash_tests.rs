@@ -242,12 +242,22 @@ fn found(run_dir: &Path) -> Option<u64> {
     let step = state.manifest.step;
     for (tensor, part) in ["a", "b"].into_iter().flat_map(|t| Part::ALL.map(|p| (t, p))) {
         let mut values = Vec::new();
-        state.read(tensor, part, &mut |block| Ok(values.extend_from_slice(block))).unwrap();
+        state
+            .read(tensor, part, &mut |block| {
+                values.extend_from_slice(block);
+                Ok(())
+            })
+            .unwrap();
         let expected = (step as f32).to_le_bytes().repeat(if tensor == "a" { 6 } else { 4 });
         assert_eq!(values, expected, "{tensor} is of step {step} and of no other");
     }
     let mut samples = Vec::new();
-    state.read_samples(&mut |block| Ok(samples.extend_from_slice(block))).unwrap();
+    state
+        .read_samples(&mut |block| {
+            samples.extend_from_slice(block);
+            Ok(())
+        })
+        .unwrap();
     assert_eq!(samples, step.to_le_bytes().repeat(step as usize));
     Some(step)
 }

@@ -377,7 +377,7 @@ impl Machine {
             Item::Step(step) => Some(step),
             _ => None,
         });
-        steps.last().unwrap_or(self.committed)
+        steps.max().unwrap_or(self.committed)
     }
 
     fn is_concluding(&self) -> bool {
