@@ -24,10 +24,12 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// What can happen to a file, and what it is called.
-fn damages(length: usize) -> Vec<(String, Box<dyn Fn(&Path)>)> {
-    let mut all: Vec<(String, Box<dyn Fn(&Path)>)> =
-        vec![("gone".into(), Box::new(|path| fs::remove_file(path).unwrap()))];
+/// What is done to a file, and what it is called.
+type Damage = (String, Box<dyn Fn(&Path)>);
+
+/// What can happen to a file.
+fn damages(length: usize) -> Vec<Damage> {
+    let mut all: Vec<Damage> = vec![("gone".into(), Box::new(|path| fs::remove_file(path).unwrap()))];
     for end in [0, 1, 7, 8, 9, length / 3, length / 2, length - 1] {
         all.push((format!("cut at {end}"), Box::new(move |path| cut(path, end))));
     }
