@@ -54,8 +54,8 @@ fn whole(dir: &Path, fixture: &Fixture) -> (String, u64) {
 }
 
 fn digest(text: &str) -> String {
-    let done = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
-    let done = done.filter(|event| event["event"] == "done").last().expect("a run is done");
+    let mut done = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+    let done = done.rfind(|event| event["event"] == "done").expect("a run is done");
     done["digest"].as_str().unwrap().to_owned()
 }
 

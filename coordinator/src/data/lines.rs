@@ -78,8 +78,12 @@ pub fn map_lines<T: Send>(
             });
         }
         let mut lines: Vec<(At, &[u8])> = Vec::new();
-        for text in buffer[..end].split_inclusive(|&b| b == b'\n') {
-            let text = text.trim_ascii();
+        // The last line may lack its end.
+        let cut = (!buffer[..end].is_empty() && !buffer[..end].ends_with(b"\n")).then_some(end);
+        let mut begin = 0;
+        for close in memchr::memchr_iter(b'\n', &buffer[..end]).chain(cut) {
+            let text = buffer[begin..close].trim_ascii();
+            begin = (close + 1).min(end);
             if !text.is_empty() {
                 lines.push((At { line, offset: before + within(&buffer, text) }, text));
             }
