@@ -16,9 +16,9 @@ help: ## Lists these targets
 setup: ## Finds libtorch 2.11.0, or installs it into ~/.cache/unisono
 	@scripts/setup
 
-build: setup ## Builds target/release/unisono and target/release/unisono-worker
+build: setup ## Builds target/release/unisono and unisono-worker; STORES=1: with s3:// and gs://, minutes more
 	$(CARGO) build --release --locked -j $(JOBS) -p unisono-coordinator -p unisono-worker --bins \
-		--features unisono-coordinator/stores
+		$(if $(STORES),--features unisono-coordinator/stores)
 
 demo: build ## Trains a small model on small tasks with two workers and with one, and compares
 	$(CARGO_TARGET_DIR:%=%/)$(if $(CARGO_TARGET_DIR),,target/)release/unisono demo

@@ -71,7 +71,7 @@ fn fetch(url: &str, kind: Kind) -> Result<PathBuf, String> {
         #[cfg(not(feature = "stores"))]
         ("s3" | "s3a" | "gs", _) => {
             let _ = kind;
-            Err("needs a program that was built with --features stores; build it so, or download the files first"
+            Err("needs a program that was built with `make build STORES=1`; build it so, or download the files first"
                 .into())
         }
         _ => Err(format!("begins with {scheme}://, but only s3://, gs:// and file:// can be read; download it first")),
