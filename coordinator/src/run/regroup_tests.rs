@@ -71,7 +71,8 @@ fn disturbed(workers: u32, steps: u64, script: &[(u8, u64)]) -> Vec<Entry> {
             break;
         }
     }
-    world.settle();
+    // Whoever is waited for in vain is given up in time.
+    world.settle_for(200.0);
     world.ledger
 }
 
