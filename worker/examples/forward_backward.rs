@@ -8,21 +8,9 @@
 use tch::{Device, Kind, Tensor};
 use unisono_configs::model::ModelSpec;
 use unisono_proto::NO_TARGET;
-use unisono_worker::model::{BadNumber, Batch, Leaves, Model};
+use unisono_worker::model::{Batch, Model, Nowhere};
 use unisono_worker::ops::operation;
 use unisono_worker::optim::exact::ExactSum;
-
-/// Takes leaves without doing anything with them.
-struct Nowhere;
-
-impl Leaves for Nowhere {
-    fn dense(&mut self, _: usize, _: usize, _: &Tensor) -> Result<(), BadNumber> {
-        Ok(())
-    }
-    fn rows(&mut self, _: usize, _: usize, _: &[u32], _: &Tensor) -> Result<(), BadNumber> {
-        Ok(())
-    }
-}
 
 /// Documents of about 190 tokens, of which the last 55 % are targets.
 fn batch(vocab: usize, documents: usize) -> Batch {

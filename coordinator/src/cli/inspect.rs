@@ -26,7 +26,7 @@ pub struct Args {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Part {
+pub(super) enum Part {
     Train,
     Validation,
     Test,

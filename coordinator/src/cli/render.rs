@@ -1,6 +1,7 @@
 //! `render`: the instruction set as a file.
 
 use super::config::ConfigArgs;
+use super::inspect::Part;
 use super::{Error, Result};
 use crate::data::instructions::render;
 use std::io::{BufWriter, Write};
@@ -25,13 +26,6 @@ pub struct Args {
     /// At the end, on standard error: one JSON object with the number of rows instead of a sentence
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Part {
-    Train,
-    Validation,
-    Test,
 }
 
 /// JSON Lines on standard output, everything else on standard error.

@@ -4,7 +4,7 @@ use super::block::{Block, Scene, Stream};
 use super::head::{Head, Last};
 use super::linear::view;
 use super::saved::{Recompute, Saved};
-use super::{BadNumber, Batch, Error, Leaves, Loss, Model};
+use super::{Batch, Error, Leaves, Loss, Model, Nowhere};
 use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::documents::Documents;
 use crate::ops::form::wide;
@@ -205,17 +205,5 @@ impl Selected {
         let chosen = batch.targets.iter().enumerate().filter(|(_, &target)| target != NO_TARGET);
         let (rows, targets) = chosen.map(|(row, &target)| (row as u32, target)).unzip();
         Selected { rows, targets }
-    }
-}
-
-/// A dry run has no leaves.
-struct Nowhere;
-
-impl Leaves for Nowhere {
-    fn dense(&mut self, _: usize, _: usize, _: &Tensor) -> Result<(), BadNumber> {
-        Ok(())
-    }
-    fn rows(&mut self, _: usize, _: usize, _: &[u32], _: &Tensor) -> Result<(), BadNumber> {
-        Ok(())
     }
 }
