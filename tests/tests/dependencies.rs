@@ -20,8 +20,8 @@ const UNSAFE: &[&str] = &[
     "worker/src/model/weights.rs",
     "worker/src/ops/operation.rs",
     "worker/src/ops/phantom.rs",
+    "worker/src/ops/simd.rs",
     "worker/src/ops/view.rs",
-    "worker/src/optim/dispatch.rs",
 ];
 
 fn metadata() -> Value {

@@ -66,13 +66,13 @@ fn optimizer(n: usize) {
     let (mut m, mut v) = (vec![1e-3f32; n], vec![1e-6f32; n]);
     let mut narrow = vec![bf16::ZERO; n];
     report("AdamW, bf16 parameter", n, || {
-        let (sums, master, m, v) = (&sums[..], &mut master[..], &mut m[..], &mut v[..]);
-        update(Span { sums, master, m, v, parameter: &mut narrow }, &scalars);
+        let (gradient, master, m, v) = (&sums[..], &mut master[..], &mut m[..], &mut v[..]);
+        update(Span { gradient, master, m, v, parameter: &mut narrow }, &scalars);
     });
     let mut wide = vec![0f32; n];
     report("AdamW, fp32 parameter", n, || {
-        let (sums, master, m, v) = (&sums[..], &mut master[..], &mut m[..], &mut v[..]);
-        update(Span { sums, master, m, v, parameter: &mut wide }, &scalars);
+        let (gradient, master, m, v) = (&sums[..], &mut master[..], &mut m[..], &mut v[..]);
+        update(Span { gradient, master, m, v, parameter: &mut wide }, &scalars);
     });
 }
 

@@ -1,7 +1,7 @@
 //! A piece of an integer sum on the wire, narrowed to the bytes that its values need: exact, and fewer bytes to copy.
 //! A piece is its width and then two planes: the low halves of all sums, and what their high halves need.
 
-use crate::optim::dispatch::dispatched;
+use crate::ops::simd::vectorised;
 
 /// Sums per piece.
 pub const PIECE: usize = 65_536;
@@ -23,7 +23,7 @@ fn width_of(sums: &[i64]) -> usize {
     }
 }
 
-dispatched! { fn width(sums: &[i64]) -> usize = width_of; }
+vectorised! { fn width(sums: &[i64]) -> usize { width_of(sums) } }
 
 /// Bytes of the two planes of one sum.
 fn planes(width: usize) -> Option<(usize, usize)> {
@@ -72,9 +72,9 @@ pub fn unpack_add(width: usize, body: &[u8], sums: &mut [i64]) -> Option<()> {
 macro_rules! by_width {
     ($($name:ident<$w:ident>($($arg:ident: $type:ty),*) = $body:ident;)*) => {$(
         fn $name<const $w: usize>($($arg: $type),*) {
-            dispatched! { fn one($($arg: $type),*) = $body::<1>; }
-            dispatched! { fn two($($arg: $type),*) = $body::<2>; }
-            dispatched! { fn four($($arg: $type),*) = $body::<4>; }
+            vectorised! { fn one($($arg: $type),*) { $body::<1>($($arg),*) } }
+            vectorised! { fn two($($arg: $type),*) { $body::<2>($($arg),*) } }
+            vectorised! { fn four($($arg: $type),*) { $body::<4>($($arg),*) } }
             match $w {
                 1 => one($($arg),*),
                 2 => two($($arg),*),

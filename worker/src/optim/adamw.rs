@@ -1,8 +1,8 @@
 //! AdamW (Loshchilov & Hutter 2019), element-wise: the fp32 arithmetic of `torch.optim.AdamW`'s single-tensor form, in
-//! one pass over sums, master, moments and parameter.
+//! one pass over gradient, master, moments and parameter.
 
-use super::dispatch::dispatched;
-use super::exact::UNIT;
+use super::exact::Reduced;
+use crate::ops::simd::vectorised;
 use half::bf16;
 
 /// What stays the same over a run.
@@ -19,8 +19,7 @@ pub struct Settings {
 /// One update's scalars, computed in fp64 and rounded once, as torch rounds its Python floats.
 #[derive(Debug, Clone, Copy)]
 pub struct Scalars {
-    /// Gradient of one unit of the exact sum, after clipping.
-    unit: f64,
+    clip: f32,
     decay: f32,
     lerp1: f32,
     beta2: f32,
@@ -35,7 +34,7 @@ impl Settings {
     pub fn scalars(&self, step: u64, learning_rate: f64, clip: f64) -> Scalars {
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         Scalars {
-            unit: UNIT * clip,
+            clip: clip as f32,
             decay: (1.0 - learning_rate * self.weight_decay) as f32,
             lerp1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
@@ -79,9 +78,9 @@ impl Parameter for bf16 {
 }
 
 /// The elements of one update: slices of equal length.
-pub struct Span<'a, P> {
-    /// Gradients in units of the exact sum.
-    pub sums: &'a [i64],
+pub struct Span<'a, G, P> {
+    /// Before clipping.
+    pub gradient: &'a [G],
     pub master: &'a mut [f32],
     pub m: &'a mut [f32],
     pub v: &'a mut [f32],
@@ -89,29 +88,33 @@ pub struct Span<'a, P> {
 }
 
 /// Applies one update to `span`.
-pub fn update<P: Parameter>(span: Span<'_, P>, scalars: &Scalars) {
-    let Span { sums, master, m, v, parameter } = span;
-    update_slices(sums, master, m, v, parameter, scalars);
+pub fn update<G: Reduced, P: Parameter>(span: Span<'_, G, P>, scalars: &Scalars) {
+    let Span { gradient, master, m, v, parameter } = span;
+    update_slices(gradient, master, m, v, parameter, scalars);
 }
 
-dispatched! {
-    fn update_slices<P: Parameter>(sums: &[i64], master: &mut [f32], m: &mut [f32], v: &mut [f32], parameter: &mut [P], scalars: &Scalars) = update_plain;
+vectorised! {
+    fn update_slices<G: Reduced, P: Parameter>(
+        gradient: &[G], master: &mut [f32], m: &mut [f32], v: &mut [f32], parameter: &mut [P], scalars: &Scalars,
+    ) {
+        update_plain(gradient, master, m, v, parameter, scalars);
+    }
 }
 
 #[inline(always)]
-fn update_plain<P: Parameter>(
-    sums: &[i64],
+fn update_plain<G: Reduced, P: Parameter>(
+    gradient: &[G],
     master: &mut [f32],
     m: &mut [f32],
     v: &mut [f32],
     parameter: &mut [P],
     scalars: &Scalars,
 ) {
-    let n = sums.len();
+    let n = gradient.len();
     let (master, m, v, parameter) = (&mut master[..n], &mut m[..n], &mut v[..n], &mut parameter[..n]);
     let s = *scalars;
     for i in 0..n {
-        let gradient = (sums[i] as f64 * s.unit) as f32;
+        let gradient = gradient[i].gradient() * s.clip;
         let first = m[i] + s.lerp1 * (gradient - m[i]);
         let second = v[i] * s.beta2 + s.lerp2 * gradient * gradient;
         let denominator = second.sqrt() / s.root_correction2 + s.eps;
@@ -126,6 +129,7 @@ fn update_plain<P: Parameter>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::exact::UNIT;
     use tch::{Kind, Tensor};
 
     const N: usize = 1000;
@@ -157,7 +161,7 @@ mod tests {
         for step in 1..=steps {
             let gradient = numbers(step as usize, 1e-3);
             let sums: Vec<i64> = gradient.iter().map(|g| (g / UNIT).round_ties_even() as i64).collect();
-            let span = Span { sums: &sums, master: &mut master, m: &mut m, v: &mut v, parameter: &mut parameter };
+            let span = Span { gradient: &sums, master: &mut master, m: &mut m, v: &mut v, parameter: &mut parameter };
             update(span, &settings().scalars(step, 1e-3, 1.0));
             oracle(&mut exact, &mut exact_m, &mut exact_v, &Tensor::from_slice(&gradient), step as i32, 1e-3);
         }
@@ -189,21 +193,23 @@ mod tests {
     }
 
     #[test]
-    fn instruction_sets_agree_and_clipping_scales_the_gradient() {
+    fn instruction_sets_and_forms_of_the_gradient_agree_and_clipping_scales_it() {
         let sums: Vec<i64> = numbers(3, 1e-3).iter().map(|g| (g / UNIT) as i64).collect();
         let quarter: Vec<i64> = sums.iter().map(|q| q - q % 4).collect();
-        let run = |sums: &[i64], clip: f64, plain: bool| {
+        fn run<G: Reduced>(gradient: &[G], clip: f64, plain: bool) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
             let mut p = vec![0.5f32; N];
             let (mut master, mut m, mut v) = (vec![0.5f32; N], vec![0.01f32; N], vec![0.02f32; N]);
             let scalars = settings().scalars(7, 1e-2, clip);
             if plain {
-                update_plain(sums, &mut master, &mut m, &mut v, &mut p, &scalars);
+                update_plain(gradient, &mut master, &mut m, &mut v, &mut p, &scalars);
             } else {
-                update(Span { sums, master: &mut master, m: &mut m, v: &mut v, parameter: &mut p }, &scalars);
+                update(Span { gradient, master: &mut master, m: &mut m, v: &mut v, parameter: &mut p }, &scalars);
             }
             (master, m, v)
-        };
+        }
         assert_eq!(run(&sums, 1.0, true), run(&sums, 1.0, false));
+        let rounded: Vec<f32> = sums.iter().map(|q| q.gradient()).collect();
+        assert_eq!(run(&sums, 0.3, false), run(&rounded, 0.3, false));
         let divided: Vec<i64> = quarter.iter().map(|q| q / 4).collect();
         assert_eq!(run(&quarter, 0.25, false), run(&divided, 1.0, false));
     }

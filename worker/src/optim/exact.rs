@@ -1,8 +1,8 @@
 //! The exact sum: gradients of micro-batches ("leaves") are added as integers, so that neither order, nor ownership, nor
 //! the number of workers can change a bit of the result. A leaf `x` counts as `round_ties_even(x * 2^48)`.
 
-use super::dispatch::{dispatched, integer};
 use crate::model::{BadNumber, Leaves};
+use crate::ops::simd::{integer, vectorised};
 use crate::ops::view;
 use half::bf16;
 use std::cmp::Ordering;
@@ -14,6 +14,35 @@ use unisono_configs::model::Layout;
 /// A sum counts in units of 2^-48.
 pub const UNIT: f64 = 1.0 / (1u64 << 48) as f64;
 const UNITS_PER_ONE: f32 = (1u64 << 48) as f32;
+
+/// One element of a gradient: still a sum, or rounded from it. Both stand for the same fp32 number, so neither who keeps
+/// which nor when it is rounded changes a bit.
+pub trait Reduced: Copy {
+    fn gradient(self) -> f32;
+}
+
+impl Reduced for i64 {
+    /// The product is exact in fp64 up to 53 bits and rounded there beyond; then rounded to fp32.
+    #[inline(always)]
+    fn gradient(self) -> f32 {
+        (self as f64 * UNIT) as f32
+    }
+}
+
+impl Reduced for f32 {
+    #[inline(always)]
+    fn gradient(self) -> f32 {
+        self
+    }
+}
+
+vectorised! {
+    /// Rounds the `sums` of a step to gradients.
+    pub fn round(sums: &[i64], gradients: &mut [f32]) {
+        assert_eq!(sums.len(), gradients.len(), "a gradient for each sum");
+        gradients.iter_mut().zip(sums).for_each(|(g, q)| *g = q.gradient());
+    }
+}
 
 /// Every leaf must stay below this magnitude, so that `leaves` of them cannot overflow 63 bits.
 pub fn bound(leaves: usize) -> f64 {
@@ -184,10 +213,10 @@ fn add_narrow<T: Narrow, const FIRST: bool>(sums: &mut [i64], leaf: &[T]) -> f64
     f64::from(f32::from_bits(peak))
 }
 
-dispatched! { fn set_f32(sums: &mut [i64], leaf: &[f32]) -> f64 = add_narrow::<f32, true>; }
-dispatched! { fn add_f32(sums: &mut [i64], leaf: &[f32]) -> f64 = add_narrow::<f32, false>; }
-dispatched! { fn set_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 = add_narrow::<bf16, true>; }
-dispatched! { fn add_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 = add_narrow::<bf16, false>; }
+vectorised! { fn set_f32(sums: &mut [i64], leaf: &[f32]) -> f64 { add_narrow::<f32, true>(sums, leaf) } }
+vectorised! { fn add_f32(sums: &mut [i64], leaf: &[f32]) -> f64 { add_narrow::<f32, false>(sums, leaf) } }
+vectorised! { fn set_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 { add_narrow::<bf16, true>(sums, leaf) } }
+vectorised! { fn add_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 { add_narrow::<bf16, false>(sums, leaf) } }
 
 /// Leaves in fp64 occur only where a test compares with an oracle.
 fn add_f64(sums: &mut [i64], leaf: &[f64]) -> f64 {

@@ -2,7 +2,6 @@
 //! ([`norm`]) and AdamW on the own shard ([`adamw`]), in named phases: reduce -> norm -> update -> gather.
 
 pub mod adamw;
-pub(crate) mod dispatch;
 pub mod exact;
 pub mod norm;
 pub mod shard;
@@ -12,7 +11,7 @@ use crate::collective::{self, Collective};
 use crate::ops::view;
 use crate::restore::Part;
 use adamw::{Parameter, Scalars, Settings, Span};
-use exact::ExactSum;
+use exact::{ExactSum, Reduced};
 use half::bf16;
 use shard::Shard;
 use std::ops::Range;
@@ -149,8 +148,8 @@ impl Optimizer {
             let sums = &self.sums.bucket(piece.bucket)[of_bucket.clone()];
             let bucket = parameters.bucket_mut(piece.bucket);
             match bucket.kind() {
-                Kind::Float => state.update::<f32>(sums, piece.of_shard, bucket, of_bucket, scalars),
-                Kind::BFloat16 => state.update::<bf16>(sums, piece.of_shard, bucket, of_bucket, scalars),
+                Kind::Float => state.update::<_, f32>(sums, piece.of_shard, bucket, of_bucket, scalars),
+                Kind::BFloat16 => state.update::<_, bf16>(sums, piece.of_shard, bucket, of_bucket, scalars),
                 kind => unreachable!("parameters are fp32 or bf16, not {kind:?}"),
             }
         }
@@ -177,16 +176,16 @@ fn resident_zeros(n: usize) -> Vec<f32> {
 }
 
 impl State {
-    fn update<P: Parameter + view::Element>(
+    fn update<G: Reduced, P: Parameter + view::Element>(
         &mut self,
-        sums: &[i64],
+        gradient: &[G],
         of_shard: Range<usize>,
         bucket: &mut Tensor,
         of_bucket: Range<usize>,
         scalars: &Scalars,
     ) {
         let span = Span {
-            sums,
+            gradient,
             master: &mut self.master[of_shard.clone()],
             m: &mut self.m[of_shard.clone()],
             v: &mut self.v[of_shard],

@@ -1,29 +1,31 @@
 //! The gradient norm: fp64 partials per chunk over 16 fixed lanes, added in chunk order. A chunk's partial depends on
 //! nothing but the chunk, so the norm does not depend on who owns it.
 
-use super::dispatch::dispatched;
-use super::exact::UNIT;
+use super::exact::Reduced;
+use crate::ops::simd::vectorised;
 
 const LANES: usize = 16;
 
-dispatched! {
+vectorised! {
     /// Sum of squares of one chunk's gradients.
-    pub fn partial(chunk: &[i64]) -> f64 = sum_of_squares;
+    pub fn partial<G: Reduced>(chunk: &[G]) -> f64 {
+        sum_of_squares(chunk)
+    }
 }
 
 #[inline(always)]
-fn sum_of_squares(chunk: &[i64]) -> f64 {
+fn sum_of_squares<G: Reduced>(chunk: &[G]) -> f64 {
     let mut lanes = [0f64; LANES];
     let groups = chunk.chunks_exact(LANES);
     let rest = groups.remainder();
     for group in groups {
         for (lane, &q) in lanes.iter_mut().zip(group) {
-            let x = q as f64 * UNIT;
+            let x = f64::from(q.gradient());
             *lane += x * x;
         }
     }
     for (lane, &q) in lanes.iter_mut().zip(rest) {
-        let x = q as f64 * UNIT;
+        let x = f64::from(q.gradient());
         *lane += x * x;
     }
     lanes.iter().fold(0.0, |sum, lane| sum + lane)
@@ -52,9 +54,11 @@ mod tests {
     proptest! {
         #[test]
         fn a_partial_is_the_sum_of_squares(chunk in prop::collection::vec(-(1i64 << 52)..(1i64 << 52), 0..200)) {
-            let expected: f64 = chunk.iter().map(|&q| (q as f64 * UNIT).powi(2)).sum();
+            let gradients: Vec<f32> = chunk.iter().map(|q| q.gradient()).collect();
+            let expected: f64 = gradients.iter().map(|&g| f64::from(g).powi(2)).sum();
             prop_assert!((partial(&chunk) - expected).abs() <= 1e-13 * expected);
             prop_assert_eq!(partial(&chunk).to_bits(), sum_of_squares(&chunk).to_bits());
+            prop_assert_eq!(partial(&chunk).to_bits(), partial(&gradients).to_bits());
         }
     }
 
