@@ -16,7 +16,7 @@ use unisono_proto::v1::worker_message::Body;
 use unisono_proto::v1::{
     Assign, BatchKey, BatchRequest, CheckpointCopied, CheckpointFile, CheckpointReport, Continuation,
     CoordinatorMessage, Drained, Epoch, EvaluateReport, Failure, Fingerprint, GenerateReport, Halted, Heartbeat, Join,
-    LossPart, MicroBatch, Pass, Phase, Ready, StepReport, Suite, TensorRange, WorkerMessage,
+    LossPart, MicroBatch, Phase, Ready, StepReport, Suite, TensorRange, WorkerMessage,
 };
 use unisono_proto::{get_u32s, put_u32s, NO_TARGET};
 
@@ -182,7 +182,7 @@ impl Life {
                                 self.say(Body::Failure(failure)).await;
                                 continue;
                             }
-                            let parts = self.parts(Suite::Train, step.step, &step.passes).await;
+                            let parts = self.parts(Suite::Train, step.step, &step.micro_batches).await;
                             let grad_norm = norm(step.step);
                             self.say(Body::Step(StepReport {
                                 step: step.step,
@@ -193,7 +193,7 @@ impl Life {
                             .await;
                         }
                         Task::Evaluate(evaluate) => {
-                            let parts = self.parts(evaluate.suite(), 0, &evaluate.passes).await;
+                            let parts = self.parts(evaluate.suite(), 0, &evaluate.micro_batches).await;
                             self.say(Body::Evaluate(EvaluateReport { id, parts })).await;
                         }
                         Task::Checkpoint(checkpoint) => {
@@ -204,7 +204,8 @@ impl Life {
                             self.say(Body::Checkpoint(CheckpointReport { step, files, attempt, problem })).await;
                         }
                         Task::Generate(generate) => {
-                            let continuations = self.continuations(&generate.passes, generate.max_new_tokens).await;
+                            let continuations =
+                                self.continuations(&generate.micro_batches, generate.max_new_tokens).await;
                             self.say(Body::Generate(GenerateReport { id, continuations })).await;
                         }
                         Task::Finish(_) => self.say(Body::Drained(Drained {})).await,
@@ -219,11 +220,6 @@ impl Life {
         self.outbound.send(WorkerMessage { epoch: self.epoch, body: Some(body) }).await.ok();
     }
 
-    fn mine(&self, passes: &[Pass]) -> Vec<u32> {
-        let shares = passes.iter().flat_map(|p| &p.shares);
-        shares.filter(|s| s.rank == self.assign.rank).map(|s| s.micro_batch).collect()
-    }
-
     async fn batch(&mut self, suite: Suite, step: u64, micro_batch: u32) -> MicroBatch {
         let key = BatchKey { suite: suite.into(), step, micro_batch };
         self.requests.send(BatchRequest { key: Some(key) }).await.expect("open");
@@ -233,9 +229,9 @@ impl Life {
         batch
     }
 
-    async fn parts(&mut self, suite: Suite, step: u64, passes: &[Pass]) -> Vec<LossPart> {
+    async fn parts(&mut self, suite: Suite, step: u64, share: &[u32]) -> Vec<LossPart> {
         let mut parts = Vec::new();
-        for micro_batch in self.mine(passes) {
+        for &micro_batch in share {
             parts.push(judge(&self.batch(suite, step, micro_batch).await));
             if suite == Suite::Train {
                 assert!(self.computed.insert((step, micro_batch)));
@@ -245,9 +241,9 @@ impl Life {
     }
 
     /// Continues each prompt with its own length, repeated.
-    async fn continuations(&mut self, passes: &[Pass], max_new_tokens: u32) -> Vec<Continuation> {
+    async fn continuations(&mut self, share: &[u32], max_new_tokens: u32) -> Vec<Continuation> {
         let mut all = Vec::new();
-        for micro_batch in self.mine(passes) {
+        for &micro_batch in share {
             let batch = self.batch(Suite::Generate, 0, micro_batch).await;
             assert!(batch.targets.is_empty());
             let starts = get_u32s(&batch.starts).expect("whole words");

@@ -18,7 +18,7 @@ use unisono_proto::get_u32s;
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
 use unisono_proto::v1::{
-    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Join, MicroBatch, Pass, Phase, Suite,
+    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Join, MicroBatch, Phase, Suite,
     WorkerMessage,
 };
 
@@ -383,16 +383,15 @@ fn decode(batch: &MicroBatch) -> Option<Batch> {
     (asked && ascending && inside).then_some(Batch { tokens, targets, starts })
 }
 
-/// The micro-batches of `directive` that `rank` computes, in order of computation.
-pub fn keys(directive: &Directive, rank: u32) -> Vec<BatchKey> {
-    let (passes, suite, step): (&[Pass], i32, u64) = match &directive.body {
-        Some(directive::Body::Step(s)) => (&s.passes, Suite::Train as i32, s.step),
-        Some(directive::Body::Evaluate(e)) => (&e.passes, e.suite, 0),
-        Some(directive::Body::Generate(g)) => (&g.passes, Suite::Generate as i32, 0),
+/// The micro-batches of `directive` that this worker computes, in order of computation.
+pub fn keys(directive: &Directive) -> Vec<BatchKey> {
+    let (share, suite, step): (&[u32], i32, u64) = match &directive.body {
+        Some(directive::Body::Step(s)) => (&s.micro_batches, Suite::Train as i32, s.step),
+        Some(directive::Body::Evaluate(e)) => (&e.micro_batches, e.suite, 0),
+        Some(directive::Body::Generate(g)) => (&g.micro_batches, Suite::Generate as i32, 0),
         Some(directive::Body::Checkpoint(_) | directive::Body::Finish(_)) | None => (&[], 0, 0),
     };
-    let shares = passes.iter().flat_map(|pass| &pass.shares).filter(|share| share.rank == rank);
-    shares.map(|share| BatchKey { suite, step, micro_batch: share.micro_batch }).collect()
+    share.iter().map(|&micro_batch| BatchKey { suite, step, micro_batch }).collect()
 }
 
 #[cfg(test)]

@@ -334,14 +334,13 @@ pub struct Training<'l> {
 impl<'l> Training<'l> {
     pub fn run(mut self) -> Result<Draining<'l>, Error> {
         let link = self.trainer.link;
-        let rank = self.trainer.peers.rank() as u32;
         for due in 1.. {
             let directive = link.directive()?;
             if directive.id != due {
                 let sentence = format!("sent directive {} where {due} was due", directive.id);
                 return Err(link::Error::Protocol(sentence).into());
             }
-            let keys = link::keys(&directive, rank);
+            let keys = link::keys(&directive);
             let report = match directive.body {
                 Some(directive::Body::Step(step)) => {
                     link.progress().set_step(Some(step.step));

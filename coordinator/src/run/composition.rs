@@ -43,8 +43,8 @@ impl Composition {
             capacity += dealt.micro_batches.len() as u64 * u64::from(plan.max_tokens());
             let costs: Vec<u64> = dealt.micro_batches.iter().map(|m| m.cost).collect();
             let mut ranks = vec![0u64; world.max(1) as usize];
-            for share in assign(assignment, &costs, world.max(1), step, seed).iter().flat_map(|pass| &pass.shares) {
-                ranks[share.rank as usize] += costs[share.micro_batch as usize];
+            for (rank, share) in ranks.iter_mut().zip(assign(assignment, &costs, world.max(1), step, seed)) {
+                *rank += share.iter().map(|&m| costs[m as usize]).sum::<u64>();
             }
             dearest += ranks.iter().copied().max().unwrap_or(0) as f64;
             mean += costs.iter().sum::<u64>() as f64 / ranks.len() as f64;

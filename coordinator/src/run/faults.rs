@@ -124,7 +124,7 @@ impl Machine {
     fn lost(&mut self, now: f64, rank: usize, how: &str) -> Vec<Effect> {
         // Everything is settled: all that it could still have said is farewell.
         if let Some(last) = self.queue.front_mut().filter(|o| o.item == Item::Finish) {
-            last.reports[rank] = Some(Report::Drained(wire::Drained {}));
+            last.answer(rank, Report::Drained(wire::Drained {}));
             self.roster.get_mut(rank).drained = true;
             return self.settle_answered(now);
         }

@@ -4,6 +4,7 @@ use super::event::{Connection, Effect, Refusal};
 use super::machine::Machine;
 use super::phases::Phase;
 use crate::checkpoint::manifest;
+use std::collections::BTreeMap;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::{self as wire, Assign, CheckpointSource, Go, Join, Membership, Ready};
@@ -75,16 +76,18 @@ impl Machine {
         let path = |step| manifest::directory(&self.settings.run_dir, step).display().to_string();
         let resume =
             (self.committed > 0).then(|| CheckpointSource { path: path(self.committed), step: self.committed });
+        let mut fresh: BTreeMap<&str, u32> = BTreeMap::new();
+        for worker in self.roster.workers() {
+            *fresh.entry(&worker.join.host).or_default() += u32::from(!worker.join.again);
+        }
         for (rank, worker) in (0..).zip(self.roster.workers()) {
-            let host = &worker.join.host;
-            let fresh = self.roster.workers().iter().filter(|w| w.join.host == *host && !w.join.again);
             let assign = Assign {
                 rank,
                 world: self.roster.len() as u32,
                 peers: self.ranks.clone(),
                 peer_key: peer_key.clone(),
                 resume: resume.clone(),
-                fresh: fresh.count() as u32,
+                fresh: fresh[worker.join.host.as_str()],
                 ..self.settings.assign.clone()
             };
             effects.push(self.send(worker.connection, Order::Assign(assign)));

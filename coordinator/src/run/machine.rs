@@ -238,17 +238,18 @@ impl Machine {
             let Some(item) = self.next_item(now) else { break };
             let world = self.roster.len() as u32;
             let Settings { assignment, seed, .. } = self.settings;
-            let (mut body, expected) = self.program.directive(item, world, assignment, seed);
-            if let Task::Checkpoint(checkpoint) = &mut body {
+            let mut instruction = self.program.directive(item, world, assignment, seed);
+            if let Task::Checkpoint(checkpoint) = &mut instruction.body {
                 let step = checkpoint.step;
                 checkpoint.path = manifest::directory(&self.settings.run_dir, step).display().to_string();
                 checkpoint.attempt = self.begin_save(now, step, &mut effects);
             }
             let id = self.next_id;
             self.next_id += 1;
-            effects.extend(self.broadcast(Order::Directive(Directive { id, body: Some(body) })));
-            let reports = vec![None; world as usize];
-            self.queue.push_back(Outstanding { id, item, expected, reports });
+            self.queue.push_back(Outstanding::new(id, item, instruction.expected.clone(), world as usize));
+            for (worker, body) in self.roster.workers().iter().zip(instruction.bodies()) {
+                effects.push(self.send(worker.connection, Order::Directive(Directive { id, body: Some(body) })));
+            }
         }
         effects
     }
@@ -270,7 +271,7 @@ impl Machine {
             self.roster.get_mut(rank).memory = memory.unwrap_or(self.roster.workers()[rank].memory);
         }
         let drained = matches!(report, Report::Drained(_));
-        due.reports[rank] = Some(report);
+        due.answer(rank, report);
         let worker = self.roster.get_mut(rank);
         worker.answered = turn;
         worker.drained = drained;
@@ -280,7 +281,7 @@ impl Machine {
     /// Settles every directive that all ranks have answered, in order.
     pub(super) fn settle_answered(&mut self, now: f64) -> Vec<Effect> {
         let mut effects = Vec::new();
-        while self.queue.front().is_some_and(|o| o.reports.iter().all(Option::is_some)) {
+        while self.queue.front().is_some_and(Outstanding::is_complete) {
             let settled = self.queue.pop_front().expect("looked at above");
             match self.settle(now, &settled) {
                 Ok(more) => effects.extend(more),
@@ -297,7 +298,7 @@ impl Machine {
     }
 
     fn settle(&mut self, now: f64, settled: &Outstanding) -> Result<Vec<Effect>, Fault> {
-        let answers = || settled.reports.iter().flatten();
+        let answers = || settled.reports().iter().flatten();
         match settled.item {
             Item::Step(step) => {
                 let reports: Vec<_> = answers().filter_map(step_of).collect();

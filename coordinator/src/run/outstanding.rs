@@ -9,10 +9,29 @@ pub(super) struct Outstanding {
     pub(super) item: Item,
     pub(super) expected: Expected,
     /// By rank.
-    pub(super) reports: Vec<Option<Report>>,
+    reports: Vec<Option<Report>>,
+    /// Ranks that have not answered.
+    missing: usize,
 }
 
 impl Outstanding {
+    pub(super) fn new(id: u64, item: Item, expected: Expected, world: usize) -> Self {
+        Outstanding { id, item, expected, reports: vec![None; world], missing: world }
+    }
+
+    pub(super) fn reports(&self) -> &[Option<Report>] {
+        &self.reports
+    }
+
+    /// The one answer of a rank.
+    pub(super) fn answer(&mut self, rank: usize, report: Report) {
+        self.missing -= usize::from(self.reports[rank].replace(report).is_none());
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.missing == 0
+    }
+
     /// Whether `report` is an answer to this directive.
     pub(super) fn is_answered_by(&self, report: &Report) -> bool {
         match (self.item, report) {

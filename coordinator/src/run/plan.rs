@@ -14,6 +14,9 @@ pub const MAX_TOKENS: usize = 120_000;
 /// Epoch orders kept: steps are asked for near each other, so the running epoch and its neighbour suffice.
 const ORDERS_KEPT: usize = 2;
 
+/// Dealt steps kept: workers ask for their micro-batches of the few steps under way, one by one.
+const STEPS_KEPT: usize = 8;
+
 /// Why a plan cannot be made. Each is one sentence for a person.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum Error {
@@ -81,6 +84,8 @@ pub struct Plan {
     rows: Arc<dyn Rows>,
     order: Order,
     orders: Mutex<VecDeque<(u64, Arc<Vec<u32>>)>>,
+    /// The steps asked for last.
+    dealt: Mutex<VecDeque<Arc<StepPlan>>>,
     cost: CostModel,
     batch: usize,
     micro_batches: usize,
@@ -163,6 +168,7 @@ impl Plan {
             rows,
             order,
             orders: Mutex::default(),
+            dealt: Mutex::default(),
             cost,
             batch: train.global_batch_size,
             micro_batches: train.micro_batches,
@@ -243,6 +249,21 @@ impl Plan {
         let tokens = micro_batches.iter().map(|m| u64::from(m.tokens)).sum();
         let target_tokens = micro_batches.iter().map(|m| u64::from(m.targets)).sum();
         StepPlan { step, epoch, position, examples, micro_batches, tokens, target_tokens }
+    }
+
+    /// As [`Plan::step`], dealt once for all who ask for it in a row.
+    pub fn dealt(&self, step: u64) -> Arc<StepPlan> {
+        let kept = || self.dealt.lock().expect("nobody panics while holding it");
+        if let Some(plan) = kept().iter().find(|plan| plan.step == step) {
+            return plan.clone();
+        }
+        let plan = Arc::new(self.step(step));
+        let mut kept = kept();
+        if kept.len() == STEPS_KEPT {
+            kept.pop_front();
+        }
+        kept.push_back(plan.clone());
+        plan
     }
 
     /// The rows at the places of `step`, those that are left out included.

@@ -1,6 +1,6 @@
 //! What a run does, as a sequence of items, and each item as the directive that tells the workers.
 
-use super::assign::assign;
+use super::assign::{assign, Shares};
 use super::plan::{Plan, StepPlan, Worst};
 use super::schedule::LearningRate;
 use super::units::Units;
@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::directive::Body;
-use unisono_proto::v1::{Checkpoint, Evaluate, Finish, Generate, Pass, Step, Suite};
+use unisono_proto::v1::{Checkpoint, Evaluate, Finish, Generate, Step, Suite};
 
 /// The work of a run.
 #[derive(Clone)]
@@ -115,40 +115,77 @@ impl Program {
         }
     }
 
-    /// The directive for `item` in a world of `world`, and what must come back. A checkpoint's path and attempt are for the caller
-    /// to fill in.
-    pub fn directive(&self, item: Item, world: u32, assignment: Assignment, seed: u64) -> (Body, Expected) {
+    /// The directive for `item` in a world of `world`, each rank's share in it, and what must come back. A checkpoint's path and
+    /// attempt are for the caller to fill in.
+    pub fn directive(&self, item: Item, world: u32, assignment: Assignment, seed: u64) -> Instruction {
         match item {
             Item::Step(step) => {
                 let Program::Train(training) = self else { unreachable!("only a training program has steps") };
-                let dealt = training.plan.step(step);
+                let dealt = training.plan.dealt(step);
                 let costs: Vec<u64> = dealt.micro_batches.iter().map(|m| m.cost).collect();
-                let passes = assign(assignment, &costs, world, step, seed);
-                let expected = Expected::of_step(&dealt, &passes, training.rate.at(step));
+                let shares = assign(assignment, &costs, world, step, seed);
+                let expected = Expected::of_step(&dealt, &shares, training.rate.at(step));
                 let (learning_rate, target_tokens) = (expected.learning_rate, dealt.target_tokens);
-                (Body::Step(Step { step, learning_rate, target_tokens, passes }), expected)
+                let body = Body::Step(Step { step, learning_rate, target_tokens, ..Step::default() });
+                Instruction { body, shares, expected }
             }
             Item::Evaluate { suite, step } => {
                 let units = self.units(suite);
-                let passes = assign(assignment, &units.costs(), world, step, seed);
-                let expected = Expected::of_units(units, &passes);
-                (Body::Evaluate(Evaluate { suite: suite.into(), passes }), expected)
+                let shares = assign(assignment, &units.costs(), world, step, seed);
+                let expected = Expected::of_units(units, &shares);
+                let body = Body::Evaluate(Evaluate { suite: suite.into(), ..Evaluate::default() });
+                Instruction { body, shares, expected }
             }
             Item::Generate => {
                 let Program::Generate { units, max_new_tokens, end_tokens } = self else {
                     unreachable!("only a generating program has prompts")
                 };
-                let passes = assign(assignment, &units.costs(), world, 0, seed);
-                let mut expected = Expected::of_units(units, &passes);
+                let shares = assign(assignment, &units.costs(), world, 0, seed);
+                let mut expected = Expected::of_units(units, &shares);
                 expected.prompts = units.as_slice().iter().map(|u| u.work.rows.len()).collect();
                 let (max_new_tokens, end_tokens) = (*max_new_tokens, end_tokens.clone());
-                (Body::Generate(Generate { passes, max_new_tokens, end_tokens }), expected)
+                let body = Body::Generate(Generate { max_new_tokens, end_tokens, ..Generate::default() });
+                Instruction { body, shares, expected }
             }
             Item::Checkpoint(step) => {
-                (Body::Checkpoint(Checkpoint { step, ..Checkpoint::default() }), Expected::nothing())
+                Instruction::without_shares(Body::Checkpoint(Checkpoint { step, ..Checkpoint::default() }))
             }
-            Item::Finish => (Body::Finish(Finish {}), Expected::nothing()),
+            Item::Finish => Instruction::without_shares(Body::Finish(Finish {})),
         }
+    }
+}
+
+/// A directive for all ranks.
+#[derive(Debug, Clone)]
+pub struct Instruction {
+    /// What all are told alike.
+    pub body: Body,
+    /// By rank; empty where there is nothing to share.
+    pub shares: Shares,
+    pub expected: Expected,
+}
+
+impl Instruction {
+    fn without_shares(body: Body) -> Self {
+        Instruction { body, shares: Shares::new(), expected: Expected::nothing() }
+    }
+
+    /// What each rank is told, in rank order; without end where there is nothing to share.
+    pub fn bodies(self) -> impl Iterator<Item = Body> {
+        let (longest, shared) = (self.shares.iter().map(Vec::len).max().unwrap_or(0) as u32, !self.shares.is_empty());
+        let (body, mut shares) = (self.body, self.shares.into_iter());
+        std::iter::from_fn(move || {
+            let share = if shared { shares.next()? } else { Vec::new() };
+            let mut body = body.clone();
+            let (micro_batches, passes) = match &mut body {
+                Body::Step(Step { micro_batches, passes, .. })
+                | Body::Evaluate(Evaluate { micro_batches, passes, .. })
+                | Body::Generate(Generate { micro_batches, passes, .. }) => (micro_batches, passes),
+                Body::Checkpoint(_) | Body::Finish(_) => return Some(body),
+            };
+            (*micro_batches, *passes) = (share, longest);
+            Some(body)
+        })
     }
 }
 
@@ -165,9 +202,9 @@ impl Expected {
         }
     }
 
-    fn of_step(step: &StepPlan, passes: &[Pass], learning_rate: f64) -> Self {
+    fn of_step(step: &StepPlan, shares: &Shares, learning_rate: f64) -> Self {
         Expected {
-            owners: owners(passes, step.micro_batches.len()),
+            owners: owners(shares, step.micro_batches.len()),
             targets: step.micro_batches.iter().map(|m| u64::from(m.targets)).collect(),
             tokens: step.micro_batches.iter().map(|m| u64::from(m.tokens)).collect(),
             examples: step.examples.len() as u64,
@@ -176,10 +213,10 @@ impl Expected {
         }
     }
 
-    fn of_units(units: &Units, passes: &[Pass]) -> Self {
+    fn of_units(units: &Units, shares: &Shares) -> Self {
         let units = units.as_slice();
         Expected {
-            owners: owners(passes, units.len()),
+            owners: owners(shares, units.len()),
             targets: units.iter().map(|u| u64::from(u.work.targets)).collect(),
             tokens: units.iter().map(|u| u64::from(u.work.tokens)).collect(),
             tasks: units.iter().map(|u| u.task).collect(),
@@ -189,9 +226,11 @@ impl Expected {
     }
 }
 
-fn owners(passes: &[Pass], count: usize) -> Vec<u32> {
+fn owners(shares: &Shares, count: usize) -> Vec<u32> {
     let mut owners = vec![0; count];
-    passes.iter().flat_map(|p| &p.shares).for_each(|s| owners[s.micro_batch as usize] = s.rank);
+    for (rank, share) in (0..).zip(shares) {
+        share.iter().for_each(|&m| owners[m as usize] = rank);
+    }
     owners
 }
 

@@ -1,6 +1,7 @@
 //! Who takes part: one member for each joined worker, in rank order once ranks are assigned.
 
 use super::event::{differences, Connection, Refusal};
+use std::collections::BTreeMap;
 use unisono_proto::v1::{Fingerprint, Heartbeat, Join, Member, MemoryReport, Phase};
 
 /// One worker of the run.
@@ -34,6 +35,8 @@ impl Worker {
 #[derive(Debug, Clone, Default)]
 pub struct Roster {
     workers: Vec<Worker>,
+    /// Where in `workers`.
+    places: BTreeMap<Connection, usize>,
 }
 
 impl Roster {
@@ -55,7 +58,7 @@ impl Roster {
                 return Err(Refusal::Fingerprint { host: join.host, differences: told });
             }
         }
-        self.workers.push(Worker {
+        self.push(Worker {
             connection: from,
             join,
             heard: now,
@@ -71,6 +74,7 @@ impl Roster {
     }
 
     pub fn push(&mut self, worker: Worker) {
+        self.places.insert(worker.connection, self.workers.len());
         self.workers.push(worker);
     }
 
@@ -82,8 +86,9 @@ impl Roster {
     pub fn arrange(&mut self, before: &[String]) {
         let (world, mut others) = (self.workers.len(), Vec::new());
         let mut places: Vec<Option<Worker>> = vec![None; world];
+        let ranks: BTreeMap<&str, usize> = before.iter().map(String::as_str).zip(0..before.len()).rev().collect();
         for worker in self.workers.drain(..) {
-            let rank = before.iter().position(|listen| *listen == worker.join.listen);
+            let rank = ranks.get(worker.join.listen.as_str()).copied();
             match rank.and_then(|rank| places.get_mut(rank)) {
                 Some(place @ None) => *place = Some(worker),
                 _ => others.push(worker),
@@ -91,14 +96,20 @@ impl Roster {
         }
         let mut others = others.into_iter();
         self.workers = places.into_iter().filter_map(|place| place.or_else(|| others.next())).collect();
+        self.index();
+    }
+
+    fn index(&mut self) {
+        self.places = self.workers.iter().map(|w| w.connection).zip(0..).collect();
     }
 
     pub fn forget(&mut self, from: Connection) {
         self.workers.retain(|w| w.connection != from);
+        self.index();
     }
 
     pub fn rank_of(&self, from: Connection) -> Option<usize> {
-        self.workers.iter().position(|w| w.connection == from)
+        self.places.get(&from).copied()
     }
 
     pub fn len(&self) -> usize {

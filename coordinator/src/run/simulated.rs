@@ -10,7 +10,7 @@ use super::program::{Program, Training};
 use super::recorded::Recorded;
 use super::schedule::LearningRate;
 use super::units::Units;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::coordinator_message::Body as Order;
@@ -19,8 +19,7 @@ use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
     Assign, Checkpoint, CheckpointCommitted, CheckpointCopied, CheckpointReport, Drained, Epoch, EvaluateReport,
-    Failure, Fingerprint, Halted, Heartbeat, Join, LossPart, Pass, Proceed, Ready, RunStarted, StepReport,
-    WorkerMessage,
+    Failure, Fingerprint, Halted, Heartbeat, Join, LossPart, Proceed, Ready, RunStarted, StepReport, WorkerMessage,
 };
 
 const ROWS: usize = 23;
@@ -229,26 +228,20 @@ impl World {
             Order::Abort(_) => worker.aborted = true,
             Order::Directive(directive) => {
                 assert!(!worker.aborted && !worker.regroups, "a directive after the abort");
-                let mine = |passes: &[Pass]| -> Vec<u32> {
-                    let shares = passes.iter().flat_map(|p| &p.shares);
-                    shares.filter(|s| s.rank == worker.rank).map(|s| s.micro_batch).collect()
-                };
                 let report = match directive.body.unwrap() {
                     Task::Step(step) => {
                         worker.steps.push(step.step);
                         let Program::Train(training) = program(self.machine.status(0.0).steps) else { unreachable!() };
                         let dealt = training.plan.step(step.step);
                         assert_eq!(step.target_tokens, dealt.target_tokens);
-                        let all: BTreeSet<u32> =
-                            step.passes.iter().flat_map(|p| &p.shares).map(|s| s.micro_batch).collect();
-                        assert_eq!(all.len(), dealt.micro_batches.len());
+                        assert!(step.micro_batches.len() <= step.passes as usize);
                         let part = |micro_batch: u32| LossPart {
                             micro_batch,
                             loss_sum: loss(step.step, micro_batch),
                             targets: u64::from(dealt.micro_batches[micro_batch as usize].targets),
                             correct: 0,
                         };
-                        let parts = mine(&step.passes).into_iter().map(part).collect();
+                        let parts = step.micro_batches.into_iter().map(part).collect();
                         Report::Step(StepReport { step: step.step, parts, grad_norm: 0.5, ..Default::default() })
                     }
                     Task::Evaluate(evaluate) => {
@@ -264,7 +257,7 @@ impl World {
                             targets: u64::from(units.as_slice()[micro_batch as usize].work.targets),
                             correct: 1,
                         };
-                        let parts = mine(&evaluate.passes).into_iter().map(part).collect();
+                        let parts = evaluate.micro_batches.into_iter().map(part).collect();
                         Report::Evaluate(EvaluateReport { id: directive.id, parts })
                     }
                     Task::Checkpoint(Checkpoint { step, attempt, .. }) => {

@@ -208,8 +208,7 @@ impl Work {
                 if !(1..=training.plan.steps()).contains(&key.step) {
                     return None;
                 }
-                let mut dealt = training.plan.step(key.step).micro_batches;
-                (index < dealt.len()).then(|| dealt.swap_remove(index).rows)
+                Some(training.plan.dealt(key.step).micro_batches.get(index)?.rows.clone())
             }
             (Program::Train(training), Suite::Validation) => unit(&training.validation),
             (Program::Train(training), Suite::Test) => unit(&training.test),

@@ -179,8 +179,10 @@ fn take(
             return Err(Error::Dismissed);
         }
         FromCoordinator::Directive(directive) => {
-            let rank = shared.rank.get().copied().ok_or_else(|| Error::Protocol("directed before Assign".into()))?;
-            for key in keys(directive, rank) {
+            if shared.rank.get().is_none() {
+                return Err(Error::Protocol("directed before Assign".into()));
+            }
+            for key in keys(directive) {
                 // Nobody fetches any more once the link has ended.
                 let _ = keys_wanted.send(key);
             }

@@ -2,7 +2,7 @@
 
 use super::fake::{Attendant, Fake};
 use super::*;
-use unisono_proto::v1::{Abort, Checkpoint, Finish, Go, Share, Step, StepReport};
+use unisono_proto::v1::{Abort, Checkpoint, Finish, Go, Step, StepReport};
 
 fn batch(key: &BatchKey) -> Batch {
     Batch { tokens: vec![key.micro_batch; 3], targets: vec![1, 2, unisono_proto::NO_TARGET], starts: vec![0, 2] }
@@ -12,9 +12,8 @@ fn assign(rank: u32) -> FromCoordinator {
     FromCoordinator::Assign(Assign { rank, world: 2, ..Default::default() })
 }
 
-fn step(step: u64, shares: &[(u32, u32)]) -> directive::Body {
-    let shares = shares.iter().map(|&(rank, micro_batch)| Share { rank, micro_batch }).collect();
-    directive::Body::Step(Step { step, passes: vec![Pass { shares }], ..Default::default() })
+fn step(step: u64, micro_batches: &[u32]) -> directive::Body {
+    directive::Body::Step(Step { step, micro_batches: micro_batches.to_vec(), ..Default::default() })
 }
 
 fn joined(fake: &Fake) -> (Link, Attendant) {
@@ -33,10 +32,10 @@ fn a_worker_s_life_in_order() {
     assert_eq!(link.rank(), Some(1));
     attendant.tell(1, FromCoordinator::Go(Go {}));
     link.go().unwrap();
-    attendant.direct(1, step(7, &[(0, 0), (1, 3), (1, 1)]));
+    attendant.direct(1, step(7, &[3, 1]));
     attendant.direct(2, directive::Body::Finish(Finish {}));
     let directive = link.directive().unwrap();
-    let keys = keys(&directive, 1);
+    let keys = keys(&directive);
     assert_eq!(keys.iter().map(|k| (k.step, k.micro_batch)).collect::<Vec<_>>(), [(7, 3), (7, 1)]);
     // In another order than asked for: early ones are kept.
     for key in keys.iter().rev() {
@@ -64,9 +63,9 @@ fn no_more_batches_are_asked_for_than_credit_allows() {
         batch(key)
     });
     let (link, attendant) = joined(&fake);
-    let shares: Vec<_> = (0..20).map(|m| (1, m)).collect();
+    let shares: Vec<_> = (0..20).collect();
     attendant.direct(1, step(1, &shares));
-    let keys = keys(&link.directive().unwrap(), 1);
+    let keys = keys(&link.directive().unwrap());
     for (taken, key) in (0u64..).zip(&keys) {
         link.batch(key).unwrap();
         std::thread::sleep(Duration::from_millis(20));
@@ -161,8 +160,8 @@ fn malformed_micro_batches_are_refused() {
         let fake =
             Fake::start(move |_| Batch { tokens: tokens.clone(), targets: targets.clone(), starts: starts.clone() });
         let (link, attendant) = joined(&fake);
-        attendant.direct(1, step(1, &[(1, 0)]));
-        let keys = keys(&link.directive().unwrap(), 1);
+        attendant.direct(1, step(1, &[0]));
+        let keys = keys(&link.directive().unwrap());
         assert!(matches!(link.batch(&keys[0]), Err(Error::Protocol(_))));
     }
 }

@@ -13,7 +13,7 @@ use unisono_configs::model::Layout;
 use unisono_proto::v1::coordinator_message::Body as Told;
 use unisono_proto::v1::{
     BatchKey, Checkpoint, Evaluate, EvaluateReport, Finish, Generate, GenerateReport, Go, Join, MemoryReport,
-    ModelSource, Optimizer as OptimizerSettings, Pass, Share, Step, Suite,
+    ModelSource, Optimizer as OptimizerSettings, Step, Suite,
 };
 use unisono_proto::NO_TARGET;
 
@@ -62,10 +62,9 @@ fn batch(key: &BatchKey) -> Batch {
     Batch { tokens, targets, starts: vec![0, 25] }
 }
 
-fn passes(world: u32) -> Vec<Pass> {
-    // All micro-batches over the ranks in turn; with three workers the last pass leaves two idle.
-    let shares: Vec<_> = (0..MICRO_BATCHES).map(|m| Share { rank: m % world, micro_batch: m }).collect();
-    shares.chunks(world as usize).map(|shares| Pass { shares: shares.to_vec() }).collect()
+/// All micro-batches over the ranks in turn: with three workers the last pass leaves two idle.
+fn share(rank: u32, world: u32) -> Vec<u32> {
+    (rank..MICRO_BATCHES).step_by(world as usize).collect()
 }
 
 fn assignment(model: &Path, compute: Compute, joins: &[Join], rank: u32) -> Assign {
@@ -142,23 +141,28 @@ fn prepare(attendants: &[Attendant], joins: &[Join], assign: impl Fn(u32) -> Ass
 }
 
 fn conduct(attendants: &[Attendant], dir: &Path, world: u32) -> Outcome {
-    let step = |step| {
-        let target_tokens = 30 * u64::from(MICRO_BATCHES);
-        directive::Body::Step(Step { step, learning_rate: 3e-3, target_tokens, passes: passes(world) })
-    };
-    let evaluate = || directive::Body::Evaluate(Evaluate { suite: Suite::Validation as i32, passes: passes(world) });
-    let generate = Generate { passes: passes(world), max_new_tokens: 3, end_tokens: vec![] };
+    let passes = MICRO_BATCHES.div_ceil(world);
     let path = dir.to_str().unwrap().to_owned();
-    let mut directives = vec![evaluate()];
-    directives.extend((1..=STEPS).map(step));
-    directives.extend([
-        evaluate(),
-        directive::Body::Generate(generate),
-        directive::Body::Checkpoint(Checkpoint { step: STEPS, path, attempt: 1 }),
-        directive::Body::Finish(Finish {}),
-    ]);
-    for (id, body) in (1..).zip(directives) {
-        attendants.iter().for_each(|attendant| attendant.direct(id, body.clone()));
+    for (rank, attendant) in (0..).zip(attendants) {
+        let micro_batches = share(rank, world);
+        let step = |step| {
+            let (target_tokens, micro_batches) = (30 * u64::from(MICRO_BATCHES), micro_batches.clone());
+            directive::Body::Step(Step { step, learning_rate: 3e-3, target_tokens, micro_batches, passes })
+        };
+        let evaluate = || {
+            let (suite, micro_batches) = (Suite::Validation as i32, micro_batches.clone());
+            directive::Body::Evaluate(Evaluate { suite, micro_batches, passes })
+        };
+        let (micro_batches, end_tokens) = (micro_batches.clone(), vec![]);
+        let mut directives = vec![evaluate()];
+        directives.extend((1..=STEPS).map(step));
+        directives.extend([
+            evaluate(),
+            directive::Body::Generate(Generate { micro_batches, passes, max_new_tokens: 3, end_tokens }),
+            directive::Body::Checkpoint(Checkpoint { step: STEPS, path: path.clone(), attempt: 1 }),
+            directive::Body::Finish(Finish {}),
+        ]);
+        (1..).zip(directives).for_each(|(id, body)| attendant.direct(id, body));
     }
     let mut outcome =
         Outcome { losses: vec![], norms: vec![], evaluations: vec![], continuations: vec![], masters: BTreeMap::new() };
