@@ -8,7 +8,7 @@ CARGO ?= cargo
 JOBS ?= $(shell jobs=$$(nproc); room=$$(awk '/MemAvailable/ { print int($$2 / 1572864) }' /proc/meminfo); \
 	[ $$room -lt 1 ] && room=1; echo $$(( jobs < room ? jobs : room )))
 
-.PHONY: help setup build demo test chaos lint clean
+.PHONY: help setup build demo test chaos scale lint clean
 
 help: ## Lists these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ chaos: setup ## Runs the long tests too: KILLS=300 deaths of processes, and the 
 	$(CARGO) build --workspace --bins --locked -j $(JOBS)
 	UNISONO_KILLS=$(KILLS) UNISONO_SEED=$(SEED) \
 		$(CARGO) test -p unisono-tests --locked -j $(JOBS) -- --ignored --test-threads 1 --nocapture
+
+WORKERS ?= 1 10 100 1000
+
+scale: setup ## What a step costs the coordinator with WORKERS="1 10 100 1000" workers that compute nothing
+	$(CARGO) build --release --locked -j $(JOBS) -p unisono-tests --bin scale
+	taskset -c $$(( $$(nproc) - 1 )) $(CARGO_TARGET_DIR:%=%/)$(if $(CARGO_TARGET_DIR),,target/)release/scale $(WORKERS)
+	$(CARGO) test --locked -p unisono-coordinator --lib -- --ignored --nocapture crowd
 
 lint: setup ## Formatting, clippy, and licences with cargo-deny if it is installed
 	$(CARGO) fmt --all --check

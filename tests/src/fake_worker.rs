@@ -3,9 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::Interval;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Streaming};
 use unisono_configs::model::Layout;
@@ -36,6 +38,19 @@ pub struct FakeWorker {
     pub dies_in: Option<u64>,
     /// Reports a failure in this step.
     pub fails_in: Option<u64>,
+    /// How long it "computes" each step.
+    pub pace: Duration,
+    pub tally: Arc<Tally>,
+}
+
+/// What workers count together.
+#[derive(Default)]
+pub struct Tally {
+    /// Looks at every training micro-batch.
+    pub inspect: Option<Box<dyn Fn(&MicroBatch) + Send + Sync>>,
+    /// Steps that were there when the one before was done, and those that were waited for.
+    pub ahead: AtomicU64,
+    pub waited: AtomicU64,
 }
 
 /// How a worker's life ended.
@@ -97,7 +112,8 @@ impl FakeWorker {
         static COUNT: AtomicU16 = AtomicU16::new(1);
         let listen = format!("127.0.0.1:{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let fingerprint = Fingerprint { device: "cpu".into(), libtorch: "none".into(), ..Default::default() };
-        FakeWorker { address: address.into(), token, layout, fingerprint, listen, dies_in: None, fails_in: None }
+        let (address, pace, tally) = (address.into(), Duration::ZERO, Arc::default());
+        FakeWorker { address, token, layout, fingerprint, listen, dies_in: None, fails_in: None, pace, tally }
     }
 
     /// Joins again whenever its generation is over, until the run is.
@@ -138,9 +154,16 @@ impl FakeWorker {
 impl Life {
     async fn live(mut self) -> End {
         let mut beat = tokio::time::interval(Duration::from_millis(250));
+        // Since the directive before was done: whether the next one was there already.
+        let mut waits = None;
         loop {
             let message = tokio::select! {
+                biased;
                 message = self.inbound.message() => message,
+                _ = std::future::ready(()), if waits == Some(false) => {
+                    waits = Some(true);
+                    continue;
+                }
                 _ = beat.tick() => {
                     self.say(Body::Heartbeat(Heartbeat::default())).await;
                     continue;
@@ -164,6 +187,11 @@ impl Life {
                 Order::Directive(directive) => {
                     let id = directive.id;
                     self.begun = id;
+                    match (waits, &directive.body) {
+                        (Some(true), Some(Task::Step(_))) => self.worker.tally.waited.fetch_add(1, Ordering::Relaxed),
+                        (Some(false), Some(Task::Step(_))) => self.worker.tally.ahead.fetch_add(1, Ordering::Relaxed),
+                        _ => 0,
+                    };
                     match directive.body.expect("a directive has a body") {
                         Task::Step(step) => {
                             self.say(Body::Heartbeat(Heartbeat {
@@ -183,6 +211,7 @@ impl Life {
                                 continue;
                             }
                             let parts = self.parts(Suite::Train, step.step, &step.micro_batches).await;
+                            self.compute(&mut beat).await;
                             let grad_norm = norm(step.step);
                             self.say(Body::Step(StepReport {
                                 step: step.step,
@@ -210,8 +239,20 @@ impl Life {
                         }
                         Task::Finish(_) => self.say(Body::Drained(Drained {})).await,
                     }
+                    waits = Some(false);
                 }
             }
+        }
+    }
+
+    /// Takes its time, and beats meanwhile.
+    async fn compute(&mut self, beat: &mut Interval) {
+        if self.worker.pace.is_zero() {
+            return;
+        }
+        let done = tokio::time::Instant::now() + self.worker.pace;
+        while tokio::time::timeout_at(done, beat.tick()).await.is_ok() {
+            self.say(Body::Heartbeat(Heartbeat::default())).await;
         }
     }
 
@@ -232,9 +273,11 @@ impl Life {
     async fn parts(&mut self, suite: Suite, step: u64, share: &[u32]) -> Vec<LossPart> {
         let mut parts = Vec::new();
         for &micro_batch in share {
-            parts.push(judge(&self.batch(suite, step, micro_batch).await));
+            let batch = self.batch(suite, step, micro_batch).await;
+            parts.push(judge(&batch));
             if suite == Suite::Train {
                 assert!(self.computed.insert((step, micro_batch)));
+                self.worker.tally.inspect.iter().for_each(|inspect| inspect(&batch));
             }
         }
         parts

@@ -10,5 +10,7 @@ pub mod fake_worker;
 pub mod fixture;
 pub mod kills;
 pub mod processes;
+pub mod scale;
+
 pub mod served;
 pub mod train;

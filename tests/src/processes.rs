@@ -61,6 +61,29 @@ pub fn resident_bytes(pid: u32) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kibibytes| kibibytes * 1024)
 }
 
+/// What a process has used.
+#[derive(Debug, Clone, Copy)]
+pub struct Usage {
+    /// Processor time of its living threads, seconds.
+    pub cpu: f64,
+    /// Most resident memory so far, bytes.
+    pub peak: u64,
+}
+
+/// `None` where there is no such process.
+pub fn usage(pid: u32) -> Option<Usage> {
+    let mut nanoseconds = 0;
+    for thread in std::fs::read_dir(proc(pid, "task")).ok()? {
+        // A thread may end meanwhile.
+        let Ok(times) = std::fs::read_to_string(thread.ok()?.path().join("schedstat")) else { continue };
+        nanoseconds += times.split_whitespace().next()?.parse::<u64>().ok()?;
+    }
+    let status = std::fs::read_to_string(proc(pid, "status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let peak = line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024;
+    Some(Usage { cpu: nanoseconds as f64 / 1e9, peak })
+}
+
 /// Sends SIGKILL.
 pub fn kill(pid: u32) {
     let status = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().expect("kill is a command");

@@ -1,5 +1,6 @@
 //! A coordinator inside the test: a small data set, a model description without weights, and a run of `serve`.
 
+use crate::scale;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -83,6 +84,21 @@ impl Served {
         let dataset =
             Dataset::given(tasks, examples(0..rows), examples(rows..rows + 9), examples(rows + 9..rows + 14), 0);
         Served { config, spec, dataset: Arc::new(dataset), home }
+    }
+
+    /// As many steps of about 1,000 tokens for each of `workers` workers, over rows of [`scale::row`], each once.
+    pub fn wide(workers: usize, steps: usize) -> Self {
+        const ROWS_EACH: usize = 10;
+        let mut served = Served::new(0, workers);
+        let train = &mut served.config.train;
+        (train.micro_batches, train.global_batch_size) = (workers, workers * ROWS_EACH);
+        train.max_tokens_per_micro_batch = 2048;
+        (served.config.eval.every, served.config.checkpoint.every) = (0, 0);
+        let rows = |rows: std::ops::Range<usize>| rows.map(|row| scale::row(row as u64)).collect();
+        let count = workers * ROWS_EACH * steps;
+        let dataset = Dataset::given(vec!["wide".into()], rows(0..count), Vec::new(), Vec::new(), 0);
+        served.dataset = Arc::new(dataset);
+        served
     }
 
     pub fn layout(&self) -> Layout {

@@ -1,8 +1,9 @@
 //! What happens to the machine, what it wants done about it, and why it says no.
 
+use std::sync::Arc;
 use unisono_proto::v1::{
-    event::Body, CheckpointCommitted, CheckpointFile, CoordinatorMessage, Evaluated, Failure, Fingerprint, Join,
-    RunStopped, WorkerMessage,
+    event::Body, Assign, CheckpointCommitted, CheckpointFile, CoordinatorMessage, Epoch, Evaluated, Failure,
+    Fingerprint, Join, RunStopped, WorkerMessage,
 };
 
 /// One worker's `Attend` stream. Grows with every stream; never used twice.
@@ -61,6 +62,13 @@ pub enum Effect {
     Send {
         to: Connection,
         message: CoordinatorMessage,
+    },
+    /// Send `assign` with these `peers`, of which all ranks are told.
+    Assign {
+        to: Connection,
+        epoch: Epoch,
+        assign: Box<Assign>,
+        peers: Arc<[String]>,
     },
     /// Nothing more is sent on this stream.
     Close {

@@ -5,6 +5,7 @@ use super::machine::Machine;
 use super::phases::Phase;
 use crate::checkpoint::manifest;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::{self as wire, Assign, CheckpointSource, Go, Join, Membership, Ready};
@@ -80,17 +81,18 @@ impl Machine {
         for worker in self.roster.workers() {
             *fresh.entry(&worker.join.host).or_default() += u32::from(!worker.join.again);
         }
+        let peers: Arc<[String]> = self.ranks.clone().into();
         for (rank, worker) in (0..).zip(self.roster.workers()) {
             let assign = Assign {
                 rank,
                 world: self.roster.len() as u32,
-                peers: self.ranks.clone(),
                 peer_key: peer_key.clone(),
                 resume: resume.clone(),
                 fresh: fresh[worker.join.host.as_str()],
                 ..self.settings.assign.clone()
             };
-            effects.push(self.send(worker.connection, Order::Assign(assign)));
+            let (to, epoch, peers) = (worker.connection, self.epoch(), peers.clone());
+            effects.push(Effect::Assign { to, epoch, assign: Box::new(assign), peers });
         }
         effects
     }

@@ -4,6 +4,8 @@ pub mod assign;
 mod bounds;
 pub mod composition;
 pub mod cost;
+#[cfg(test)]
+mod crowd_tests;
 pub mod deal;
 pub mod event;
 mod faults;

@@ -41,7 +41,11 @@ pub(super) fn program(assignment_steps: u64) -> Program {
 }
 
 pub(super) fn machine(world: u32, steps: u64, assignment: Assignment) -> Machine {
-    let settings = Settings {
+    Machine::new(settings(world, assignment), program(steps))
+}
+
+pub(super) fn settings(world: u32, assignment: Assignment) -> Settings {
+    Settings {
         run_dir: "/runs/one".into(),
         term: 3,
         world,
@@ -57,8 +61,7 @@ pub(super) fn machine(world: u32, steps: u64, assignment: Assignment) -> Machine
         spike: Default::default(),
         rows: Rows(Arc::new(|key| vec![format!("row {}", key.micro_batch)])),
         grace: 10.0,
-    };
-    Machine::new(settings, program(steps))
+    }
 }
 
 pub(super) fn join(listen: &str) -> Join {
@@ -181,6 +184,7 @@ impl World {
             match effect {
                 Effect::Append(entry) => self.ledger.push(entry),
                 Effect::Send { to, message } => self.deliver(to, message.epoch.unwrap(), message.body.unwrap()),
+                Effect::Assign { to, epoch, assign, .. } => self.deliver(to, epoch, Order::Assign(*assign)),
                 Effect::Close { .. } | Effect::MakeCheckpoint { .. } | Effect::DiscardCheckpoint { .. } => {}
                 Effect::CommitCheckpoint(pending) => self.commits.push_back(pending),
                 Effect::Conclude { step } => {

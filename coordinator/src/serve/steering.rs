@@ -216,6 +216,14 @@ impl Steering {
                         outbound.send(Ok(message)).ok();
                     }
                 }
+                Effect::Assign { to, epoch, mut assign, peers } => {
+                    if let Some(outbound) = self.streams.get(&to) {
+                        assign.peers = peers.to_vec();
+                        let message = CoordinatorMessage { epoch: Some(epoch), body: Some(Body::Assign(*assign)) };
+                        // As above.
+                        outbound.send(Ok(message)).ok();
+                    }
+                }
                 Effect::Close { to } => drop(self.streams.remove(&to)),
                 Effect::MakeCheckpoint { step, attempt } => {
                     if let Err(error) = prepare(&Local, &self.run_dir, step) {
