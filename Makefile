@@ -31,14 +31,18 @@ test: setup ## Runs all tests (with cargo-nextest if it is installed)
 		set -x; $(CARGO) test --workspace --locked -j $(JOBS) -- --test-threads $$(nproc); \
 	fi
 
-# Kills of `make chaos`, and where their places and instants come from.
+# Kills of `make chaos`, where their places and instants come from, and where everything that was seen is kept.
 KILLS ?= 300
 SEED ?= 1
+CHAOS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unisono/chaos
 
-chaos: setup ## Runs the long tests too: KILLS=300 deaths of processes, and the negative control
+chaos: setup ## The long tests: KILLS=300 deaths, worlds that change, signals; prints all that was ever seen
 	$(CARGO) build --workspace --bins --locked -j $(JOBS)
-	UNISONO_KILLS=$(KILLS) UNISONO_SEED=$(SEED) \
-		$(CARGO) test -p unisono-tests --locked -j $(JOBS) -- --ignored --test-threads 1 --nocapture
+	export UNISONO_CHAOS='$(CHAOS)' UNISONO_KILLS=$(KILLS) UNISONO_SEED=$(SEED) UNISONO_INSTANTS=100; \
+	$(CARGO) test -p unisono-tests --locked -j $(JOBS) --no-fail-fast --test signals --test torn \
+		-- --test-threads 1 --nocapture && \
+	$(CARGO) test -p unisono-tests --locked -j $(JOBS) --no-fail-fast -- --ignored --test-threads 1 --nocapture; \
+	ended=$$?; $(CARGO) run -q -p unisono-tests --locked --bin faults; exit $$ended
 
 WORKERS ?= 1 10 100 1000
 

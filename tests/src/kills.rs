@@ -1,15 +1,16 @@
 //! A run whose processes are killed, at named places and at any instant: what was killed where, and what became of it.
 
+use crate::audience::Audience;
 use crate::fixture;
-use crate::processes::{kill, wait_until_gone};
+use crate::processes::wait_until_gone;
 use crate::train::{Live, Train};
 use serde_json::{json, Value};
-use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Where a worker can be made to die: the phases of its life.
-pub const WORKER: [&str; 8] = ["join", "load", "forward", "reduce", "update", "gather", "evaluate", "checkpoint"];
+/// Where a worker can be made to die while it trains. (It also can while it joins and loads: [`Kill::Joining`] and
+/// [`Kill::Loading`].)
+pub const WORKER: [&str; 6] = ["forward", "reduce", "update", "gather", "evaluate", "checkpoint"];
 
 /// Where a coordinator can: around what it makes durable.
 pub const COORDINATOR: [&str; 4] = ["before-append", "after-append", "before-commit", "after-commit"];
@@ -17,10 +18,13 @@ pub const COORDINATOR: [&str; 4] = ["before-append", "after-append", "before-com
 /// Where either can when all steps are done.
 pub const LATE: [&str; 2] = ["drain", "conclude"];
 
+/// Where the first death can be, before any step.
+pub const FIRST: [&str; 2] = ["join", "load"];
+
 /// The environment variable that names the directory of armed places.
 const FAIL_POINTS: &str = "UNISONO_FAIL_POINTS";
 
-/// One death.
+/// One death, or one and another that follows from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kill {
     /// The first process that comes to this place aborts.
@@ -29,6 +33,10 @@ pub enum Kill {
     Worker,
     /// SIGKILL to the coordinator at once.
     Coordinator,
+    /// SIGKILL to a worker, and then the first of its successor and the others that joins again aborts.
+    Joining,
+    /// SIGKILL to a worker, and then the first of its successor and the others that loads again aborts.
+    Loading,
     /// A worker aborts in its forward pass, and while everyone regroups another process that loads.
     Regrouping,
 }
@@ -36,19 +44,24 @@ pub enum Kill {
 impl Kill {
     /// Every kind once.
     pub fn all() -> Vec<Kill> {
-        let places = WORKER.iter().skip(2).chain(&COORDINATOR).map(|place| Kill::At(place));
-        places.chain([Kill::Worker, Kill::Coordinator, Kill::Regrouping]).collect()
+        let places = WORKER.iter().chain(&COORDINATOR).map(|place| Kill::At(place));
+        places.chain([Kill::Worker, Kill::Coordinator, Kill::Joining, Kill::Loading, Kill::Regrouping]).collect()
     }
 
-    fn name(self) -> &'static str {
+    /// The deaths that it is made of: place, and whether the others regroup meanwhile.
+    fn deaths(self) -> Vec<(&'static str, bool)> {
         match self {
-            Kill::At(place) => place,
-            Kill::Worker => "worker, any instant",
-            Kill::Coordinator => "coordinator, any instant",
-            Kill::Regrouping => "regroup",
+            Kill::At(place) => vec![(place, false)],
+            Kill::Worker => vec![(ANY_WORKER, false)],
+            Kill::Coordinator => vec![("coordinator, any instant", false)],
+            Kill::Joining => vec![(ANY_WORKER, false), ("join", true)],
+            Kill::Loading => vec![(ANY_WORKER, false), ("load", true)],
+            Kill::Regrouping => vec![("forward", false), ("load", true)],
         }
     }
 }
+
+const ANY_WORKER: &str = "worker, any instant";
 
 /// SplitMix64 (Steele et al. 2014): instants and places from a seed.
 pub struct Dice(pub u64);
@@ -61,18 +74,47 @@ impl Dice {
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         (z ^ (z >> 31)) % sides
     }
+
+    /// In an order of its own (Fisher and Yates).
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            items.swap(last, self.roll(last as u64 + 1) as usize);
+        }
+    }
+}
+
+/// The settings of the run that everything happens to; with `steps` steps.
+pub fn settings(steps: u64) -> Vec<String> {
+    let steps = format!("train.steps={steps}");
+    let rest = ["train.global_batch_size=24", "train.learning_rate=1e-3", "checkpoint.every=5", "eval.every=7"];
+    [&steps, "model.compute=fp32"].into_iter().chain(rest).map(str::to_owned).collect()
 }
 
 /// The run that everything happens to; with `steps` steps.
 pub fn train(dir: &Path, steps: u64) -> Train {
     let micro = fixture::of(fixture::MICRO);
-    Train::new(&micro.model, &micro.data, dir)
-        .set("model.compute", "fp32")
-        .set("train.steps", steps)
-        .set("train.global_batch_size", 24)
-        .set("train.learning_rate", 1e-3)
-        .set("checkpoint.every", 5)
-        .set("eval.every", 7)
+    let train = Train::new(&micro.model, &micro.data, dir);
+    settings(steps).iter().fold(train, |train, setting| train.arg("--set").arg(setting))
+}
+
+/// Digest and losses of the run that nothing happens to.
+pub fn undisturbed(dir: &Path, steps: u64) -> (String, Vec<f64>) {
+    let whole = train(dir, steps).workers(1).succeed();
+    (digest(&whole.run_dir), ledger_losses(&whole.run_dir))
+}
+
+/// What is done to a run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub steps: u64,
+    pub workers: usize,
+    pub viewers: usize,
+    /// Where somebody dies before the first step.
+    pub first: Option<&'static str>,
+    /// One after another, each after the run has got on.
+    pub kills: Vec<Kill>,
+    /// Where somebody dies when all steps are done.
+    pub late: Vec<&'static str>,
 }
 
 /// What became of a run that was killed at.
@@ -80,66 +122,86 @@ pub fn train(dir: &Path, steps: u64) -> Train {
 pub struct Disturbed {
     pub digest: String,
     pub losses: Vec<f64>,
-    /// One line for each death: what, at which step, and seconds until the next new step.
+    /// One line for each death: where, at which step, in the middle of what, and for the last one of several the seconds
+    /// until the next new step.
     pub deaths: Vec<Value>,
+    /// For each lost worker, how many steps that were committed had to be computed again.
+    pub replays: Vec<u64>,
 }
 
-/// Carries `kills` out one after another, each after the run has got on, at instants of `dice`; then lets processes die
-/// at the places in `late`, and waits for the end.
-pub fn disturb(
-    dir: &Path,
-    steps: u64,
-    workers: usize,
-    kills: &[Kill],
-    late: &[&'static str],
-    dice: &mut Dice,
-) -> Disturbed {
+/// Carries `plan` out, at instants of `dice`, and waits for the end. Viewers are there all the time, and see every step.
+pub fn disturb(dir: &Path, plan: &Plan, dice: &mut Dice) -> Disturbed {
     let armed = tempfile::tempdir_in(dir).expect("the temporary directory can be written");
     let arm = |place: &str| std::fs::write(armed.path().join(place), "").expect("the directory can be written");
-    let mut live = train(dir, steps).workers(workers).env(FAIL_POINTS, armed.path()).start();
+    let taken = |place: &str| taken(&armed.path().join(place));
     let mut deaths = Vec::new();
+    let begun = Instant::now();
+    plan.first.into_iter().for_each(arm);
+    let mut live = train(dir, plan.steps).workers(plan.workers).env(FAIL_POINTS, armed.path()).start();
     live.wait_for("step");
-    for place in late {
-        arm(place);
+    if let Some(place) = plan.first {
+        taken(place);
+        let seconds = begun.elapsed().as_secs_f64();
+        deaths.push(json!({"place": place, "step": 0, "while": "start", "seconds": seconds}));
     }
-    for &what in kills {
+    let audience = Audience::attach(&live.run_dir, &live.mark, plan.viewers);
+    plan.late.iter().for_each(|place| arm(place));
+    for &kill in &plan.kills {
         std::thread::sleep(Duration::from_millis(dice.roll(120)));
         let begun = Instant::now();
         let step = live.wait_for("step")["step"].as_u64().unwrap_or(0);
         // Where there is no time left for it, it does not happen.
-        if step + 15 >= steps {
+        if step + 15 >= plan.steps {
             break;
         }
-        match what {
+        let any_worker = |dice: &mut Dice| {
+            let found = live.workers();
+            crate::processes::kill(found[dice.roll(found.len() as u64) as usize].pid);
+        };
+        match kill {
             Kill::At(place) => {
                 arm(place);
-                taken(&armed.path().join(place));
+                taken(place);
             }
-            Kill::Worker => {
-                let found = live.workers();
-                kill(found[dice.roll(found.len() as u64) as usize].pid);
+            Kill::Worker => any_worker(dice),
+            Kill::Coordinator => crate::processes::kill(live.coordinator().pid),
+            Kill::Joining | Kill::Loading => {
+                let place = if kill == Kill::Joining { "join" } else { "load" };
+                arm(place);
+                any_worker(dice);
+                taken(place);
             }
-            Kill::Coordinator => kill(live.coordinator().pid),
             Kill::Regrouping => {
                 arm("load");
                 arm("forward");
-                taken(&armed.path().join("forward"));
-                taken(&armed.path().join("load"));
+                taken("forward");
+                taken("load");
             }
         }
-        let next = next_step(&mut live, begun);
-        deaths.push(json!({"place": what.name(), "step": step, "seconds": next}));
+        let seconds = next_step(&mut live, begun);
+        let made = kill.deaths();
+        for (index, &(place, regroups)) in made.iter().enumerate() {
+            let during = if regroups { "regroup" } else { "step" };
+            let seconds = (index + 1 == made.len()).then_some(seconds);
+            deaths.push(json!({"place": place, "step": step, "while": during, "seconds": seconds}));
+        }
     }
     let ended = live.finish();
-    wait_until_gone(&ended.mark, Duration::from_secs(5));
-    for place in late {
-        assert!(!armed.path().join(place).exists(), "nobody came to {place}");
-        deaths.push(json!({"place": place, "step": steps, "seconds": null}));
-    }
     assert_eq!(ended.code(), Some(0), "the run did not survive {deaths:?}: {}", ended.stderr);
+    audience.saw_all(plan.steps);
+    wait_until_gone(&ended.mark, Duration::from_secs(5));
+    for place in &plan.late {
+        assert!(!armed.path().join(place).exists(), "nobody came to {place}");
+        deaths.push(json!({"place": place, "step": plan.steps, "while": "end", "seconds": null}));
+    }
     let numbers: Vec<u64> = ended.events("step").iter().filter_map(|s| s["step"].as_u64()).collect();
     assert!(numbers.windows(2).all(|w| w[0] < w[1]), "a step was said twice: {numbers:?}");
-    Disturbed { digest: digest(&ended.run_dir), losses: ledger_losses(&ended.run_dir), deaths }
+    Disturbed {
+        digest: digest(&ended.run_dir),
+        losses: ledger_losses(&ended.run_dir),
+        deaths,
+        replays: replays(&ended.run_dir),
+    }
 }
 
 /// Seconds since `begun` when the run has committed a step that it had not before.
@@ -174,12 +236,13 @@ pub fn ledger_losses(run_dir: &Path) -> Vec<f64> {
     losses.map(|loss| loss.expect("a loss is a number")).collect()
 }
 
-/// Appends `lines` to the log of all deaths, and returns every line that it has.
-pub fn keep(log: &Path, lines: &[Value]) -> Vec<Value> {
-    let mut file = std::fs::OpenOptions::new().create(true).append(true).open(log).expect("the log can be written");
-    for line in lines {
-        writeln!(file, "{line}").expect("the log can be written");
-    }
-    let text = std::fs::read_to_string(log).expect("it was written just now");
-    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+/// From the ledger, for each lost worker: how many committed steps the run went back.
+pub fn replays(run_dir: &Path) -> Vec<u64> {
+    let ledger = rusqlite::Connection::open(run_dir.join("ledger.sqlite")).expect("a run has a ledger");
+    let sql = "SELECT max(0, (SELECT ifnull(max(json_extract(s.body, '$.step')), 0) FROM events s
+                   WHERE s.kind = 'step' AND s.sequence < e.sequence) - json_extract(e.body, '$.resume_step'))
+               FROM events e WHERE e.kind = 'lost' ORDER BY e.sequence";
+    let mut rows = ledger.prepare(sql).expect("a ledger has events");
+    let replays = rows.query_map([], |row| row.get(0)).expect("a ledger has events");
+    replays.map(|steps| steps.expect("a difference is a number")).collect()
 }

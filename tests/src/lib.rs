@@ -4,8 +4,11 @@
 //! `make test` builds them first. Every run carries a mark in its environment, by which a test finds whatever the run
 //! left behind, however it was orphaned.
 
+pub mod audience;
 pub mod binaries;
+pub mod chronicle;
 pub mod corpus;
+pub mod crowd;
 pub mod fake_worker;
 pub mod fixture;
 pub mod kills;
@@ -13,4 +16,5 @@ pub mod processes;
 pub mod scale;
 
 pub mod served;
+pub mod table;
 pub mod train;

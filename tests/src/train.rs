@@ -59,7 +59,6 @@ impl Train {
         command.env(processes::MARK, &mark).current_dir(dir);
         // No test finds tokens of another.
         command.env("XDG_CACHE_HOME", dir.join("cache"));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Train { command, mark, run_dir }
     }
 
@@ -88,25 +87,8 @@ impl Train {
         &self.run_dir
     }
 
-    pub fn start(mut self) -> Live {
-        let mut child = self.command.spawn().expect("unisono can be started");
-        let stdout = child.stdout.take().expect("standard output is piped");
-        let mut stderr = child.stderr.take().expect("standard error is piped");
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        let words = std::thread::spawn(move || {
-            let mut text = Vec::new();
-            // Whatever could be read is what the user would have seen.
-            let _ = stderr.read_to_end(&mut text);
-            String::from_utf8_lossy(&text).into_owned()
-        });
-        Live { child, lines, words: Some(words), events: Vec::new(), mark: self.mark, run_dir: self.run_dir }
+    pub fn start(self) -> Live {
+        Live::follow(self.command, self.mark, self.run_dir)
     }
 
     /// To its end, whatever that is.
@@ -134,26 +116,65 @@ pub struct Live {
 }
 
 impl Live {
+    /// Starts `command`, which carries `mark` and writes its events to standard output.
+    pub fn follow(mut command: Command, mark: String, run_dir: PathBuf) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("unisono can be started");
+        let stdout = child.stdout.take().expect("standard output is piped");
+        let mut stderr = child.stderr.take().expect("standard error is piped");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let words = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            // Whatever could be read is what the user would have seen.
+            let _ = stderr.read_to_end(&mut text);
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        Live { child, lines, words: Some(words), events: Vec::new(), mark, run_dir }
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// The next event of this kind; those before it are kept too.
     pub fn wait_for(&mut self, kind: &str) -> Value {
-        let deadline = Instant::now() + PATIENCE;
+        self.wait_for_any(&[kind])
+    }
+
+    /// The next event of one of these kinds.
+    pub fn wait_for_any(&mut self, kinds: &[&str]) -> Value {
+        if let Some(event) = self.wait_within(PATIENCE, kinds) {
+            return event;
+        }
+        let _ = self.child.kill();
+        let words = self.words.take().map(|w| w.join().unwrap_or_default()).unwrap_or_default();
+        panic!("no {} event came; events: {:?}; standard error: {words}", kinds.join(" or "), self.events);
+    }
+
+    /// The next event of one of these kinds, if it comes so soon.
+    pub fn wait_within(&mut self, patience: Duration, kinds: &[&str]) -> Option<Value> {
+        let deadline = Instant::now() + patience;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(line) = self.lines.recv_timeout(left) else {
-                let _ = self.child.kill();
-                let words = self.words.take().map(|w| w.join().unwrap_or_default()).unwrap_or_default();
-                panic!("no {kind} event came; events: {:?}; standard error: {words}", self.events);
-            };
+            let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()?;
             let event = parse(&line);
             self.events.push(event.clone());
-            if event["event"] == kind {
-                return event;
+            if kinds.iter().any(|kind| event["event"] == *kind) {
+                return Some(event);
             }
         }
+    }
+
+    /// The newest step that the run has told of by now; 0: none.
+    pub fn newest_step(&mut self) -> u64 {
+        while self.wait_within(Duration::ZERO, &[]).is_some() {}
+        self.all("step").last().and_then(|step| step["step"].as_u64()).unwrap_or(0)
     }
 
     /// The latest event of this kind among those that were waited for or passed on the way.
@@ -177,6 +198,11 @@ impl Live {
     }
 
     pub fn finish(mut self) -> Finished {
+        self.finish_in_place()
+    }
+
+    /// The same for whoever holds it among other things; nothing is left in it.
+    pub fn finish_in_place(&mut self) -> Finished {
         let deadline = Instant::now() + PATIENCE;
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("a child can be waited for") {

@@ -4,11 +4,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+use serde_json::json;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use unisono_tests::fixture;
 use unisono_tests::processes::{signal, wait_until_gone};
 use unisono_tests::train::{Live, Train};
+use unisono_tests::{chronicle, fixture};
 
 /// Of the whole run.
 const STEPS: u64 = 60;
@@ -103,6 +104,10 @@ fn at_any_instant_a_signal_saves_and_the_run_goes_on_to_the_same_end() {
             next = Train::resumed(&run_dir).workers(1 + luck(3) as usize);
         }
     }
+    chronicle::note(
+        "signals",
+        json!({"seed": seed, "instants": asked, "slowest": slowest.as_secs_f64(), "same": true}),
+    );
     println!("seed {seed}: {asked} instants, slowest {slowest:?}");
 }
 
