@@ -8,7 +8,7 @@ CARGO ?= cargo
 JOBS ?= $(shell jobs=$$(nproc); room=$$(awk '/MemAvailable/ { print int($$2 / 1572864) }' /proc/meminfo); \
 	[ $$room -lt 1 ] && room=1; echo $$(( jobs < room ? jobs : room )))
 
-.PHONY: help setup build demo test chaos scale lint clean
+.PHONY: help setup build demo test bench chaos scale lint clean
 
 help: ## Lists these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,16 @@ test: setup ## Runs all tests (with cargo-nextest if it is installed)
 	else \
 		set -x; $(CARGO) test --workspace --locked -j $(JOBS) -- --test-threads $$(nproc); \
 	fi
+
+# For `make bench`: a model directory and GSM8K's rows, a directory with the peers' loops, and a python that runs them.
+MODEL ?=
+DATA ?=
+PEERS ?=
+PYTHON ?= python3
+ROUNDS ?= 2
+
+bench: build ## Tokens/s, memory and start-up; with MODEL, DATA, PEERS, PYTHON: beside what one would use instead
+	scripts/bench.py $(MODEL) $(DATA) $(if $(PEERS),--peers $(PEERS) --python $(PYTHON)) --rounds $(ROUNDS) --out $(or $(OUT),target/bench)
 
 # Kills of `make chaos`, where their places and instants come from, and where everything that was seen is kept.
 KILLS ?= 300

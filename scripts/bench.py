@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Ours and what one would use instead, in turn and in one sitting, on the same model and data.
 
-    scripts/bench.py MODEL TRAIN_JSONL [--peers DIR] [--python PYTHON] [--rounds 2] [--out DIR] [--only TEXT]
+    scripts/bench.py [MODEL TRAIN_JSONL] [--peers DIR] [--python PYTHON] [--rounds 2] [--out DIR] [--only TEXT]
 
-MODEL is a Hugging Face directory, TRAIN_JSONL has "question" and "answer" in every row. DIR of --peers holds trl_sft.py and
+MODEL is a Hugging Face directory, TRAIN_JSONL has "question" and "answer" in every row; without them both are made, with 47
+million random weights and made-up rows, and only we can be measured. DIR of --peers holds trl_sft.py and
 torch_eager.py, which PYTHON (with torch, transformers and trl) runs. Each peer's turn lies between two of ours, and a ratio
 is the peer's against the mean of its two neighbours. Real tokens are counted, never padding; the first quarter of the steps
 is left out. Writes bench.json and bench.md into --out (default: the current directory), and the table to standard output.
@@ -26,8 +27,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=pathlib.Path)
-    parser.add_argument("data", type=pathlib.Path)
+    parser.add_argument("model", type=pathlib.Path, nargs="?")
+    parser.add_argument("data", type=pathlib.Path, nargs="?")
     parser.add_argument("--peers", type=pathlib.Path)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--unisono", type=pathlib.Path)
@@ -110,7 +111,8 @@ def watch(command, environment, first):
 
 def ours(opts, scratch, workers, rows, micro_batches):
     out = pathlib.Path(tempfile.mkdtemp(dir=scratch)) / "run"
-    settings = ["data.template=Question: {{ question }}\\nAnswer:||| {{ answer }}", "model.compute=bf16",
+    template = [] if opts.made else ["data.template=Question: {{ question }}\\nAnswer:||| {{ answer }}"]
+    settings = [*template, "model.compute=bf16",
                 f"train.global_batch_size={rows}", f"train.micro_batches={micro_batches}", f"train.steps={opts.steps}",
                 "train.learning_rate=1e-3", "train.schedule=constant", "split.validation=0", "split.test=0", "eval.every=0",
                 *opts.set]
@@ -175,6 +177,16 @@ def flops_per_token(model, length):
     return 6 * (layers * block + c["vocab_size"] * hidden) + 6 * layers * heads * dim * length
 
 
+def make(opts, scratch):
+    """A model and rows for it."""
+    opts.made, opts.peers = True, None
+    opts.model, opts.data = pathlib.Path(scratch, "model"), pathlib.Path(scratch, "rows.jsonl")
+    rows = pathlib.Path(__file__).with_name("word_problems.py")
+    subprocess.run([sys.executable, rows, "4000", opts.data], check=True, stdout=subprocess.DEVNULL)
+    shape = ["--hidden", "576", "--intermediate", "1536", "--layers", "12", "--heads", "9", "--kv-heads", "3"]
+    subprocess.run([opts.unisono, "init-model", opts.model, "--data", opts.data, *shape], check=True, stdout=subprocess.DEVNULL)
+
+
 def spread(values, digits=2):
     low, high = min(values), max(values)
     return f"{low:.{digits}f}" if f"{low:.{digits}f}" == f"{high:.{digits}f}" else f"{low:.{digits}f} to {high:.{digits}f}"
@@ -193,10 +205,11 @@ def main():
     root = pathlib.Path(__file__).resolve().parent.parent
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", root / "target"))
     opts.unisono = (opts.unisono or target / "release" / "unisono").resolve()
-    for path in [opts.unisono, opts.model, opts.data]:
+    for path in filter(None, [opts.unisono, opts.model, opts.data]):
         if not path.exists():
             sys.exit(f"{path} is not there" + ("; run make build" if path == opts.unisono else ""))
-    opts.model, opts.data = opts.model.resolve(), opts.data.resolve()
+    if opts.model and not opts.data:
+        sys.exit("MODEL needs TRAIN_JSONL beside it")
     settings = [("small: 8 rows a step", dict(workers=2, rows=8, micro_batches=2), [
                     ("TRL, one process, two threads", lambda: trl(opts, 1, 8)),
                     ("TRL, two processes", lambda: trl(opts, 2, 8))]),
@@ -210,13 +223,20 @@ def main():
     processor = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
     report = {"machine": f"{os.uname().machine}, {os.cpu_count()} cores, {processor}", "date": time.strftime("%Y-%m-%d"),
               "command": " ".join(sys.argv), "load_before": os.getloadavg()[0], "settings": {}}
-    if opts.peers:
+    if opts.peers and opts.model:
         report["matmul"] = {str(threads): matmul(opts, threads) for threads in (1, 2)}
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
+        opts.made = False
+        if opts.model:
+            opts.model, opts.data = opts.model.resolve(), opts.data.resolve()
+        else:
+            make(opts, scratch)
         for setting, shape, peers in settings:
             run = lambda shape=shape, **other: ours(opts, scratch, **{**shape, **other})
             contenders = [(name, turn or (lambda: run(workers=1))) for name, turn in peers if opts.peers or turn is None]
+            if not contenders:
+                continue
             mine, theirs, ratios = [run()], {name: [] for name, _ in contenders}, {name: [] for name, _ in contenders}
             for _ in range(opts.rounds):
                 for name, turn in contenders:
