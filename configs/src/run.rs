@@ -431,11 +431,16 @@ pub struct Checkpoint {
     /// Seconds that a run has to save and end when it is asked to (SIGTERM, SIGINT, SIGUSR1). Slurm and Kubernetes kill
     /// after 30 s by default.
     pub grace: f64,
+    /// Where each committed checkpoint is copied to behind training, with the ledger and the configuration: an absolute
+    /// directory, s3://bucket/prefix or gs://bucket/prefix. `train --resume URL/RUN` goes on from there on any machine,
+    /// and so does `--resume auto` where no run of the configuration is found. As many are kept there as here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copy_to: Option<String>,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Checkpoint { every: 500, keep: 3, grace: 25.0 }
+        Checkpoint { every: 500, keep: 3, grace: 25.0, copy_to: None }
     }
 }
 

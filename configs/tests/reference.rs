@@ -31,6 +31,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("data.validation", "# 0.05"),
     ("data.test", "# \"test.jsonl\""),
     ("tokens.cache", "# \"/scratch/tokens\""),
+    ("checkpoint.copy_to", "# \"s3://bucket/runs\""),
     ("train.steps", "# 200"),
 ];
 

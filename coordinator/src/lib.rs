@@ -13,4 +13,5 @@ pub mod model;
 pub mod monitor;
 pub mod run;
 pub mod serve;
+pub mod store;
 mod yaml;

@@ -44,6 +44,13 @@ impl Train {
         train
     }
 
+    /// Brings the run at `url` into a directory below `dir` and goes on with it.
+    pub fn brought(url: &str, dir: &Path) -> Self {
+        let mut train = Self::bare(dir);
+        train.command.arg("--resume").arg(url);
+        train
+    }
+
     fn bare(dir: &Path) -> Self {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let run_dir = dir.join(format!("run-{}", COUNT.fetch_add(1, Ordering::Relaxed)));

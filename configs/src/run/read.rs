@@ -386,7 +386,12 @@ fn checkpoint(s: &Section<'_>) -> Result<Checkpoint, Error> {
         let problem = format!("is {}, but only a number of steps is supported yet; for example 500", node.show());
         return Err(s.fail("every", problem));
     }
+    let copy_to = match s.text("copy_to")? {
+        Some(url) if url.contains("://") => Some(url.to_owned()),
+        _ => s.path("copy_to")?.map(|path| path.display().to_string()),
+    };
     Ok(Checkpoint {
+        copy_to,
         every: s.whole("every", d.every, 0)?,
         keep: s.whole("keep", d.keep as u64, 1)? as usize,
         grace: s.real("grace", d.grace, |x| x > 0.0 && x < 1e6, "a number of seconds above 0")?,

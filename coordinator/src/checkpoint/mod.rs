@@ -1,6 +1,7 @@
 //! Checkpoints as the coordinator sees them: which files there are and what they hold, committed by a manifest.
 
 pub mod commit;
+pub mod courier;
 #[cfg(test)]
 mod crash_tests;
 pub mod disk;

@@ -39,6 +39,19 @@ fn assignment(text: &str) -> std::result::Result<(String, String), String> {
 impl ConfigArgs {
     /// The configuration, every "auto" replaced by its value on this machine, and the model that it names.
     pub fn load(&self) -> Result<(RunConfig, ModelSpec)> {
+        let mut config = self.read()?;
+        resolve(&mut config)?;
+        locate(&mut config).map_err(Error::bad_input)?;
+        let spec = model::check(&config.model.path).map_err(Error::bad_input)?.spec;
+        Ok((config, spec))
+    }
+
+    /// Where checkpoints are copied to, if anywhere.
+    pub fn copy_to(&self) -> Result<Option<String>> {
+        Ok(self.read()?.checkpoint.copy_to)
+    }
+
+    fn read(&self) -> Result<RunConfig> {
         let mut overrides = self.set.clone();
         overrides.extend(self.workers.map(|n| ("cluster.workers".to_owned(), n.to_string())));
         let read = match (&self.config, &self.model) {
@@ -46,11 +59,7 @@ impl ConfigArgs {
             (None, Some(model)) => RunConfig::for_files(model, &self.data, &overrides),
             (None, None) => return Err(Error::bad_input("give a run configuration, or --model DIR --data FILE")),
         };
-        let mut config = read.map_err(Error::bad_input)?;
-        resolve(&mut config)?;
-        locate(&mut config).map_err(Error::bad_input)?;
-        let spec = model::check(&config.model.path).map_err(Error::bad_input)?.spec;
-        Ok((config, spec))
+        read.map_err(Error::bad_input)
     }
 
     /// Whether a configuration is named at all.

@@ -3,6 +3,7 @@
 use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading, Screen};
 use super::{check, print, resume, run_dir, shares, Error, Result};
+use crate::checkpoint::courier;
 use crate::data::{self, Extent};
 use crate::launch::report::{Report, Reporter};
 use crate::launch::signals::{self, Requests, STOPPED};
@@ -47,7 +48,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
     /// Go on with a run that ended, from its newest checkpoint, with any number of workers; auto: with the newest run of
-    /// this configuration, or start one. A CONFIG beside it may change only train.epochs, train.steps, [gate],
+    /// this configuration, or start one; a URL: bring the copy that checkpoint.copy_to made there. A CONFIG beside it may change only train.epochs, train.steps, [gate],
     /// [eval], [checkpoint] and [cluster]
     #[arg(long, value_name = "RUN|auto")]
     resume: Option<String>,
@@ -68,6 +69,9 @@ pub fn run(args: Args) -> Result<()> {
     // Said before the data is read, which may take minutes; making the directory is what decides.
     if resumed.is_none() {
         args.run_dir.as_deref().map_or(Ok(()), run_dir::refuse_existing)?;
+    }
+    if let Some(url) = &config.checkpoint.copy_to {
+        courier::probe(url).map_err(|error| Error::BadInput(format!("checkpoint.copy_to: {error}")))?;
     }
     // Locks the run: nobody else serves it while its checkpoints are looked at.
     let ledger = resumed.as_deref().map(Ledger::open).transpose().map_err(Error::bad_input)?;

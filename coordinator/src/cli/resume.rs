@@ -2,6 +2,7 @@
 
 use super::config::ConfigArgs;
 use super::{run_dir, Error, Result};
+use crate::checkpoint::courier;
 use crate::checkpoint::disk::Local;
 use crate::checkpoint::newest::newest;
 use crate::checkpoint::state::{Error as StateError, State};
@@ -9,6 +10,7 @@ use crate::run::recorded::Recorded;
 use crate::serve::ledger::{Ledger, LEDGER};
 use crate::serve::setup::Resumption;
 use crate::serve::work::Work;
+use crate::store::is_url;
 use std::io;
 use std::path::{Path, PathBuf};
 use unisono_configs::model::Layout;
@@ -20,8 +22,45 @@ const AUTO: &str = "auto";
 /// Entries read from the ledger at once.
 const PAGE: usize = 1024;
 
-/// The directory of the run that `--resume` means; `None`: a new run is to be started.
+/// The directory of the run that `--resume` means, brought here first where it names a copy elsewhere; `None`: a new run is
+/// to be started.
 pub fn target(resume: Option<&str>, wanted: Option<&Path>, config: &ConfigArgs) -> Result<Option<PathBuf>> {
+    if let Some(url) = resume.filter(|resume| is_url(resume)) {
+        return bring(url, wanted).map(Some);
+    }
+    let found = here(resume, wanted, config)?;
+    if found.is_some() || resume != Some(AUTO) {
+        return Ok(found);
+    }
+    // Nothing is here, on a machine that has perhaps just been given: what was copied elsewhere goes on.
+    let Some(copies) = config.copy_to()? else { return Ok(None) };
+    match courier::newest_run(&copies, &config.name()).map_err(Error::bad_input)? {
+        Some(url) => bring(&url, wanted).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Brings the newest copy of the run at `url`.
+fn bring(url: &str, wanted: Option<&Path>) -> Result<PathBuf> {
+    let name = url.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+    let run_dir = wanted.map_or_else(|| Path::new("runs").join(name), Path::to_owned);
+    if run_dir.symlink_metadata().is_ok() {
+        return Err(Error::BadInput(format!(
+            "{0} exists; go on with --resume {0}, or bring the copy elsewhere with --run-dir",
+            run_dir.display()
+        )));
+    }
+    if let Some(parent) = run_dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        std::fs::create_dir_all(parent).map_err(|error| Error::BadInput(format!("{}: {error}", parent.display())))?;
+    }
+    let (step, problems) = courier::bring(url, &run_dir).map_err(Error::bad_input)?;
+    problems.iter().for_each(|problem| eprintln!("unisono: a copy is not whole, {problem}"));
+    eprintln!("brought the checkpoint after step {step} from {url} to {}", run_dir.display());
+    Ok(run_dir)
+}
+
+/// The directory on this machine.
+fn here(resume: Option<&str>, wanted: Option<&Path>, config: &ConfigArgs) -> Result<Option<PathBuf>> {
     let found = match (resume, wanted) {
         (None, _) => return Ok(None),
         (Some(AUTO), _) if !config.is_given() => {

@@ -6,7 +6,6 @@ use object_store::path::Path as Key;
 use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use tokio_stream::StreamExt;
 
 /// The user's cache of fetched files.
@@ -19,22 +18,7 @@ pub fn cache() -> PathBuf {
 pub fn fetch(url: &str, cache: &Path, kind: Kind) -> Result<PathBuf, String> {
     let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
     let (bucket, key) = rest.split_once('/').unwrap_or((rest, ""));
-    if bucket.is_empty() {
-        return Err(format!("names no bucket; write {scheme}://bucket/key"));
-    }
-    // Another part of the program may have chosen it already.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let cannot = |error: object_store::Error| format!("cannot be opened ({})", line(&error));
-    let store: Arc<dyn ObjectStore> = match scheme {
-        "s3" | "s3a" => {
-            let builder = object_store::aws::AmazonS3Builder::from_env().with_bucket_name(bucket);
-            Arc::new(builder.build().map_err(cannot)?)
-        }
-        _ => {
-            let builder = object_store::gcp::GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket);
-            Arc::new(builder.build().map_err(cannot)?)
-        }
-    };
+    let store = crate::store::bucket(scheme, bucket).map_err(|error| error.to_string())?;
     let home = cache.join(scheme).join(bucket);
     // The caller may itself be inside of a runtime.
     let (key, url) = (key.to_owned(), url.to_owned());

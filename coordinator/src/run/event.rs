@@ -15,6 +15,8 @@ pub struct Connection(pub u64);
 pub enum Event {
     /// The first message of a stream.
     Joined { from: Connection, join: Join },
+    /// Something that people should know, and that changes nothing.
+    Warned { kind: &'static str, step: u64, message: String },
     /// Any later message.
     Message { from: Connection, message: WorkerMessage },
     /// The stream is over; `reason` completes the sentence "its connection ...".

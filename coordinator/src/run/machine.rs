@@ -27,7 +27,7 @@ use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
     self as wire, Acknowledge, Assign, BatchKey, CoordinatorMessage, Directive, Epoch, Failure, Fingerprint, Memory,
-    RunDone, RunStarted, StepCommitted, Suite, WorkerMessage,
+    RunDone, RunStarted, StepCommitted, Suite, Warning, WorkerMessage,
 };
 
 /// Directives under way at a time: enough that no worker waits for one.
@@ -187,6 +187,10 @@ impl Machine {
             Event::Unprepared { step, message } => {
                 let failure = self.failure(None, wire::Phase::Unspecified, Some(step), message);
                 Ok(self.fail(now, Failure { bad_input: true, ..failure }))
+            }
+            Event::Warned { kind, step, message } => {
+                let warning = Warning { kind: kind.into(), step: Some(step), message };
+                Ok(vec![Effect::Append(Entry::Warning(warning))])
             }
             Event::Interrupt { by } => Ok(self.interrupt(now, by)),
             Event::Stop { reason } => {

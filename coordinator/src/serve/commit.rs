@@ -1,16 +1,20 @@
 //! The thread that commits checkpoints and concludes the run, beside the training that goes on.
 
+use super::ledger::{Reader, LEDGER};
 use super::setup::Conclude;
 use super::steering::{Clock, Command, Handle};
 use super::work::Work;
 use crate::checkpoint::commit::{create, discard, draft, retain, Error, Facts};
+use crate::checkpoint::courier::{self, Courier};
 use crate::checkpoint::disk::Local;
 use crate::checkpoint::manifest::{self, Cursor};
 use crate::checkpoint::state::State;
 use crate::digest;
 use crate::run::event::{Conclusion, NotCommitted, PendingCheckpoint};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::Arc;
+use std::time::Duration;
 use unisono_configs::model::Layout;
 use unisono_proto::fail_point;
 use unisono_proto::v1::{CheckpointCommitted, CheckpointFile};
@@ -49,6 +53,28 @@ pub struct Archive {
     pub work: Work,
     /// Newest checkpoints kept.
     pub keep: usize,
+    pub courier: Option<Arc<Courier>>,
+}
+
+/// Who copies checkpoints to `checkpoint.copy_to`, and tells the run what could not be copied.
+pub fn courier(
+    checkpoint: &unisono_configs::run::Checkpoint,
+    run_dir: &Path,
+    handle: &Handle,
+) -> Result<Option<Arc<Courier>>, courier::Error> {
+    let Some(url) = &checkpoint.copy_to else { return Ok(None) };
+    let handle = handle.clone();
+    let tell = move |step, copied: Result<f64, String>| match copied {
+        Ok(seconds) => tracing::info!(step, seconds, "the checkpoint is copied"),
+        Err(problem) => {
+            let message = format!("the checkpoint after step {step} is not copied, training goes on: {problem}");
+            handle.send(Command::Warn { kind: "copy", step, message });
+        }
+    };
+    let ledger = run_dir.join(LEDGER);
+    let snapshot =
+        move |to: &Path| Reader::open(&ledger).and_then(|reader| reader.copy_to(to)).map_err(|error| error.to_string());
+    Courier::spawn(url, run_dir, checkpoint.keep, Box::new(snapshot), tell).map(|courier| Some(Arc::new(courier)))
 }
 
 fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue: Receiver<Job>) {
@@ -62,6 +88,10 @@ fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue:
                 let result = result.map(|entry| CheckpointCommitted { seconds: clock.now() - since, ..entry });
                 if let Ok(entry) = &result {
                     newest.clone_from(&entry.digest);
+                    if let Some(Err(error)) = archive.courier.as_ref().map(|courier| courier.take(step)) {
+                        let message = error.to_string();
+                        handle.send(Command::Warn { kind: "copy", step, message });
+                    }
                 }
                 if result.is_err() {
                     discard(&Local, &archive.run_dir, step, &pending.files);
@@ -71,6 +101,12 @@ fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue:
             Job::Discard { step, files } => discard(&Local, &archive.run_dir, step, &files),
             Job::Conclude { step } => {
                 fail_point::reached("conclude");
+                if let Some(courier) = &archive.courier {
+                    // The run is done when its copy is; what cannot be copied is told by the courier.
+                    while !courier.wait(Duration::from_secs(60)) {
+                        tracing::warn!("still copying the last checkpoint to checkpoint.copy_to");
+                    }
+                }
                 let directory = manifest::directory(&archive.run_dir, step);
                 let result = match conclude.take() {
                     Some(conclude) => conclude(&directory),

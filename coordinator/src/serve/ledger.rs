@@ -149,6 +149,12 @@ impl Reader {
         Ok(Reader { path: path.into(), connection })
     }
 
+    /// Writes the ledger as it is now into a new file.
+    pub fn copy_to(&self, path: &Path) -> Result<(), Error> {
+        let copied = self.connection.execute("VACUUM INTO ?1", [path.to_string_lossy()]);
+        copied.map(drop).map_err(|source| Error::Sqlite { path: path.into(), source })
+    }
+
     /// At most `limit` entries after `sequence`, in order.
     pub fn after(&self, sequence: u64, limit: usize) -> Result<Vec<Event>, Error> {
         let read = || {

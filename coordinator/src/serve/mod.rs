@@ -28,7 +28,7 @@ use ledger::Ledger;
 use rustls::crypto::ring;
 use std::future::Future;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use steering::{Command, Handle, Steering};
 use tokio::sync::{oneshot, watch};
 use tonic::service::interceptor::InterceptedService;
@@ -93,16 +93,17 @@ pub async fn serve(
         }),
         grace: setup.config.checkpoint.grace,
     };
+    let (commands, queue) = std::sync::mpsc::channel();
+    let handle = Handle::new(commands);
+    let courier = commit::courier(&setup.config.checkpoint, &run_dir, &handle)?;
     let archive = Archive {
         run_dir: run_dir.clone(),
         config: fingerprint(&setup.config),
         layout,
         work: setup.work.clone(),
         keep: setup.config.checkpoint.keep,
+        courier: courier.clone(),
     };
-
-    let (commands, queue) = std::sync::mpsc::channel();
-    let handle = Handle::new(commands);
     let (progress, seen) = watch::channel(Progress { sequence: 0, over: false });
     let committer = Committer::spawn(archive, handle.clone(), setup.conclude).map_err(Error::Socket)?;
     let machine = Machine::new(settings, program);
@@ -140,12 +141,12 @@ pub async fn serve(
 
     let lost = || Error::Loop("it panicked".into());
     let (mut interrupt, mut stop) = (std::pin::pin!(interrupt), std::pin::pin!(stop));
-    let (mut interrupted, mut stopped) = (false, false);
+    let (mut interrupted, mut stopped) = (None, false);
     let outcome = loop {
         tokio::select! {
             outcome = &mut end => break outcome.map_err(|_| lost()),
-            by = &mut interrupt, if !interrupted => {
-                interrupted = true;
+            by = &mut interrupt, if interrupted.is_none() => {
+                interrupted = Some(Instant::now());
                 handle.send(Command::Interrupt { by });
             }
             reason = &mut stop, if !stopped => {
@@ -154,6 +155,17 @@ pub async fn serve(
             }
         }
     };
+    if let Some(courier) = courier {
+        // What was saved last is worth most elsewhere where this machine is about to go away.
+        let grace = Duration::from_secs_f64(setup.config.checkpoint.grace);
+        let patience = grace.saturating_sub(interrupted.map_or(Duration::ZERO, |since| since.elapsed()));
+        let copied = tokio::task::spawn_blocking(move || courier.wait(patience)).await;
+        if !copied.unwrap_or(false) {
+            tracing::warn!(
+                "the newest checkpoint was not copied to checkpoint.copy_to in time; it is in the run directory"
+            );
+        }
+    }
     // The address and the secrets in it lead nowhere any more.
     std::fs::remove_file(run_dir.join(CONTROL)).ok();
     identity::forget(&run_dir);

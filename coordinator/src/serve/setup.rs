@@ -77,6 +77,8 @@ pub enum Error {
     File { path: PathBuf, problem: String },
     #[error(transparent)]
     Control(#[from] super::control::Error),
+    #[error("checkpoint.copy_to: {0}")]
+    Courier(#[from] crate::checkpoint::courier::Error),
     #[error(transparent)]
     Ledger(#[from] super::ledger::Error),
     #[error("no certificate could be made ({0}); this is a defect, please report it")]

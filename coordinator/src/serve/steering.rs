@@ -31,17 +31,52 @@ pub type Outbound = UnboundedSender<Result<CoordinatorMessage, Status>>;
 
 /// What the loop is asked to do.
 pub enum Command {
-    Joined { from: Connection, join: Join, outbound: Outbound },
-    Message { from: Connection, message: WorkerMessage },
-    Ended { from: Connection, reason: String },
-    CheckpointCommitted { attempt: u32, result: Result<CheckpointCommitted, NotCommitted> },
-    Concluded { result: Result<Conclusion, String> },
-    Prepared { steps: u64 },
-    Unprepared { step: u64, message: String },
-    CheckpointUnprepared { attempt: u32, problem: String },
-    Interrupt { by: String },
-    Stop { reason: String },
-    Status { reply: oneshot::Sender<StatusReply> },
+    Joined {
+        from: Connection,
+        join: Join,
+        outbound: Outbound,
+    },
+    Message {
+        from: Connection,
+        message: WorkerMessage,
+    },
+    Ended {
+        from: Connection,
+        reason: String,
+    },
+    CheckpointCommitted {
+        attempt: u32,
+        result: Result<CheckpointCommitted, NotCommitted>,
+    },
+    Concluded {
+        result: Result<Conclusion, String>,
+    },
+    Prepared {
+        steps: u64,
+    },
+    Unprepared {
+        step: u64,
+        message: String,
+    },
+    CheckpointUnprepared {
+        attempt: u32,
+        problem: String,
+    },
+    /// Something that people should know, and that changes nothing.
+    Warn {
+        kind: &'static str,
+        step: u64,
+        message: String,
+    },
+    Interrupt {
+        by: String,
+    },
+    Stop {
+        reason: String,
+    },
+    Status {
+        reply: oneshot::Sender<StatusReply>,
+    },
 }
 
 /// Sends commands to the loop. Cheap to clone.
@@ -164,6 +199,7 @@ impl Steering {
             Command::CheckpointUnprepared { attempt, problem } => {
                 self.apply(Event::CheckpointUnprepared { attempt, problem })
             }
+            Command::Warn { kind, step, message } => self.apply(Event::Warned { kind, step, message }),
             Command::Interrupt { by } => self.apply(Event::Interrupt { by }),
             Command::Stop { reason } => self.apply(Event::Stop { reason }),
             Command::Status { reply } => {
