@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
     /// Go on with a run that ended, from its newest checkpoint, with any number of workers; auto: with the newest run of
-    /// this configuration, or start one. A CONFIG beside it may change only train.epochs, train.steps, [gate],
+    /// this configuration, or start one; a URL: bring the copy that checkpoint.copy_to made there. A CONFIG beside it may change only train.epochs, train.steps, [gate],
     /// [eval], [checkpoint] and [cluster]
     #[arg(long, value_name = "RUN|auto")]
     resume: Option<String>,
