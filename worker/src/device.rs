@@ -1,8 +1,7 @@
 //! What a worker computes on. The CUDA part of libtorch is opened on demand, so one binary serves machines with and without
 //! GPUs, and a machine without one needs none of its libraries.
-#![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString};
+use crate::library::Library;
 use tch::{Cuda, Device};
 
 /// Why a device cannot be used. Each is one sentence for a person.
@@ -38,23 +37,7 @@ pub fn open(name: &str, local: usize) -> Result<Device, Error> {
 
 /// Registers libtorch's CUDA backend, which happens as its library is loaded.
 fn load_cuda() -> Result<(), Error> {
-    let name = CString::new("libtorch_cuda.so").expect("no zero within");
-    // SAFETY: the name ends in zero; loading runs the library's initialisers, which libtorch means to be run at any time
-    // before CUDA's first use. The handle is kept for the life of the process.
-    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    if !handle.is_null() {
-        return Ok(());
-    }
-    // SAFETY: after a failure dlerror gives a string of its own that lives until the next call on this thread, or null.
-    let problem = unsafe {
-        let words = libc::dlerror();
-        if words.is_null() {
-            String::new()
-        } else {
-            CStr::from_ptr(words).to_string_lossy().into_owned()
-        }
-    };
-    Err(Error::NoLibrary(problem))
+    Library::open("libtorch_cuda.so").map(drop).map_err(Error::NoLibrary)
 }
 
 #[cfg(test)]

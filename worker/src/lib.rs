@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod collective;
 pub mod device;
 pub mod fingerprint;
+pub mod library;
 pub mod lifeline;
 pub mod link;
 pub mod memory;

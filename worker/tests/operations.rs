@@ -282,7 +282,7 @@ fn cross_entropy_and_its_gradient() {
     for (compute, _, limit) in KINDS {
         let mut grad = logits.to_kind(compute).copy();
         let choices = cross_entropy::first_choices(&mut grad);
-        let loss = cross_entropy::loss_and_gradient(&mut grad, &targets, scale);
+        let loss = cross_entropy::loss_and_gradient(&mut grad, &targets, scale).sum();
         // Cross-entropy is in fp32 even of bf16 logits, and those are exact here.
         assert!((loss / exact.double_value(&[]) - 1.0).abs() < limit.min(1e-6), "{compute:?}: {loss}");
         close("logits' gradient", compute, &grad, &x.grad(), limit);

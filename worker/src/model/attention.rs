@@ -1,11 +1,13 @@
 //! Causal attention over the documents of a packed row, tile by tile: batched matrix products around a fused softmax.
 //!
 //! Queries, keys and values come in the layout of [`crate::ops::heads`]; a group of query heads shares keys and values
-//! without expanding them. Long documents attend in blocks of queries, so that scores stay small.
+//! without expanding them. Long documents attend in blocks of queries, so that scores stay small. Where documents lie
+//! flat, FlashAttention takes the place of all that.
 
 use super::Error;
 use crate::ops::buffer::{Buffer, Pool};
-use crate::ops::documents::{Block, Documents, Tile};
+use crate::ops::documents::{Block, Documents, Flat, Tile};
+use crate::ops::flash;
 use crate::ops::heads::Heads;
 use crate::ops::operation::operation;
 use crate::ops::rows::{self, Place};
@@ -37,6 +39,8 @@ pub struct Attended {
     pub output: Buffer,
     /// Log-sum-exp of each query's scores: wide `[padded * heads]`.
     pub lse: Buffer,
+    /// What FlashAttention asks back.
+    random: Vec<Tensor>,
 }
 
 impl Attention<'_> {
@@ -61,7 +65,63 @@ impl Attention<'_> {
         Scores { tile, block, kv_heads: self.queries.kv, group: self.group(), window: self.window, scale }
     }
 
+    /// Views of tensors that lie flat: `[rows, heads, D]` of queries, or of keys and values.
+    fn flat(&self, of: &Tensor, heads: Heads) -> Tensor {
+        of.view([self.documents.rows, heads.count, heads.dim].map(|n| n as i64))
+    }
+
+    fn flash<'b>(&self, flat: &'b Flat) -> flash::Attention<'b> {
+        flash::Attention { flat, window: self.window, scale: 1.0 / (self.queries.dim as f64).sqrt() }
+    }
+
+    fn flash_forward(&self, flat: &Flat, inputs: &Projected) -> Result<Attended, Error> {
+        let (kind, rows) = (inputs.q.kind(), self.documents.rows);
+        let mut output = self.pool.expect(kind, &[rows, self.queries.width()]);
+        let (mut lse, mut random) = (self.pool.expect(self.wide, &[rows * self.queries.count]), Vec::new());
+        operation("attention", || -> Result<(), Error> {
+            let (q, k) = (self.flat(&inputs.q, self.queries), self.flat(&inputs.k, self.keys()));
+            let attended = self.flash(flat).forward(&q, &k, &self.flat(&inputs.v, self.keys()))?;
+            output.adopt(attended.output.view([rows as i64, -1]));
+            lse.adopt(attended.lse);
+            random = attended.random;
+            Ok(())
+        })?;
+        Ok(Attended { output, lse, random })
+    }
+
+    fn flash_backward(
+        &self,
+        flat: &Flat,
+        grad: &Tensor,
+        inputs: &Projected,
+        saved: &Attended,
+    ) -> Result<Projected, Error> {
+        let (kind, rows, keys) = (inputs.q.kind(), self.documents.rows, self.keys());
+        let mut q = self.pool.expect(kind, &[rows * self.queries.width()]);
+        let (mut k, mut v) =
+            (self.pool.expect(kind, &[rows * keys.width()]), self.pool.expect(kind, &[rows * keys.width()]));
+        operation("attention backward", || -> Result<(), Error> {
+            let attended = flash::Attended {
+                output: self.flat(&saved.output, self.queries),
+                lse: saved.lse.shallow_clone(),
+                random: saved.random.iter().map(Tensor::shallow_clone).collect(),
+            };
+            let inputs =
+                (&self.flat(&inputs.q, self.queries), &self.flat(&inputs.k, keys), &self.flat(&inputs.v, keys));
+            let grad = self.flat(grad, self.queries);
+            let gradients = self.flash(flat).backward(&grad, inputs, &attended)?;
+            for (buffer, gradient) in [&mut q, &mut k, &mut v].into_iter().zip(gradients) {
+                buffer.adopt(gradient.contiguous().view([-1]));
+            }
+            Ok(())
+        })?;
+        Ok(Projected { q, k, v })
+    }
+
     pub fn forward(&self, inputs: &Projected) -> Result<Attended, Error> {
+        if let Some(flat) = &self.documents.flat {
+            return self.flash_forward(flat, inputs);
+        }
         let (kind, dim) = (inputs.q.kind(), self.queries.dim);
         let mut output = self.pool.take(kind, &[self.documents.rows, self.queries.width()]);
         let mut lse = self.pool.take_zero(self.wide, &[self.documents.padded * self.queries.count]);
@@ -81,12 +141,15 @@ impl Attention<'_> {
             }
         }
         operation("attention copy", || gather::clear_padding(&mut output, self.documents.tokens));
-        Ok(Attended { output, lse })
+        Ok(Attended { output, lse, random: Vec::new() })
     }
 
-    /// Gradients of queries (compute kind), keys and values (wide), in the layout of the inputs, from that of the output,
+    /// Gradients of queries (compute kind), keys and values (wide, or of the compute kind where documents lie flat), in the layout of the inputs, from that of the output,
     /// `[rows, heads * D]`.
     pub fn backward(&self, grad: &Tensor, inputs: &Projected, saved: &Attended) -> Result<Projected, Error> {
+        if let Some(flat) = &self.documents.flat {
+            return self.flash_backward(flat, grad, inputs, saved);
+        }
         let (kind, dim, group) = (inputs.q.kind(), self.queries.dim, self.group());
         let grad_q = self.pool.take(kind, &[self.documents.padded * self.queries.width()]);
         let kv_elements = self.documents.padded * self.keys().width();

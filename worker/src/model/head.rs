@@ -65,18 +65,19 @@ impl Head {
     /// Sum of the loss, and how many targets are the first choice.
     pub fn evaluate(&self, last: &Last<'_>, targets: &[u32], pool: &Pool) -> Result<(f64, u64), Error> {
         let last = self.norm(last, pool);
-        let (mut loss, mut correct) = (0.0, 0);
+        let (mut loss, mut correct) = (cross_entropy::Loss::default(), 0);
         for first in (0..last.rows).step_by(CHUNK) {
             let length = CHUNK.min(last.rows - first);
             let mut logits = self.logits(&last.normed.narrow(0, first as i64, length as i64), pool)?;
             let targets = &targets[first..(first + length).min(targets.len())];
             let (sum, right) = operation("cross-entropy", || cross_entropy::loss_and_correct(&mut logits, targets));
-            (loss, correct) = (loss + sum, correct + right);
+            loss.add(sum);
+            correct += right;
         }
-        Ok((loss, correct))
+        Ok((loss.sum(), correct))
     }
 
-    /// Sum of the loss, and the gradient of `scale` times it by the stream, row by row. Hands over the leaves of the head's
+    /// The loss, and the gradient of `scale` times it by the stream, row by row. Hands over the leaves of the head's
     /// weight and of the norm.
     pub fn forward_backward(
         &self,
@@ -85,18 +86,18 @@ impl Head {
         scale: f64,
         leaves: &mut dyn Leaves,
         pool: &Pool,
-    ) -> Result<(f64, Gradient), Error> {
+    ) -> Result<(cross_entropy::Loss, Gradient), Error> {
         let last = self.norm(last, pool);
         let (wide, compute, hidden) = (last.residual.kind(), self.weight.kind(), self.norm.numel());
         let grad_normed = pool.take(compute, &[last.rows, hidden]);
         let mut sum: Option<Buffer> = None;
-        let mut loss = 0.0;
+        let mut loss = cross_entropy::Loss::default();
         for first in (0..last.rows).step_by(CHUNK) {
             let length = CHUNK.min(last.rows - first);
             let normed = last.normed.narrow(0, first as i64, length as i64);
             let mut logits = self.logits(&normed, pool)?;
             let targets = &targets[first..(first + length).min(targets.len())];
-            loss += operation("cross-entropy", || cross_entropy::loss_and_gradient(&mut logits, targets, scale));
+            loss.add(operation("cross-entropy", || cross_entropy::loss_and_gradient(&mut logits, targets, scale)));
             let grad_logits = logits;
             operation("head gemm", || {
                 matmul::product(&grad_logits, &self.weight, &grad_normed.narrow(0, first as i64, length as i64))

@@ -11,7 +11,7 @@ pub mod weights;
 
 use crate::ops::buffer::Pool;
 use crate::ops::rotation::Rotation;
-use crate::ops::{phantom, view};
+use crate::ops::{dispatcher, phantom, view};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -86,6 +86,8 @@ pub enum Error {
     Batch(String),
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
+    #[error(transparent)]
+    Refused(#[from] dispatcher::Refused),
 }
 
 /// A causal language model over flat parameter buckets, one per [`Layout`] bucket.

@@ -147,7 +147,7 @@ impl Model {
         let mut sums = self.pool.take(wide, &[ids.len(), self.spec().hidden]);
         operation("embedding backward", || rows::sum_by_id(&grad.wide, &batch.tokens, &mut sums));
         operation("leaves", || leaves.rows(0, 0, &ids, &sums))?;
-        Ok(Loss { sum, targets: selected.rows.len() as u64, correct: 0 })
+        Ok(Loss { sum: sum.sum(), targets: selected.rows.len() as u64, correct: 0 })
     }
 
     /// The bytes of activations and temporaries that a batch takes at a level, with its gradient or without: the same code

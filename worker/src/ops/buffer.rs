@@ -72,6 +72,14 @@ impl Pool {
         Buffer { tensor, flat: Some(flat), pool: self.clone() }
     }
 
+    /// A place for a tensor that an operation makes itself: see [`Buffer::adopt`]. Only a phantom pool has it made before.
+    pub fn expect(&self, kind: Kind, shape: &[usize]) -> Buffer {
+        match self.phantom {
+            true => self.take(kind, shape),
+            false => Buffer { tensor: Tensor::new(), flat: None, pool: self.clone() },
+        }
+    }
+
     pub fn take_zero(&self, kind: Kind, shape: &[usize]) -> Buffer {
         let mut buffer = self.take(kind, shape);
         operation("zeros", || drop(buffer.zero_()));
@@ -116,6 +124,13 @@ impl Pool {
     pub fn free_bytes(&self) -> usize {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         free.iter().map(|f| f.elements * f.kind.elt_size_in_bytes()).sum()
+    }
+}
+
+impl Buffer {
+    /// Becomes a tensor that came from elsewhere, and goes back there.
+    pub fn adopt(&mut self, tensor: Tensor) {
+        self.tensor = tensor;
     }
 }
 

@@ -2,22 +2,73 @@
 //!
 //! Logits are `[R, V]` of the compute kind; rows past the targets carry no loss.
 
-use super::form::{self, indices, Form};
+use super::form::{self, indices, small_integers, Form};
+use super::kernels::{blocks, word, Kernels};
+use super::operation::Outcome;
 use super::simd::{max, vectorised, Narrow};
 use super::softmax::exponentials;
 use super::view::elements_mut;
 use half::bf16;
 use tch::{Kind, Tensor};
 
-/// The sum over rows of -log p(target), in nats. Replaces the logits by the gradient of `scale` times that sum; rows
-/// past `targets` become zero.
-pub fn loss_and_gradient(logits: &mut Tensor, targets: &[u32], scale: f64) -> f64 {
+/// A loss in nats: known, or still being computed row by row by a device that nobody has waited for.
+#[derive(Debug, Default)]
+pub struct Loss {
+    known: f64,
+    pending: Vec<Tensor>,
+}
+
+impl Loss {
+    pub fn add(&mut self, other: Loss) {
+        self.known += other.known;
+        self.pending.extend(other.pending);
+    }
+
+    /// The sum, from the first row to the last; waits for the device.
+    pub fn sum(self) -> f64 {
+        let rows = self.pending.iter().flat_map(|rows| Vec::<f64>::try_from(rows).expect("a vector of f64"));
+        rows.fold(self.known, |sum, loss| sum + loss)
+    }
+}
+
+impl From<f64> for Loss {
+    fn from(known: f64) -> Self {
+        Loss { known, pending: Vec::new() }
+    }
+}
+
+impl Outcome for Loss {
+    fn left_out() -> Self {
+        Loss::default()
+    }
+}
+
+impl Outcome for (Loss, u64) {
+    fn left_out() -> Self {
+        (Loss::default(), 0)
+    }
+}
+
+/// The sum over rows of -log p(target). Replaces the logits by the gradient of `scale` times that sum; rows past `targets`
+/// become zero.
+pub fn loss_and_gradient(logits: &mut Tensor, targets: &[u32], scale: f64) -> Loss {
     let vocab = logits.size()[1] as usize;
-    match Form::of(logits) {
+    if let Some(kernels) = Kernels::on(logits) {
+        let rows = logits.size()[0] as usize;
+        let target = |row: usize| targets.get(row).map_or(-1, |&target| target as i32);
+        let targets = small_integers((0..rows).map(target), logits);
+        let losses = Tensor::empty([rows as i64], (Kind::Double, logits.device()));
+        let name = format!("classify_{}", word(logits.kind()));
+        let scale = scale as f32;
+        let arguments = [(&*logits).into(), (&targets).into(), scale.into(), (&losses).into(), vocab.into()];
+        kernels.launch(&name, blocks(rows, 512), &arguments);
+        return Loss { known: 0.0, pending: vec![losses] };
+    }
+    Loss::from(match Form::of(logits) {
         Form::Single => gradient_rows::<f32>(elements_mut(logits), vocab, targets, scale as f32),
         Form::Brain => gradient_rows::<bf16>(elements_mut(logits), vocab, targets, scale as f32),
         Form::Aten => loss_and_gradient_slow(logits, targets, scale),
-    }
+    })
 }
 
 vectorised! {
@@ -56,7 +107,7 @@ pub fn loss_and_gradient_slow(logits: &mut Tensor, targets: &[u32], scale: f64) 
 }
 
 /// The sum over rows of -log p(target), and how many targets are the first choice (the lowest id wins a tie).
-pub fn loss_and_correct(logits: &mut Tensor, targets: &[u32]) -> (f64, u64) {
+pub fn loss_and_correct(logits: &mut Tensor, targets: &[u32]) -> (Loss, u64) {
     let correct = first_choices(logits).iter().zip(targets).filter(|(choice, target)| choice == target).count();
     (loss_and_gradient(logits, targets, 1.0), correct as u64)
 }

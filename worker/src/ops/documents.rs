@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use tch::{Device, Kind, Tensor};
 
 /// Documents are padded to a multiple of this many tokens for attention.
 pub const LENGTH: usize = 32;
@@ -40,9 +41,35 @@ pub struct Block {
     pub keys: Range<usize>,
 }
 
+/// Documents as they lie, one after another, for attention over variable lengths. Rows past the tokens are a document of
+/// zeros, so that nothing has to be cleared.
+#[derive(Debug)]
+pub struct Flat {
+    /// For each row its position in its document, -1 past the tokens.
+    pub places: Vec<i32>,
+    /// The same on the device: `[rows]` i32.
+    pub positions: Tensor,
+    /// First row of each document, then the number of rows: i32, on the device.
+    pub starts: Tensor,
+    /// The same on the host.
+    bounds: Vec<i32>,
+    /// Length of the longest.
+    pub longest: usize,
+}
+
+impl Flat {
+    /// First row and length of each document.
+    pub fn documents(&self) -> impl Iterator<Item = (i64, i64)> + '_ {
+        self.bounds.windows(2).map(|pair| (i64::from(pair[0]), i64::from(pair[1] - pair[0])))
+    }
+}
+
 /// All documents of a packed row.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Documents {
+    /// How they lie where they are not in tiles.
+    pub flat: Option<Flat>,
+    /// None where they lie flat.
     pub tiles: Vec<Tile>,
     /// Tokens of the packed row.
     pub tokens: usize,
@@ -78,7 +105,26 @@ impl Documents {
                 rest = later;
             }
         }
-        Documents { tiles, tokens, rows: tokens.next_multiple_of(TOKENS), padded: base, longest }
+        Documents { flat: None, tiles, tokens, rows: tokens.next_multiple_of(TOKENS), padded: base, longest }
+    }
+
+    /// As [`Documents::new`], without tiles; what attention needs of them is on `device`.
+    pub fn flat(starts: &[u32], tokens: usize, device: Device) -> Self {
+        let rows = tokens.next_multiple_of(TOKENS);
+        let mut bounds: Vec<i32> = starts.iter().map(|&start| start as i32).collect();
+        bounds.push(tokens as i32);
+        if rows > tokens {
+            bounds.push(rows as i32);
+        }
+        let lengths = || bounds.windows(2).map(|pair| pair[1] - pair[0]);
+        let longest = |count: usize| lengths().take(count).max().unwrap_or(0) as usize;
+        let mut places: Vec<i32> = lengths().take(starts.len()).flat_map(|length| 0..length).collect();
+        places.resize(rows, -1);
+        let on_device = |of: &[i32]| Tensor::from_slice(of).to_device_(device, Kind::Int, true, false);
+        let (positions, begins) = (on_device(&places), on_device(&bounds));
+        let (all, own) = (longest(usize::MAX), longest(starts.len()));
+        let flat = Flat { places, positions, starts: begins, longest: all, bounds };
+        Documents { flat: Some(flat), tiles: Vec::new(), tokens, rows, padded: rows, longest: own }
     }
 }
 

@@ -22,7 +22,7 @@ impl Form {
     /// The form for operands like `tensor`.
     pub fn of(tensor: &Tensor) -> Form {
         match tensor.kind() {
-            _ if ATEN_ONLY.get() || tensor.device() != Device::Cpu => Form::Aten,
+            _ if AtenOnly::is_under_way() || tensor.device() != Device::Cpu => Form::Aten,
             Kind::Float => Form::Single,
             Kind::BFloat16 => Form::Brain,
             _ => Form::Aten,
@@ -37,6 +37,10 @@ impl AtenOnly {
     pub fn begin() -> Self {
         ATEN_ONLY.set(true);
         AtenOnly(())
+    }
+
+    pub fn is_under_way() -> bool {
+        ATEN_ONLY.get()
     }
 }
 
@@ -56,5 +60,12 @@ pub fn wide(kind: Kind) -> Kind {
 
 /// Indices for ATen, on the device of `beside`: `[numbers]` i64.
 pub fn indices(numbers: impl IntoIterator<Item = i64>, beside: &Tensor) -> Tensor {
-    Tensor::from_slice(&numbers.into_iter().collect::<Vec<_>>()).to_device(beside.device())
+    let numbers = Tensor::from_slice(&numbers.into_iter().collect::<Vec<_>>());
+    numbers.to_device_(beside.device(), Kind::Int64, true, false)
+}
+
+/// The same for kernels: `[numbers]` i32. Nothing waits for the device.
+pub fn small_integers(numbers: impl IntoIterator<Item = i32>, beside: &Tensor) -> Tensor {
+    let numbers = Tensor::from_slice(&numbers.into_iter().collect::<Vec<_>>());
+    numbers.to_device_(beside.device(), Kind::Int, true, false)
 }

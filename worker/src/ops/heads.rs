@@ -2,12 +2,15 @@
 //! embedding (Su et al. 2021, halves rotated as in transformers' `rotate_half`) and the change of layout.
 //!
 //! Layout of heads: tile by tile, in it document by document, in it `[kv heads, padded length, group, D]`, where `group`
-//! query heads share a key. So a document's queries are `[kv heads, length * group, D]` without expanding keys.
+//! query heads share a key. So a document's queries are `[kv heads, length * group, D]` without expanding keys. Where
+//! documents lie flat, the layout is `[rows, heads, D]`.
 
 use super::documents::Documents;
 use super::form::{indices, wide, Form};
+use super::kernels::{blocks, word, Argument, Kernels};
 use super::norm::product;
 use super::rotation::Rotation;
+use super::rows::{sum_slabs, SLAB};
 use super::simd::{dot, vectorised, Narrow};
 use super::view::{elements, elements_mut};
 use half::bf16;
@@ -52,6 +55,14 @@ impl Heads {
     #[inline(always)]
     fn visit(&self, documents: &Documents, mut visit: impl FnMut(Option<usize>, usize, usize, usize)) {
         let group = self.group();
+        if let Some(flat) = &documents.flat {
+            for (row, &position) in flat.places.iter().enumerate() {
+                for head in 0..self.count {
+                    let token = (position >= 0).then_some(row);
+                    visit(token, position.max(0) as usize, head, (row * self.count + head) * self.dim);
+                }
+            }
+        }
         for tile in &documents.tiles {
             let mut offset = tile.base * self.width();
             for document in &tile.documents {
@@ -89,11 +100,60 @@ pub fn split(
     heads: Heads,
     output: &mut Tensor,
 ) {
+    if let Some(kernels) = heads.kernels(source.matrix, documents) {
+        return split_kernel(kernels, source, norm, rotation, documents, heads, output);
+    }
     match Form::of(source.matrix) {
         Form::Single => split_fast::<f32>(source, norm, rotation, documents, heads, output),
         Form::Brain => split_fast::<bf16>(source, norm, rotation, documents, heads, output),
         Form::Aten => split_slow(source, norm, rotation, documents, heads, output),
     }
+}
+
+impl Heads {
+    /// There are kernels for documents that lie flat.
+    fn kernels(&self, beside: &Tensor, documents: &Documents) -> Option<Kernels> {
+        let fits = documents.flat.is_some() && self.dim.is_multiple_of(2) && self.dim <= 256;
+        Kernels::on(beside).filter(|_| fits)
+    }
+
+    /// Pairs of a head's elements that a lane takes: in the names of kernels.
+    fn pairs(&self) -> usize {
+        self.dim.div_ceil(64).next_power_of_two()
+    }
+}
+
+/// What both kernels read of bias, norm and rotation.
+fn options(bias: Option<&Tensor>, norm: Option<HeadNorm<'_>>, rotation: Option<&Rotation>) -> [Argument; 5] {
+    [
+        bias.into(),
+        norm.map(|n| n.weight).into(),
+        (norm.map_or(0.0, |n| n.eps) as f32).into(),
+        rotation.map(|r| &r.cos).into(),
+        rotation.map(|r| &r.sin).into(),
+    ]
+}
+
+fn positions(documents: &Documents) -> &Tensor {
+    &documents.flat.as_ref().expect("kernels are for documents that lie flat").positions
+}
+
+fn split_kernel(
+    kernels: Kernels,
+    source: Columns<'_>,
+    norm: Option<HeadNorm<'_>>,
+    rotation: Option<&Rotation>,
+    documents: &Documents,
+    heads: Heads,
+    output: &mut Tensor,
+) {
+    let name = format!("split_heads_{}_{}", word(output.kind()), heads.pairs());
+    let stride = source.matrix.size()[1] as usize;
+    let from = [source.matrix.into(), stride.into(), source.first.into()];
+    let to = [positions(documents).into(), (&*output).into()];
+    let shape = [documents.rows.into(), heads.count.into(), heads.dim.into()];
+    let arguments = [&from[..], &options(source.bias, norm, rotation), &to, &shape].concat();
+    kernels.launch(&name, blocks((documents.rows * heads.count).div_ceil(8), 256), &arguments);
 }
 
 fn split_fast<C: Narrow>(
@@ -231,11 +291,51 @@ pub fn join(
     output: &mut Tensor,
     first: usize,
 ) {
+    if let Some(kernels) = heads.kernels(output, documents) {
+        return join_kernel(kernels, grad, norm, rotation, documents, heads, output, first);
+    }
     match (Form::of(output), grad.kind()) {
         (Form::Single, _) => join_fast::<f32, f32>(grad, norm, rotation, documents, heads, output, first),
         (Form::Brain, Kind::Float) => join_fast::<bf16, f32>(grad, norm, rotation, documents, heads, output, first),
         (Form::Brain, _) => join_fast::<bf16, bf16>(grad, norm, rotation, documents, heads, output, first),
         (Form::Aten, _) => join_slow(grad, norm, rotation, documents, heads, output, first),
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn join_kernel(
+    kernels: Kernels,
+    grad: &Tensor,
+    norm: Option<NormGradient<'_>>,
+    rotation: Option<&Rotation>,
+    documents: &Documents,
+    heads: Heads,
+    output: &mut Tensor,
+    first: usize,
+) {
+    let slabs = documents.rows.div_ceil(SLAB);
+    let name = format!("join_heads_{}_{}_{}", word(output.kind()), word(grad.kind()), heads.pairs());
+    let partial =
+        norm.as_ref().map(|_| Tensor::empty([slabs as i64, heads.dim as i64], (Kind::Float, output.device())));
+    let source = norm.as_ref().map(|n| n.source);
+    let from = [
+        grad.into(),
+        source.map(|s| s.matrix).into(),
+        source.map_or(0, |s| s.matrix.size()[1] as usize).into(),
+        source.map_or(0, |s| s.first).into(),
+    ];
+    let to = [
+        positions(documents).into(),
+        (&*output).into(),
+        (output.size()[1] as usize).into(),
+        first.into(),
+        partial.as_ref().into(),
+    ];
+    let shape = [documents.rows.into(), heads.count.into(), heads.dim.into(), SLAB.into()];
+    let options = options(source.and_then(|s| s.bias), norm.as_ref().map(|n| n.norm), rotation);
+    kernels.launch(&name, blocks(slabs, 256), &[&from[..], &options, &to, &shape].concat());
+    if let (Some(partial), Some(norm)) = (partial, norm) {
+        sum_slabs(kernels, &partial, norm.grad_weight);
     }
 }
 

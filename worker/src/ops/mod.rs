@@ -3,10 +3,13 @@
 
 pub mod buffer;
 pub mod cross_entropy;
+pub mod dispatcher;
 pub mod documents;
+pub mod flash;
 pub mod form;
 pub mod gather;
 pub mod heads;
+pub mod kernels;
 pub mod matmul;
 pub mod norm;
 pub mod operation;

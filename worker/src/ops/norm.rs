@@ -4,10 +4,12 @@
 //! tests); what a matrix product reads or wrote is of the compute kind.
 
 use super::form::Form;
+use super::kernels::{blocks, can_share, pack, word, Kernels};
+use super::rows::{sum_slabs, SLAB};
 use super::simd::{dot, vectorised, Narrow, LANES};
 use super::view::{elements, elements_mut};
 use half::bf16;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// What is added to the residual before the norm: the output of a matrix product `[T, H]` and its bias `[H]`.
 #[derive(Clone, Copy)]
@@ -28,6 +30,9 @@ pub struct Normed<'a> {
 
 /// Adds `addend` to the wide `input` `[T, H]` and norms the sum by `weight` `[H]`.
 pub fn forward(input: &Tensor, addend: Option<Addend<'_>>, weight: &Tensor, eps: f64, out: Normed<'_>) {
+    if let Some(kernels) = Kernels::on(weight).filter(|_| can_share(weight.numel())) {
+        return forward_kernel(kernels, input, addend, weight, eps, out);
+    }
     match Form::of(weight) {
         Form::Single => forward_fast::<f32>(input, addend, weight, eps, out),
         Form::Brain => forward_fast::<bf16>(input, addend, weight, eps, out),
@@ -92,6 +97,36 @@ fn norm_row<C: Narrow>(x: &[f32], weight: &[C], eps: f32, out: &mut [C]) -> f32 
     rstd
 }
 
+fn forward_kernel(
+    kernels: Kernels,
+    input: &Tensor,
+    addend: Option<Addend<'_>>,
+    weight: &Tensor,
+    eps: f64,
+    out: Normed<'_>,
+) {
+    let (rows, width) = (out.rstd.numel(), weight.numel());
+    let (add, bias) = (addend.map(|a| a.output), addend.and_then(|a| a.bias));
+    let together = pack(4, width, &[input, weight, out.output]);
+    let name = format!("norm_forward_{}_{together}", word(weight.kind()));
+    let residual = out.residual.map(|r| &*r);
+    kernels.launch(
+        &name,
+        blocks(rows, 256).sharing(width),
+        &[
+            input.into(),
+            add.into(),
+            bias.into(),
+            weight.into(),
+            (eps as f32).into(),
+            residual.into(),
+            (&*out.rstd).into(),
+            (&*out.output).into(),
+            width.into(),
+        ],
+    );
+}
+
 /// As [`forward`], in ATen calls of any kind.
 pub fn forward_slow(input: &Tensor, addend: Option<Addend<'_>>, weight: &Tensor, eps: f64, out: Normed<'_>) {
     let wide = input.kind();
@@ -127,6 +162,9 @@ pub fn backward(
     rounded: &mut Tensor,
     grad_weight: &mut Tensor,
 ) {
+    if let Some(kernels) = Kernels::on(saved.weight).filter(|_| can_share(saved.weight.numel())) {
+        return backward_kernel(kernels, grad_output, saved, grad_residual, rounded, grad_weight);
+    }
     match Form::of(saved.weight) {
         Form::Single => backward_fast::<f32>(grad_output, saved, grad_residual, rounded, grad_weight),
         Form::Brain => backward_fast::<bf16>(grad_output, saved, grad_residual, rounded, grad_weight),
@@ -195,6 +233,39 @@ pub(super) fn product<A: Narrow, C: Narrow>(a: &[A], b: &[f32], c: &[C]) -> f32 
         lanes[l] = (a.load() * c.load()).mul_add(*b, lanes[l]);
     }
     super::simd::fold(lanes)
+}
+
+/// Weight gradients of slabs of rows, then their sum.
+fn backward_kernel(
+    kernels: Kernels,
+    grad_output: &Tensor,
+    saved: Saved<'_>,
+    grad_residual: &mut Tensor,
+    rounded: &mut Tensor,
+    grad_weight: &mut Tensor,
+) {
+    let (rows, width) = (saved.rstd.numel(), saved.weight.numel());
+    let slabs = rows.div_ceil(SLAB);
+    let partial = Tensor::empty([slabs as i64, width as i64], (Kind::Float, saved.residual.device()));
+    let together = pack(4, width, &[grad_output, saved.residual, saved.weight, grad_residual, rounded]);
+    let name = format!("norm_backward_{}_{together}", word(saved.weight.kind()));
+    kernels.launch(
+        &name,
+        blocks(slabs, 256).sharing(width),
+        &[
+            grad_output.into(),
+            saved.residual.into(),
+            saved.rstd.into(),
+            saved.weight.into(),
+            (&*grad_residual).into(),
+            (&*rounded).into(),
+            (&partial).into(),
+            rows.into(),
+            width.into(),
+            SLAB.into(),
+        ],
+    );
+    sum_slabs(kernels, &partial, grad_weight);
 }
 
 /// As [`backward`], in ATen calls of any kind.

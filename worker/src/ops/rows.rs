@@ -1,6 +1,7 @@
 //! Loops over rows of matrices: lookup, selection, sums of columns, conversion.
 
-use super::form::{indices, Form};
+use super::form::{indices, small_integers, Form};
+use super::kernels::{blocks, word, Kernels};
 use super::simd::{vectorised, Narrow};
 use super::view::{elements, elements_mut, Element};
 use half::bf16;
@@ -10,6 +11,13 @@ use tch::{Device, Kind, Tensor};
 /// Rows of `table` `[_, H]` by id to the first rows of the wide `output` `[rows, H]`; the rest becomes zero.
 pub fn look_up(table: &Tensor, ids: &[u32], output: &mut Tensor) {
     let width = output.size()[1] as usize;
+    if let Some(kernels) = Kernels::on(table) {
+        let rows = output.size()[0] as usize;
+        let ids = small_integers((0..rows).map(|r| ids.get(r).map_or(-1, |&id| id as i32)), table);
+        let name = format!("look_up_{}", word(table.kind()));
+        let arguments = [table.into(), (&ids).into(), (&*output).into(), width.into()];
+        return kernels.launch(&name, blocks(rows, 256), &arguments);
+    }
     match Form::of(table) {
         Form::Single => look_up_rows::<f32>(elements(table), width, ids, elements_mut(output)),
         Form::Brain => look_up_rows::<bf16>(elements(table), width, ids, elements_mut(output)),
@@ -46,14 +54,16 @@ pub fn distinct(ids: &[u32]) -> Vec<u32> {
 /// The gradient of [`look_up`] by row of the table: for each of the [`distinct`] ids the sum of the rows of the wide `grad`
 /// `[rows, H]` that it was looked up for, first to last, to `sums`: wide `[distinct, H]`.
 pub fn sum_by_id(grad: &Tensor, ids: &[u32], sums: &mut Tensor) {
+    if let Some(kernels) = Kernels::on(grad) {
+        return sum_by_id_kernel(kernels, grad, ids, sums);
+    }
     if grad.device() != Device::Cpu {
         // Devices add rows in any order.
         let mut on_host = sums.to_device(Device::Cpu);
         sum_by_id(&grad.to_device(Device::Cpu), ids, &mut on_host);
         return sums.copy_(&on_host);
     }
-    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-    order.sort_by_key(|&row| (ids[row as usize], row));
+    let order = by_id(ids);
     let groups = order.chunk_by(|&a, &b| ids[a as usize] == ids[b as usize]);
     let _ = sums.zero_();
     if Form::of(grad) == Form::Single {
@@ -68,6 +78,24 @@ pub fn sum_by_id(grad: &Tensor, ids: &[u32], sums: &mut Tensor) {
         let at = groups.enumerate().flat_map(|(i, group)| vec![i as i64; group.len()]);
         let _ = sums.index_add_(0, &indices(at, grad), &grad.index_select(0, &index(&order, grad)));
     }
+}
+
+/// Rows in the order of their ids.
+fn by_id(ids: &[u32]) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
+    order.sort_by_key(|&row| (ids[row as usize], row));
+    order
+}
+
+fn sum_by_id_kernel(kernels: Kernels, grad: &Tensor, ids: &[u32], sums: &mut Tensor) {
+    let order = by_id(ids);
+    let first = |at: &usize| *at == 0 || ids[order[*at] as usize] != ids[order[*at - 1] as usize];
+    let starts = (0..order.len()).filter(first).chain([order.len()]);
+    let starts = small_integers(starts.map(|at| at as i32), grad);
+    let order = small_integers(order.iter().map(|&row| row as i32), grad);
+    let (groups, width) = (sums.size()[0] as usize, sums.size()[1] as usize);
+    let arguments = [grad.into(), (&order).into(), (&starts).into(), (&*sums).into(), width.into()];
+    kernels.launch("sum_by_id", blocks(groups, 256).times(width.div_ceil(256)), &arguments);
 }
 
 vectorised! {
@@ -163,12 +191,32 @@ pub fn scatter(chosen: &Tensor, at: &[u32], all: &mut Tensor) {
 pub fn sum_columns(matrix: &Tensor, wide: Kind) -> Tensor {
     let width = matrix.size()[1];
     let mut sums = Tensor::zeros([width], (wide, matrix.device()));
+    if let Some(kernels) = Kernels::on(matrix) {
+        let (rows, width) = (matrix.size()[0] as usize, width as usize);
+        let slabs = rows.div_ceil(SLAB);
+        let partial = Tensor::empty([slabs as i64, width as i64], (Kind::Float, matrix.device()));
+        let name = format!("sum_slab_{}", word(matrix.kind()));
+        let arguments = [matrix.into(), (&partial).into(), rows.into(), width.into(), SLAB.into()];
+        kernels.launch(&name, blocks(slabs, 256).times(width.div_ceil(256)), &arguments);
+        sum_slabs(kernels, &partial, &mut sums);
+        return sums;
+    }
     match Form::of(matrix) {
         Form::Single => add_rows::<f32>(elements_mut(&mut sums), elements(matrix)),
         Form::Brain => add_rows::<bf16>(elements_mut(&mut sums), elements(matrix)),
         Form::Aten => sums = matrix.sum_dim_intlist([0i64].as_slice(), false, wide),
     }
     sums
+}
+
+/// Rows that a block of a GPU sums alone: enough blocks for a whole GPU, from a thousand rows on.
+pub(super) const SLAB: usize = 16;
+
+/// The sums of the columns of `partial` `[slabs, N]`, as kernels leave them: fp32 `[N]`.
+pub(super) fn sum_slabs(kernels: Kernels, partial: &Tensor, sums: &mut Tensor) {
+    let (slabs, width) = (partial.size()[0] as usize, partial.size()[1] as usize);
+    let arguments = [partial.into(), (&*sums).into(), slabs.into(), width.into()];
+    kernels.launch("sum_slabs", blocks(width.div_ceil(32), 256), &arguments);
 }
 
 vectorised! {

@@ -3,10 +3,11 @@
 //! Shapes: `T` rows, `F` columns. Gate and up are either two tensors `[T, F]` or the halves of one `[T, 2F]`.
 
 use super::form::{self, Form};
+use super::kernels::{pack, striding, word, Argument, Kernels};
 use super::simd::{exp, vectorised, Narrow};
 use super::view::{elements, elements_mut};
 use half::bf16;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Where gate and up lie: `[gate | up]` in the rows of one tensor, or apart.
 pub enum GateUp<'a> {
@@ -16,10 +17,7 @@ pub enum GateUp<'a> {
 
 impl GateUp<'_> {
     fn form(&self) -> Form {
-        match self {
-            GateUp::Merged(both) => Form::of(both),
-            GateUp::Apart(gate, _) => Form::of(gate),
-        }
+        Form::of(self.tensor())
     }
 
     /// Views of both: `[T, F]` each.
@@ -30,6 +28,13 @@ impl GateUp<'_> {
                 (both.narrow(1, 0, width), both.narrow(1, width, width))
             }
             GateUp::Apart(gate, up) => (gate.shallow_clone(), up.shallow_clone()),
+        }
+    }
+
+    fn tensor(&self) -> &Tensor {
+        match self {
+            GateUp::Merged(both) => both,
+            GateUp::Apart(gate, _) => gate,
         }
     }
 
@@ -59,11 +64,37 @@ pub type Biases<'a> = Option<(&'a Tensor, &'a Tensor)>;
 /// Writes `silu(gate) * up` to `output` `[T, F]`. Biases are added to gate and up first, in place.
 pub fn forward(mut input: GateUp<'_>, biases: Biases<'_>, output: &mut Tensor) {
     add_biases(&mut input, biases);
+    if let Some(kernels) = Kernels::on(input.tensor()) {
+        return launch(kernels, "swiglu_forward", &input, output, Output::Last);
+    }
     match input.form() {
         Form::Single => forward_fast::<f32>(&mut input, output),
         Form::Brain => forward_fast::<bf16>(&mut input, output),
         Form::Aten => forward_slow(input, output),
     }
+}
+
+/// Where a kernel takes the output or its gradient.
+enum Output {
+    First,
+    Last,
+}
+
+/// Both kernels read gate and up beside a third tensor `[T, F]`.
+fn launch(kernels: Kernels, name: &str, input: &GateUp<'_>, output: &Tensor, place: Output) {
+    let width = output.size()[1] as usize;
+    let rows = output.numel() / width.max(1);
+    let (gate, up) = input.halves();
+    let most = if output.kind() == Kind::BFloat16 { 8 } else { 4 };
+    let together = pack(most, width, &[&gate, &up, output]);
+    let name = format!("{name}_{}_{together}", word(output.kind()));
+    let (gate, up, output, stride) = (Argument::from(&gate), Argument::from(&up), output.into(), gate.stride()[0]);
+    let tensors = match place {
+        Output::First => [output, gate, up],
+        Output::Last => [gate, up, output],
+    };
+    let shape = [(rows as i64).into(), width.into(), (stride as usize).into()];
+    kernels.launch(&name, striding(rows * width / together), &[tensors, shape].concat());
 }
 
 /// Few models have these biases; they pay for a pass of their own.
@@ -99,6 +130,9 @@ pub fn forward_slow(input: GateUp<'_>, output: &mut Tensor) {
 
 /// Replaces gate and up by their gradients, given that of the output `[T, F]`.
 pub fn backward(grad_output: &Tensor, mut input: GateUp<'_>) {
+    if let Some(kernels) = Kernels::on(input.tensor()) {
+        return launch(kernels, "swiglu_backward", &input, grad_output, Output::First);
+    }
     match input.form() {
         Form::Single => backward_fast::<f32>(grad_output, &mut input),
         Form::Brain => backward_fast::<bf16>(grad_output, &mut input),

@@ -2,6 +2,7 @@
 //! one pass over gradient, master, moments and parameter.
 
 use super::exact::Reduced;
+use crate::ops::kernels::Argument;
 use crate::ops::simd::vectorised;
 use half::bf16;
 
@@ -47,6 +48,12 @@ impl Settings {
 }
 
 impl Scalars {
+    /// As the kernel takes them.
+    pub(super) fn arguments(&self) -> [Argument; 8] {
+        let s = self;
+        [s.clip, s.decay, s.lerp1, s.beta2, s.lerp2, s.root_correction2, s.eps, s.negative_step_size].map(Into::into)
+    }
+
     /// The same update without weight decay.
     pub fn without_decay(mut self) -> Self {
         self.decay = 1.0;

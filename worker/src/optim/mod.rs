@@ -4,6 +4,7 @@
 pub mod adamw;
 pub mod exact;
 pub mod norm;
+pub mod on_device;
 pub mod shard;
 
 use crate::checkpoint::Source;

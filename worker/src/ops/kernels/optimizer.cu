@@ -1,0 +1,135 @@
+// The exact sum, the norm and AdamW: the same bits as the loops of the host, so state may lie on either side.
+
+// As the host: rounded to nearest, ties to even; what no i64 holds counts as zero (the peak refuses it).
+__device__ __forceinline__ i64 units(float leaf) {
+    const float x = leaf * 281474976710656.0f; // 2^48
+    return fabsf(x) < 9223372036854775808.0f ? __float2ll_rn(x) : 0;
+}
+
+__device__ __forceinline__ i64 plus(i64 a, i64 b) { return (i64)((unsigned long long)a + (unsigned long long)b); }
+
+// An element of a gradient: still a sum, or rounded from it.
+__device__ __forceinline__ float gradient_of(i64 sum) { return (float)((double)sum * (1.0 / 281474976710656.0)); }
+__device__ __forceinline__ float gradient_of(float gradient) { return gradient; }
+
+// The largest magnitude as bits: those of non-negative floats ascend with their values, infinity and then NaN above them.
+__device__ __forceinline__ void raise(u32 *peak, u32 most) {
+    for (int d = 16; d > 0; d /= 2) {
+        const u32 other = __shfl_xor_sync(0xffffffffu, most, d);
+        most = other > most ? other : most;
+    }
+    if (threadIdx.x % 32 == 0) atomicMax(peak, most);
+}
+
+// Adds a leaf to its sums, or sets them to it where it is their first, and raises the peak.
+template <class C, int V>
+__device__ __forceinline__ void add_leaf(i64 *sums, const C *leaf, i64 count, int first, u32 *peak) {
+    u32 most = 0;
+    for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * V; i < count; i += (i64)gridDim.x * blockDim.x * V) {
+        Pack<C, V> x = read<V>(leaf + i);
+        Pack<i64, V> total;
+        if (first)
+            for (int v = 0; v < V; v++) total.at[v] = 0;
+        else
+            total = read<V>(sums + i);
+        for (int v = 0; v < V; v++) {
+            const float value = load(x.at[v]);
+            const u32 magnitude = __float_as_uint(value) & 0x7fffffffu;
+            most = magnitude > most ? magnitude : most;
+            total.at[v] = plus(total.at[v], units(value));
+        }
+        write<V>(sums + i, total);
+    }
+    raise(peak, most);
+}
+
+#define ADD_LEAF(C, V)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256)                                   \
+        add_leaf_##C##_##V(i64 *sums, const C *leaf, i64 count, int first, u32 *peak) { \
+        add_leaf<C, V>(sums, leaf, count, first, peak);                                 \
+    }
+ADD_LEAF(float, 1)
+ADD_LEAF(float, 2)
+ADD_LEAF(bf16, 1)
+ADD_LEAF(bf16, 2)
+
+// Rows of a matrix: leaf [rows, width], to row at[r] each. A row comes once, so nobody else adds to it.
+extern "C" __global__ void __launch_bounds__(256)
+    add_leaf_rows(i64 *sums, const float *leaf, const int *at, int width, u32 *peak) {
+    u32 most = 0;
+    i64 *to = sums + (i64)at[blockIdx.x] * width;
+    const float *from = leaf + (i64)blockIdx.x * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        const u32 magnitude = __float_as_uint(from[i]) & 0x7fffffffu;
+        most = magnitude > most ? magnitude : most;
+        to[i] = plus(to[i], units(from[i]));
+    }
+    raise(peak, most);
+}
+
+extern "C" __global__ void __launch_bounds__(256) round_sums(const i64 *sums, float *gradients, i64 count) {
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x)
+        gradients[i] = gradient_of(sums[i]);
+}
+
+// The sum of squares of each chunk of 65,536 gradients, in sixteen lanes; sixteen chunks a block.
+template <class G> __device__ __forceinline__ void squares_of_chunks(const G *gradients, i64 count, double *partials) {
+    __shared__ double lanes[256];
+    const int lane = threadIdx.x % 16;
+    const i64 chunk = (i64)blockIdx.x * 16 + threadIdx.x / 16, first = chunk * 65536;
+    const i64 end = first + 65536 < count ? first + 65536 : count;
+    double sum = 0.0;
+#pragma unroll 8
+    for (i64 i = first + lane; i < end; i += 16) {
+        const double x = (double)gradient_of(gradients[i]);
+        sum += x * x;
+    }
+    lanes[threadIdx.x] = sum;
+    __syncthreads();
+    if (lane == 0 && first < count) {
+        double all = 0.0;
+        for (int l = 0; l < 16; l++) all += lanes[threadIdx.x + l];
+        partials[chunk] = all;
+    }
+}
+
+template <class G, class P>
+__device__ __forceinline__ void adamw(
+    const G *gradients, float *master, float *m, float *v, P *parameter, i64 count, float clip, float decay, float lerp1,
+    float beta2, float lerp2, float root_correction2, float eps, float negative_step_size
+) {
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
+        const float gradient = gradient_of(gradients[i]) * clip;
+        const float first = m[i] + lerp1 * (gradient - m[i]);
+        const float second = v[i] * beta2 + lerp2 * gradient * gradient;
+        const float denominator = sqrtf(second) / root_correction2 + eps;
+        const float next = master[i] * decay + negative_step_size * first / denominator;
+        m[i] = first;
+        v[i] = second;
+        master[i] = next;
+        parameter[i] = Kind<P>::store(next);
+    }
+}
+
+#define SQUARES(G)                                                                   \
+    extern "C" __global__ void __launch_bounds__(256)                                \
+        squares_of_chunks_##G(const G *gradients, i64 count, double *partials) {     \
+        squares_of_chunks<G>(gradients, count, partials);                            \
+    }
+SQUARES(i64)
+SQUARES(float)
+
+#define ADAMW(G, P)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256) adamw_##G##_##P(                                              \
+        const G *gradients, float *master, float *m, float *v, P *parameter, i64 count, float clip, float decay,    \
+        float lerp1, float beta2, float lerp2, float root_correction2, float eps, float negative_step_size          \
+    ) {                                                                                                             \
+        adamw<G, P>(                                                                                                \
+            gradients, master, m, v, parameter, count, clip, decay, lerp1, beta2, lerp2, root_correction2, eps,     \
+            negative_step_size                                                                                      \
+        );                                                                                                          \
+    }
+ADAMW(i64, float)
+ADAMW(i64, bf16)
+ADAMW(float, float)
+ADAMW(float, bf16)

@@ -1,0 +1,200 @@
+//! The exact sum, the norm and AdamW where sums and state lie on a GPU: the same bits as the loops of the host, so where
+//! they lie decides nothing.
+
+use super::adamw::Scalars;
+use crate::ops::form::small_integers;
+use crate::ops::kernels::{blocks, pack, striding, word, Kernels};
+use tch::{Kind, Tensor};
+use unisono_configs::model::CHUNK;
+
+/// Adds a leaf, fp32 or bf16, to its `sums`, or sets them to it where it is their first. `peak` `[1]` i32 rises to the bits
+/// of the largest magnitude.
+pub fn add_leaf(kernels: Kernels, sums: &Tensor, leaf: &Tensor, first: bool, peak: &Tensor) {
+    let count = leaf.numel();
+    assert_eq!(sums.numel(), count, "a leaf covers exactly its sums");
+    let together = pack(2, count, &[sums, leaf]);
+    let name = format!("add_leaf_{}_{together}", word(leaf.kind()));
+    let (length, first) = ((count as i64).into(), usize::from(first).into());
+    kernels.launch(&name, striding(count / together), &[sums.into(), leaf.into(), length, first, peak.into()]);
+}
+
+/// Adds rows, fp32 `[rows.len(), width]`, to the rows `at` of a matrix of sums; no row comes twice.
+pub fn add_rows(kernels: Kernels, sums: &Tensor, at: &[u32], leaf: &Tensor, peak: &Tensor) {
+    assert_eq!(leaf.kind(), Kind::Float, "rows come in fp32");
+    let width = leaf.numel() / at.len().max(1);
+    let rows = small_integers(at.iter().map(|&row| row as i32), sums);
+    let arguments = [sums.into(), leaf.into(), (&rows).into(), width.into(), peak.into()];
+    kernels.launch("add_leaf_rows", blocks(at.len(), 256), &arguments);
+}
+
+/// Rounds the sums of a step to gradients: fp32, as many.
+pub fn round(kernels: Kernels, sums: &Tensor, gradients: &Tensor) {
+    assert_eq!(sums.numel(), gradients.numel(), "a gradient for each sum");
+    let arguments = [sums.into(), gradients.into(), (sums.numel() as i64).into()];
+    kernels.launch("round_sums", striding(sums.numel()), &arguments);
+}
+
+/// Sums of squares of each chunk of gradients, sums or fp32: fp64.
+pub fn partials(kernels: Kernels, gradients: &Tensor) -> Tensor {
+    let chunks = gradients.numel().div_ceil(CHUNK);
+    let partials = Tensor::empty([chunks as i64], (Kind::Double, gradients.device()));
+    let arguments = [gradients.into(), (gradients.numel() as i64).into(), (&partials).into()];
+    kernels.launch(&format!("squares_of_chunks_{}", reduced(gradients)), blocks(chunks.div_ceil(16), 256), &arguments);
+    partials
+}
+
+/// The elements of one update, equally many of each.
+pub struct Span<'a> {
+    /// Sums or fp32, before clipping.
+    pub gradient: &'a Tensor,
+    pub master: &'a Tensor,
+    pub m: &'a Tensor,
+    pub v: &'a Tensor,
+    /// fp32 or bf16.
+    pub parameter: &'a Tensor,
+}
+
+/// Applies one update.
+pub fn update(kernels: Kernels, span: &Span<'_>, scalars: &Scalars) {
+    let count = span.gradient.numel();
+    let tensors = [span.gradient, span.master, span.m, span.v, span.parameter];
+    assert!(tensors.iter().all(|t| t.numel() == count), "one update of equally many elements");
+    let mut arguments: Vec<_> = tensors.into_iter().map(Into::into).collect();
+    arguments.push((count as i64).into());
+    arguments.extend(scalars.arguments());
+    let name = format!("adamw_{}_{}", reduced(span.gradient), word(span.parameter.kind()));
+    kernels.launch(&name, striding(count), &arguments);
+}
+
+fn reduced(gradient: &Tensor) -> &'static str {
+    match gradient.kind() {
+        Kind::Int64 => "i64",
+        other => word(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::kernels::emulator::Emulated;
+    use crate::ops::view::elements;
+    use crate::optim::adamw::{self, Settings};
+    use crate::optim::exact::{self, Reduced, UNIT};
+    use crate::optim::norm;
+    use half::bf16;
+    use tch::Device;
+
+    fn emulated() -> (Emulated, Kernels) {
+        let emulated = Emulated::begin().expect("a C++ compiler, as the bindings to libtorch need");
+        (emulated, Kernels::on(&Tensor::from(0.0f32)).expect("kernels"))
+    }
+
+    /// Values over many magnitudes, and the awkward ones.
+    fn leaf(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut values: Vec<f32> = (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let sign = if state & 1 == 0 { 1.0 } else { -1.0 };
+                sign * ((state >> 8) as f32 / (1 << 24) as f32) * 2f32.powi((state >> 3) as i32 % 40 - 30)
+            })
+            .collect();
+        for (value, special) in
+            values.iter_mut().zip([0.0, -0.0, 2f32.powi(-49), 3.0 * 2f32.powi(-49), -2f32.powi(-50)])
+        {
+            *value = special;
+        }
+        values
+    }
+
+    /// What the host's loops make of leaves that come one after another.
+    fn host_sums(leaves: &[Vec<f32>]) -> Vec<i64> {
+        let unit = |x: f32| (f64::from(x) / UNIT).round_ties_even() as i64;
+        (0..leaves[0].len()).map(|i| leaves.iter().map(|leaf| unit(leaf[i])).sum()).collect()
+    }
+
+    #[test]
+    fn sums_are_those_of_the_host() {
+        let (_emulated, kernels) = emulated();
+        for n in [1001, 1024] {
+            let leaves = [leaf(n, 1), leaf(n, 2), leaf(n, 3)];
+            let sums = Tensor::full([n as i64], 77, (Kind::Int64, Device::Cpu));
+            let peak = Tensor::zeros([1], (Kind::Int, Device::Cpu));
+            for (i, leaf) in leaves.iter().enumerate() {
+                add_leaf(kernels, &sums, &Tensor::from_slice(leaf), i == 0, &peak);
+            }
+            assert_eq!(elements::<i64>(&sums), host_sums(&leaves));
+            let most = leaves.iter().flatten().fold(0f32, |most, x| most.max(x.abs()));
+            assert_eq!(elements::<i32>(&peak)[0] as u32, most.to_bits());
+            let brain: Vec<bf16> = leaves[1].iter().map(|&x| bf16::from_f32(x)).collect();
+            add_leaf(kernels, &sums, &Tensor::from_slice(&leaves[1]).to_kind(Kind::BFloat16), true, &peak);
+            let wide: Vec<f32> = brain.iter().map(|x| x.to_f32()).collect();
+            assert_eq!(elements::<i64>(&sums), host_sums(&[wide]));
+        }
+        let (sums, peak) =
+            (Tensor::zeros([4], (Kind::Int64, Device::Cpu)), Tensor::zeros([1], (Kind::Int, Device::Cpu)));
+        add_leaf(kernels, &sums, &Tensor::from_slice(&[1.0, f32::INFINITY, f32::NAN, 3e38]), true, &peak);
+        assert_eq!(elements::<i64>(&sums), [1 << 48, 0, 0, 0], "what no integer holds counts as nothing");
+        assert!(f32::from_bits(elements::<i32>(&peak)[0] as u32).is_nan());
+    }
+
+    #[test]
+    fn rows_go_where_they_belong() {
+        let (_emulated, kernels) = emulated();
+        let (width, values) = (37, leaf(3 * 37, 5));
+        let sums = Tensor::ones([10 * 37], (Kind::Int64, Device::Cpu));
+        let peak = Tensor::zeros([1], (Kind::Int, Device::Cpu));
+        add_rows(kernels, &sums, &[1, 4, 9], &Tensor::from_slice(&values), &peak);
+        let mut expected = vec![1i64; 370];
+        for (i, row) in [1, 4, 9].into_iter().enumerate() {
+            let part = host_sums(&[values[i * width..(i + 1) * width].to_vec()]);
+            expected[row * width..(row + 1) * width].iter_mut().zip(part).for_each(|(e, x)| *e += x);
+        }
+        assert_eq!(elements::<i64>(&sums), expected);
+    }
+
+    #[test]
+    fn gradients_partials_and_updates_are_those_of_the_host_to_the_bit() {
+        let (_emulated, kernels) = emulated();
+        let n = CHUNK + 4321;
+        let sums = host_sums(&[leaf(n, 7), leaf(n, 8)]);
+        let on_device = Tensor::from_slice(&sums);
+        let gradients = Tensor::zeros([n as i64], (Kind::Float, Device::Cpu));
+        round(kernels, &on_device, &gradients);
+        let mut rounded = vec![0f32; n];
+        exact::round(&sums, &mut rounded);
+        assert!(elements::<f32>(&gradients).iter().zip(&rounded).all(|(a, b)| a.to_bits() == b.to_bits()));
+        let expected: Vec<f64> = sums.chunks(CHUNK).map(norm::partial).collect();
+        for gradient in [&on_device, &gradients] {
+            assert_eq!(elements::<f64>(&partials(kernels, gradient)), expected);
+        }
+        let settings = Settings { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
+        compare::<f32>(kernels, &sums, &settings.scalars(3, 1e-3, 0.7));
+        compare::<bf16>(kernels, &sums, &settings.scalars(1, 3e-4, 1.0).without_decay());
+    }
+
+    fn compare<P: adamw::Parameter + crate::ops::view::Element + Default + PartialEq>(
+        kernels: Kernels,
+        sums: &[i64],
+        scalars: &Scalars,
+    ) {
+        let n = sums.len();
+        let (mut master, mut m, mut v) = (leaf(n, 9), leaf(n, 10), leaf(n, 11));
+        v.iter_mut().for_each(|v| *v = v.abs());
+        let state = [&master, &m, &v].map(|values| Tensor::from_slice(values));
+        let mut parameter = vec![P::default(); n];
+        let on_device = Tensor::zeros([n as i64], (P::KIND, Device::Cpu));
+        let gradient: Vec<f32> = sums.iter().map(|q| q.gradient()).collect();
+        for gradient in [Tensor::from_slice(sums), Tensor::from_slice(&gradient)] {
+            let span =
+                adamw::Span { gradient: sums, master: &mut master, m: &mut m, v: &mut v, parameter: &mut parameter };
+            adamw::update(span, scalars);
+            let [master, m, v] = [0, 1, 2].map(|i| &state[i]);
+            update(kernels, &Span { gradient: &gradient, master, m, v, parameter: &on_device }, scalars);
+        }
+        for (found, expected) in state.iter().zip([&master, &m, &v]) {
+            assert!(elements::<f32>(found).iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()));
+        }
+        assert!(elements::<P>(&on_device) == parameter.as_slice());
+    }
+}
