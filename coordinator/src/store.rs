@@ -179,7 +179,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let local = Store::open(&format!("file://{}/deep/er", dir.path().display())).unwrap();
         let memory = Store::new(Arc::new(InMemory::new()), Key::from("some/prefix")).unwrap();
-        vec![(local, Some(dir)), (memory, None)]
+        let mut stores = vec![(local, Some(dir)), (memory, None)];
+        // A store that is there for tests, for example s3://bucket/prefix of a server that speaks S3.
+        if let Ok(url) = std::env::var("UNISONO_TEST_STORE") {
+            stores.push((Store::open(&format!("{url}/{}", std::process::id())).unwrap(), None));
+        }
+        stores
     }
 
     #[test]
