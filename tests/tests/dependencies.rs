@@ -15,6 +15,7 @@ const LONGEST: usize = 500;
 const UNSAFE: &[&str] = &[
     "coordinator/src/launch/child.rs",
     "worker/src/collective/bytes.rs",
+    "worker/src/device.rs",
     "worker/src/library.rs",
     "worker/src/lifeline.rs",
     "worker/src/model/weights.rs",
@@ -25,6 +26,7 @@ const UNSAFE: &[&str] = &[
     "worker/src/ops/operation.rs",
     "worker/src/ops/phantom.rs",
     "worker/src/ops/simd.rs",
+    "worker/src/ops/switches.rs",
     "worker/src/ops/view.rs",
 ];
 

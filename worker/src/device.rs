@@ -1,7 +1,12 @@
 //! What a worker computes on. The CUDA part of libtorch is opened on demand, so one binary serves machines with and without
 //! GPUs, and a machine without one needs none of its libraries.
+#![allow(unsafe_code)]
 
-use crate::library::Library;
+use crate::library::{self, Library};
+use crate::memory::Bytes;
+use crate::ops::{kernels, switches};
+use cudarc::driver::{result, sys};
+use std::process::Command;
 use tch::{Cuda, Device};
 
 /// Why a device cannot be used. Each is one sentence for a person.
@@ -11,33 +16,133 @@ pub enum Error {
     Unknown(String),
     #[error("cluster.device = \"cuda\", but the CUDA part of libtorch cannot be opened ({0}); install torch 2.11.0 with CUDA and set LIBTORCH to it, or set cluster.device = \"cpu\"")]
     NoLibrary(String),
-    #[error("cluster.device = \"cuda\", but CUDA finds no usable GPU; see that nvidia-smi lists one and that CUDA_VISIBLE_DEVICES does not hide it, or set cluster.device = \"cpu\"")]
+    #[error("cluster.device = \"cuda\", but NVIDIA's driver (libcuda.so.1) cannot be opened; install the driver, in a container run it with --gpus all, or set cluster.device = \"cpu\"")]
+    NoDriver,
+    #[error("NVIDIA's driver on this machine is for CUDA {found}, and libtorch 2.11.0 needs CUDA {NEEDED}: install driver 580 or newer, or set cluster.device = \"cpu\"", found = Version(*.0))]
+    OldDriver(i32),
+    #[error("cluster.device = \"cuda\", but CUDA finds no usable GPU{hidden}; see that nvidia-smi lists one, or set cluster.device = \"cpu\"", hidden = hidden())]
     NoGpu,
+    #[error("GPU {index} ({name}) is of compute capability {major}.{minor}, and bf16 needs 8.0 or newer (Ampere): use another GPU, or set cluster.device = \"cpu\"")]
+    OldGpu { index: usize, name: String, major: i32, minor: i32 },
+    #[error("GPU {index} has {free} of {total} free{holders}: end what holds it, or choose another GPU with CUDA_VISIBLE_DEVICES", free = Bytes(*.free), total = Bytes(*.total))]
+    Full { index: usize, free: u64, total: u64, holders: String },
+    #[error(transparent)]
+    Kernels(#[from] kernels::Error),
+    #[error(transparent)]
+    Switches(#[from] switches::Missing),
+}
+
+/// The CUDA that libtorch was built for.
+const NEEDED: Version = Version(13_000);
+
+/// As the driver counts: 13020 is 13.2.
+#[derive(PartialEq, PartialOrd)]
+struct Version(i32);
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.0 / 1000, self.0 % 1000 / 10)
+    }
+}
+
+fn hidden() -> String {
+    match std::env::var("CUDA_VISIBLE_DEVICES") {
+        Ok(devices) => format!(" (CUDA_VISIBLE_DEVICES is \"{devices}\")"),
+        Err(_) => String::new(),
+    }
 }
 
 /// The device `name` for the worker that is number `local` (from 0) on its machine.
 pub fn open(name: &str, local: usize) -> Result<Device, Error> {
     match name {
         "cpu" => Ok(Device::Cpu),
-        "cuda" => {
-            load_cuda()?;
-            match Cuda::device_count() {
-                count if count > 0 && Cuda::is_available() => {
-                    if local as i64 >= count {
-                        tracing::warn!(local, count, "workers share a GPU");
-                    }
-                    Ok(Device::Cuda(local % count as usize))
-                }
-                _ => Err(Error::NoGpu),
-            }
-        }
+        "cuda" => open_gpu(local),
         other => Err(Error::Unknown(other.to_owned())),
     }
 }
 
-/// Registers libtorch's CUDA backend, which happens as its library is loaded.
+fn open_gpu(local: usize) -> Result<Device, Error> {
+    load_cuda()?;
+    Library::open("libcuda.so.1").map_err(|_| Error::NoDriver)?;
+    let version = driver_version().ok_or(Error::NoDriver)?;
+    if Version(version) < NEEDED {
+        return Err(Error::OldDriver(version));
+    }
+    let count = Cuda::device_count();
+    if count <= 0 || !Cuda::is_available() {
+        return Err(Error::NoGpu);
+    }
+    let index = local % count as usize;
+    if local as i64 >= count {
+        tracing::warn!(local, count, "workers share a GPU");
+    }
+    let gpu = Gpu::describe(index).map_err(|_| Error::NoGpu)?;
+    if gpu.major < 8 {
+        let Gpu { name, major, minor, .. } = gpu;
+        return Err(Error::OldGpu { index, name, major, minor });
+    }
+    // libtorch's own context takes about half of this.
+    if gpu.free < 1 << 30 {
+        return Err(Error::Full { index, free: gpu.free, total: gpu.total, holders: holders() });
+    }
+    switches::make_deterministic()?;
+    kernels::load(index)?;
+    tracing::info!(index, name = gpu.name, free = gpu.free, driver = %Version(version), "a GPU");
+    Ok(Device::Cuda(index))
+}
+
+/// Registers libtorch's CUDA backend, which happens as its library is loaded: the one beside the libtorch that runs.
 fn load_cuda() -> Result<(), Error> {
-    Library::open("libtorch_cuda.so").map(drop).map_err(Error::NoLibrary)
+    let beside = library::loaded_from("libtorch_cpu.so").map(|torch| torch.with_file_name("libtorch_cuda.so"));
+    let found = beside.filter(|path| path.exists()).unwrap_or_else(|| "libtorch_cuda.so".into());
+    Library::open(found).map(drop).map_err(Error::NoLibrary)
+}
+
+/// The newest CUDA that the driver runs.
+fn driver_version() -> Option<i32> {
+    let mut version = 0;
+    // SAFETY: the driver's library is open, and the number is this frame's.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().ok().map(|()| version)
+}
+
+/// A GPU as its driver describes it.
+#[derive(Debug, Clone)]
+pub struct Gpu {
+    pub name: String,
+    pub major: i32,
+    pub minor: i32,
+    pub free: u64,
+    pub total: u64,
+}
+
+impl Gpu {
+    /// Makes the GPU's context, which libtorch uses too, this thread's own.
+    pub fn describe(index: usize) -> Result<Gpu, result::DriverError> {
+        result::init()?;
+        let device = result::device::get(index as i32)?;
+        // SAFETY: the device is the driver's own.
+        let attribute = |which| unsafe { result::device::get_attribute(device, which) };
+        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        // SAFETY: as above; the context is kept for good.
+        let context = unsafe { result::primary_ctx::retain(device) }?;
+        // SAFETY: a live context.
+        unsafe { result::ctx::set_current(context) }?;
+        let (free, total) = result::mem_get_info()?;
+        Ok(Gpu { name: result::device::get_name(device)?, major, minor, free: free as u64, total: total as u64 })
+    }
+}
+
+/// Who holds memory of GPUs, as nvidia-smi tells; empty where it tells nothing.
+fn holders() -> String {
+    let query = ["--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"];
+    let output = Command::new("nvidia-smi").args(query).output();
+    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    match lines.is_empty() {
+        true => String::new(),
+        false => format!(" (nvidia-smi lists {})", lines.join("; ")),
+    }
 }
 
 #[cfg(test)]
@@ -51,5 +156,16 @@ mod tests {
         if let Err(error) = open("cuda", 0) {
             assert!(error.to_string().contains("set cluster.device = \"cpu\""), "{error}");
         }
+    }
+
+    #[test]
+    fn what_does_not_fit_says_what_would() {
+        let old = Error::OldDriver(12_080).to_string();
+        assert!(old.contains("CUDA 12.8") && old.contains("CUDA 13.0") && old.contains("580"), "{old}");
+        let holders = " (nvidia-smi lists 77, python3, 140000 MiB)".to_owned();
+        let full = Error::Full { index: 1, free: 5 << 20, total: 141 << 30, holders }.to_string();
+        assert!(full.contains("GPU 1 has 5 MB of 151.40 GB free (nvidia-smi lists 77, python3"), "{full}");
+        let gpu = Error::OldGpu { index: 0, name: "Tesla V100".into(), major: 7, minor: 0 }.to_string();
+        assert!(gpu.contains("7.0") && gpu.contains("8.0"), "{gpu}");
     }
 }

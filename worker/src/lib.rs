@@ -13,6 +13,7 @@ pub mod model;
 pub mod ops;
 pub mod optim;
 pub mod restore;
+pub mod selftest;
 pub mod session;
 pub mod signals;
 pub mod train;

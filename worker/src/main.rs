@@ -3,6 +3,7 @@
 use clap::{Parser, Subcommand};
 use std::net::UdpSocket;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -12,7 +13,8 @@ use unisono_proto::v1::worker_message::Body;
 use unisono_proto::v1::{Epoch, Failure, Join, Phase};
 use unisono_worker::collective::tcp;
 use unisono_worker::link::{self, Link, Reporter};
-use unisono_worker::{fingerprint, lifeline, session, signals};
+use unisono_worker::model::Recompute;
+use unisono_worker::{fingerprint, lifeline, selftest, session, signals};
 
 /// The user's input is at fault.
 const BAD_INPUT: u8 = 2;
@@ -47,6 +49,91 @@ enum Command {
         #[arg(long, value_name = "HOST")]
         listen: Option<String>,
     },
+    /// Look at what a device really does: one JSON object per finding on standard output.
+    ///
+    /// Exits with 3 if something is not as it should be.
+    #[command(after_help = "Example: unisono-worker selftest operations --device cuda")]
+    Selftest {
+        #[command(subcommand)]
+        part: SelftestPart,
+        /// cpu or cuda.
+        #[arg(long, global = true, default_value = "cpu")]
+        device: String,
+    },
+}
+
+#[derive(Subcommand)]
+enum SelftestPart {
+    /// Every operation against fp64.
+    Operations,
+    /// Small random models against fp64, and twice for the same bits.
+    Models,
+    /// Models with what transformers made of them, as goldens/make.py writes it.
+    Goldens { directory: PathBuf },
+    /// Forward and backward passes of a model with random weights: tokens per second, and where the time goes.
+    Speed {
+        /// A directory with a config.json.
+        #[arg(long)]
+        model: PathBuf,
+        /// Tokens of a micro-batch.
+        #[arg(long, default_value_t = 4096)]
+        tokens: usize,
+        /// Tokens of each document in it.
+        #[arg(long, default_value_t = 1024)]
+        document: usize,
+        /// Share of the tokens that have a target.
+        #[arg(long, default_value_t = 1.0)]
+        share: f64,
+        #[arg(long, default_value_t = 5)]
+        passes: usize,
+        /// What the backward pass computes again: nothing, norms, up-projection or block.
+        #[arg(long, default_value = "nothing")]
+        recompute: String,
+        /// Compute in fp32 instead of bf16.
+        #[arg(long)]
+        fp32: bool,
+    },
+}
+
+impl SelftestPart {
+    fn part(self) -> Result<selftest::Part, String> {
+        Ok(match self {
+            SelftestPart::Operations => selftest::Part::Operations,
+            SelftestPart::Models => selftest::Part::Models,
+            SelftestPart::Goldens { directory } => selftest::Part::Goldens(directory),
+            SelftestPart::Speed { model, tokens, document, share, passes, recompute, fp32 } => {
+                let recompute = match recompute.as_str() {
+                    "nothing" => Recompute::Nothing,
+                    "norms" => Recompute::Norms,
+                    "up-projection" => Recompute::UpProjection,
+                    "block" => Recompute::Block,
+                    other => {
+                        let levels = "nothing, norms, up-projection or block";
+                        return Err(format!("--recompute {other} is no level: give {levels}"));
+                    }
+                };
+                if tokens == 0 || document == 0 || !(0.0..=1.0).contains(&share) || share == 0.0 {
+                    return Err("--tokens and --document must be positive, and --share above 0 and at most 1".into());
+                }
+                let compute = if fp32 { tch::Kind::Float } else { tch::Kind::BFloat16 };
+                let recompute = Some(recompute);
+                selftest::Part::Speed(selftest::Load { model, compute, tokens, document, share, passes, recompute })
+            }
+        })
+    }
+}
+
+#[allow(clippy::print_stdout)]
+fn look_at(part: SelftestPart, device: &str) -> ExitCode {
+    let part = match part.part() {
+        Ok(part) => part,
+        Err(problem) => return complain(&problem, BAD_INPUT),
+    };
+    match selftest::run(device, &part, &mut |finding| println!("{finding}")) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(RUN_FAILED),
+        Err(error) => complain(&error, BAD_INPUT),
+    }
 }
 
 fn main() -> ExitCode {
@@ -67,7 +154,10 @@ fn main() -> ExitCode {
     lifeline::keep_heap();
     let filter = tracing_subscriber::EnvFilter::try_from_env("UNISONO_LOG").unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let Command::Join { address, listen } = Arguments::parse().command;
+    let (address, listen) = match Arguments::parse().command {
+        Command::Join { address, listen } => (address, listen),
+        Command::Selftest { part, device } => return look_at(part, &device),
+    };
     if let Err(problem) = lifeline::watch(i32::from(RUN_FAILED)) {
         return complain(&problem, BAD_INPUT);
     }

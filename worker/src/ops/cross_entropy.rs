@@ -99,8 +99,9 @@ pub fn loss_and_gradient_slow(logits: &mut Tensor, targets: &[u32], scale: f64) 
     let at = indices(targets.iter().map(|&t| i64::from(t)), &real).unsqueeze(-1);
     let log_p = real.log_softmax(-1, wide);
     let loss = -log_p.gather(-1, &at, false).to_kind(Kind::Double).sum(Kind::Double).double_value(&[]);
-    let ones = Tensor::ones(at.size().as_slice(), (wide, at.device()));
-    let gradient = (log_p.exp().scatter_add(-1, &at, &-ones)) * scale;
+    let ids = Tensor::arange(real.size()[1], (Kind::Int64, real.device()));
+    // Not by adding at indices, which libtorch refuses on a GPU where it is to be deterministic.
+    let gradient = (log_p.exp() - ids.eq_tensor(&at).to_kind(wide)) * scale;
     let _ = logits.zero_();
     logits.narrow(0, 0, targets.len() as i64).copy_(&gradient);
     loss

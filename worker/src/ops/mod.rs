@@ -19,4 +19,5 @@ pub mod rows;
 pub mod simd;
 pub mod softmax;
 pub mod swiglu;
+pub mod switches;
 pub mod view;

@@ -3,13 +3,18 @@
 #![allow(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// Name, time and calls of an operation.
 pub type Entry = (&'static str, Duration, u64);
 
+/// Waits until all that was asked of a device is done.
+type Wait = Box<dyn Fn()>;
+
 thread_local! {
+    /// On a device: after each operation everybody waits for it, and the time is the clock's.
+    static WAIT: RefCell<Option<Wait>> = const { RefCell::new(None) };
     static TIMES: RefCell<Option<Vec<Entry>>> = const { RefCell::new(None) };
     static DRY: Cell<bool> = const { Cell::new(false) };
 }
@@ -80,8 +85,15 @@ pub fn start() {
     TIMES.with(|t| *t.borrow_mut() = Some(Vec::new()));
 }
 
+/// The same for a device that works behind this thread: `wait` returns when it is done.
+pub fn start_waiting(wait: impl Fn() + 'static) {
+    start();
+    WAIT.with(|w| *w.borrow_mut() = Some(Box::new(wait)));
+}
+
 /// Stops counting; operations come in order of first use.
 pub fn stop() -> Vec<Entry> {
+    WAIT.with(|w| *w.borrow_mut() = None);
     TIMES.with(|t| t.borrow_mut().take()).unwrap_or_default()
 }
 
@@ -94,9 +106,15 @@ pub fn operation<R: Outcome>(name: &'static str, work: impl FnOnce() -> R) -> R 
     if TIMES.with(|t| t.borrow().is_none()) {
         return work();
     }
-    let begin = thread_time();
+    let (begin, clock) = (thread_time(), Instant::now());
     let result = work();
-    let spent = thread_time() - begin;
+    let spent = WAIT.with(|wait| match &*wait.borrow() {
+        None => thread_time() - begin,
+        Some(wait) => {
+            wait();
+            clock.elapsed()
+        }
+    });
     TIMES.with(|t| {
         if let Some(times) = t.borrow_mut().as_mut() {
             match times.iter_mut().find(|(n, ..)| *n == name) {
