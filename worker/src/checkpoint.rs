@@ -90,6 +90,19 @@ fn reserve(dir: &Path, file: &File, source: Source<'_>) -> Result<(), Error> {
 
 fn write_file(file: File, source: Source<'_>) -> io::Result<(u64, blake3::Hash)> {
     let mut out = Hashing { inner: BufWriter::with_capacity(1 << 20, file), hasher: blake3::Hasher::new(), bytes: 0 };
+    write_to(&mut out, source)?;
+    let Hashing { inner, hasher, bytes } = out;
+    let file = inner.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.sync_all()?;
+    Ok((bytes, hasher.finalize()))
+}
+
+/// Appends to `out` what the file would hold.
+pub fn encode(source: Source<'_>, out: &mut Vec<u8>) {
+    write_to(out, source).expect("writing to memory does not fail");
+}
+
+fn write_to(out: &mut impl Write, source: Source<'_>) -> io::Result<()> {
     let header = header(source);
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
@@ -99,15 +112,13 @@ fn write_file(file: File, source: Source<'_>) -> io::Result<(u64, blake3::Hash)>
         for values in [&state.master, &state.m, &state.v] {
             for part in values[piece.of_shard.clone()].chunks(1 << 16) {
                 scratch.clear();
-                scratch.extend(part.iter().flat_map(|x| x.to_le_bytes()));
+                scratch.resize(4 * part.len(), 0);
+                scratch.as_chunks_mut::<4>().0.iter_mut().zip(part).for_each(|(b, x)| *b = x.to_le_bytes());
                 out.write_all(&scratch)?;
             }
         }
     }
-    let Hashing { inner, hasher, bytes } = out;
-    let file = inner.into_inner().map_err(io::IntoInnerError::into_error)?;
-    file.sync_all()?;
-    Ok((bytes, hasher.finalize()))
+    Ok(())
 }
 
 /// The safetensors header, padded with spaces so that the data starts at a multiple of 8 bytes.

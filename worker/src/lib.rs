@@ -16,4 +16,5 @@ pub mod restore;
 pub mod selftest;
 pub mod session;
 pub mod signals;
+pub mod snapshot;
 pub mod train;

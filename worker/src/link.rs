@@ -18,7 +18,7 @@ use unisono_proto::get_u32s;
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
 use unisono_proto::v1::{
-    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Join, MicroBatch, Phase, Suite,
+    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Go, Join, MicroBatch, Phase, Suite,
     WorkerMessage,
 };
 
@@ -186,6 +186,7 @@ impl Link {
             outgoing: Mutex::new(Some(outgoing)),
             on_end: Box::new(on_end),
             turn: Mutex::default(),
+            retained: Arc::default(),
         });
         if let Some(outgoing) = &*lock(&shared.outgoing) {
             outgoing.try_send(shared.message(ToCoordinator::Join(join))).expect("an empty channel has room");
@@ -210,6 +211,11 @@ impl Link {
 
     pub fn progress(&self) -> &Progress {
         &self.shared.progress
+    }
+
+    /// The newest snapshot that is whole everywhere, as the coordinator tells it.
+    pub fn retained(&self) -> Arc<AtomicU64> {
+        self.shared.retained.clone()
     }
 
     /// Ends blocked collectives when the link ends.
@@ -269,9 +275,9 @@ impl Link {
     }
 
     /// Waits until all workers are ready.
-    pub fn go(&self) -> Result<(), Error> {
+    pub fn go(&self) -> Result<Go, Error> {
         match self.wait(&self.incoming)? {
-            FromCoordinator::Go(_) => Ok(()),
+            FromCoordinator::Go(go) => Ok(go),
             other => Err(unexpected(&other, "Go")),
         }
     }
@@ -370,6 +376,7 @@ fn unexpected(body: &FromCoordinator, due: &str) -> Error {
         FromCoordinator::Abort(_) => "Abort",
         FromCoordinator::Halt(_) => "Halt",
         FromCoordinator::Proceed(_) => "Proceed",
+        FromCoordinator::Retain(_) => "Retain",
     };
     Error::Protocol(format!("sent {found} where {due} was due"))
 }

@@ -14,6 +14,7 @@ use unisono_proto::v1::{Epoch, Failure, Join, Phase};
 use unisono_worker::collective::tcp;
 use unisono_worker::link::{self, Link, Reporter};
 use unisono_worker::model::Recompute;
+use unisono_worker::snapshot::exchange::Exchange;
 use unisono_worker::{fingerprint, lifeline, selftest, session, signals};
 
 /// The user's input is at fault.
@@ -216,13 +217,18 @@ fn join(address: &str, listen: Option<String>) -> ExitCode {
         Ok(listening) => listening,
         Err(e) => return complain(&e, BAD_INPUT),
     };
+    let exchange = match Exchange::open(&host) {
+        Ok(exchange) => exchange,
+        Err(e) => return complain(&e, BAD_INPUT),
+    };
     let fingerprint = match fingerprint::fingerprint() {
         Ok(fingerprint) => fingerprint,
         Err(e) => return complain(&format!("this program's own file cannot be read ({e})"), RUN_FAILED),
     };
-    let mut join =
-        Join { listen, host: host_name(), pid: std::process::id(), fingerprint: Some(fingerprint), again: false };
-    let mut standing = session::Standing::new(listener);
+    let (host, pid, snapshots) = (host_name(), std::process::id(), exchange.address.clone());
+    let mut join = Join { listen, host, pid, fingerprint: Some(fingerprint), snapshots, ..Join::default() };
+    let held = exchange.store.clone();
+    let mut standing = session::Standing { snapshots: Some(exchange), ..session::Standing::new(listener) };
     let mut known = None;
     let mut link = match Link::open(address, token.clone(), join.clone(), known, leave_soon) {
         Ok(link) => link,
@@ -238,6 +244,7 @@ fn join(address: &str, listen: Option<String>) -> ExitCode {
             None => (known, join.again) = (link.known(), true),
         }
         link.close();
+        join.held = held.held();
         link = match rejoin(address, &token, &join, known, standing.patience) {
             Ok(link) => link,
             Err(e) => return complain(&e, code(&e)),

@@ -1,6 +1,7 @@
 //! Reads a checkpoint back: any range of any parameter's master and moments, whoever wrote how much of it. What the files
 //! hold is named in the manifest; that they are whole, the coordinator has verified before it assigns them.
 
+use crate::snapshot::Image;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -8,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const MANIFEST: &str = "MANIFEST.json";
 /// Elements read at once.
@@ -64,11 +66,21 @@ struct Listed {
     ranges: Vec<Held>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Held {
     tensor: String,
     begin: usize,
     end: usize,
+}
+
+/// What the names in an image's header say that it holds.
+fn ranges(header: &serde_json::Value) -> Vec<Held> {
+    let named = |key: &String| {
+        let (tensor, range) = key.rsplit_once("/master/")?;
+        let (begin, end) = range.split_once('-')?;
+        Some(Held { tensor: tensor.to_owned(), begin: begin.parse().ok()?, end: end.parse().ok()? })
+    };
+    header.as_object().into_iter().flat_map(|entries| entries.keys()).filter_map(named).collect()
 }
 
 /// Where a range of a parameter lies: the file, and the first byte of each part in it.
@@ -78,10 +90,37 @@ struct Place {
     offsets: [u64; 3],
 }
 
-/// An open checkpoint. Only headers are in memory.
+/// What a file holds, wherever it is.
+enum Content {
+    File(File),
+    Memory(Arc<Image>),
+}
+
+impl Content {
+    fn len(&self) -> io::Result<u64> {
+        match self {
+            Content::File(file) => Ok(file.metadata()?.len()),
+            Content::Memory(image) => Ok(image.bytes.len() as u64),
+        }
+    }
+
+    fn read_exact_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        match self {
+            Content::File(file) => file.read_exact_at(out, offset),
+            Content::Memory(image) => {
+                let from = usize::try_from(offset).ok().and_then(|offset| image.bytes.get(offset..));
+                let from = from.and_then(|rest| rest.get(..out.len())).ok_or(io::ErrorKind::UnexpectedEof)?;
+                out.copy_from_slice(from);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// An open checkpoint, or the images of one in memory. Only headers are read at once.
 pub struct Saved {
     directory: PathBuf,
-    files: Vec<(PathBuf, File)>,
+    files: Vec<(PathBuf, Content)>,
     places: BTreeMap<String, Vec<Place>>,
 }
 
@@ -104,10 +143,31 @@ impl Saved {
 
     fn add(&mut self, listed: &Listed) -> Result<(), Error> {
         let path = self.directory.join(&listed.name);
+        let opened = File::open(&path).map(Content::File);
+        let file = opened.map_err(|source| Error::Read { path: path.clone(), source })?;
+        self.add_content(path, file, |_| listed.ranges.clone())
+    }
+
+    /// The part of the state that `images` hold.
+    pub fn over(images: &[Arc<Image>]) -> Result<Self, Error> {
+        let directory = PathBuf::from("a worker's memory");
+        let mut saved = Saved { directory, files: Vec::new(), places: BTreeMap::new() };
+        for image in images {
+            let path = format!("snapshot after step {}, rank {}", image.name.step, image.name.rank);
+            saved.add_content(path.into(), Content::Memory(image.clone()), ranges)?;
+        }
+        Ok(saved)
+    }
+
+    fn add_content(
+        &mut self,
+        path: PathBuf,
+        file: Content,
+        ranges: impl FnOnce(&serde_json::Value) -> Vec<Held>,
+    ) -> Result<(), Error> {
         let damaged = |problem: String| Error::Damaged { path: path.clone(), problem };
         let read = |source| Error::Read { path: path.clone(), source };
-        let file = File::open(&path).map_err(read)?;
-        let size = file.metadata().map_err(read)?.len();
+        let size = file.len().map_err(read)?;
         let mut length = [0; 8];
         file.read_exact_at(&mut length, 0).map_err(read)?;
         let length = u64::from_le_bytes(length);
@@ -118,7 +178,7 @@ impl Saved {
         file.read_exact_at(&mut text, 8).map_err(read)?;
         let header: serde_json::Value =
             serde_json::from_slice(&text).map_err(|error| damaged(format!("its header is not JSON ({error})")))?;
-        for Held { tensor, begin, end } in &listed.ranges {
+        for Held { tensor, begin, end } in ranges(&header) {
             let mut offsets = [0; 3];
             for (offset, part) in offsets.iter_mut().zip(Part::ALL) {
                 let key = format!("{tensor}/{}/{begin}-{end}", part.name());
@@ -134,10 +194,22 @@ impl Saved {
                 };
                 *offset = 8 + length + first;
             }
-            let place = Place { elements: *begin..*end, file: self.files.len(), offsets };
-            self.places.entry(tensor.clone()).or_default().push(place);
+            let place = Place { elements: begin..end, file: self.files.len(), offsets };
+            self.places.entry(tensor).or_default().push(place);
         }
         self.files.push((path, file));
+        Ok(())
+    }
+
+    /// The masters of `range` of the flat parameter `tensor`, with zeros where they are not here.
+    pub fn read_masters_here(&self, tensor: &str, range: Range<usize>, out: &mut [f32]) -> Result<(), Error> {
+        out.fill(0.0);
+        for place in self.places.get(tensor).into_iter().flatten() {
+            let (begin, end) = (place.elements.start.max(range.start), place.elements.end.min(range.end));
+            if begin < end {
+                self.read(tensor, Part::Master, begin..end, &mut out[begin - range.start..end - range.start])?;
+            }
+        }
         Ok(())
     }
 

@@ -11,14 +11,18 @@ use crate::model::{self, Model, Recompute};
 use crate::optim::adamw::Settings;
 use crate::optim::Optimizer;
 use crate::restore::{self, Part, Saved};
+use crate::snapshot::exchange::{self, Circle, Exchange};
+use crate::snapshot::keeper::{Keeper, Means};
+use crate::snapshot::Image;
 use crate::train::{self, Trainer};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tch::Kind;
 use unisono_configs::model::{spec, ModelSpec};
 use unisono_proto::v1::worker_message::Body;
-use unisono_proto::v1::{self as wire, directive, Assign, Compute, Epoch, Phase, Ready};
+use unisono_proto::v1::{self as wire, directive, Assign, Compute, Epoch, Phase, Ready, SnapshotSource};
 
 /// Why a worker's life ended early.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +40,8 @@ pub enum Error {
     #[error(transparent)]
     Restore(#[from] restore::Error),
     #[error(transparent)]
+    Snapshot(#[from] exchange::Error),
+    #[error(transparent)]
     Device(#[from] device::Error),
     #[error(transparent)]
     Memory(#[from] memory::Error),
@@ -48,7 +54,7 @@ pub enum Error {
 impl Error {
     /// Whether the same work may succeed in another generation: a peer was lost, not this worker.
     pub fn recoverable(&self) -> bool {
-        matches!(self, Error::Collective(_) | Error::Train(train::Error::Collective(_)))
+        matches!(self, Error::Collective(_) | Error::Snapshot(_) | Error::Train(train::Error::Collective(_)))
     }
 
     /// The micro-batch that gave a bad number.
@@ -70,7 +76,7 @@ impl Error {
             | Error::Unsupported(_) => true,
             Error::Link(link::Error::Aborted(failure)) => failure.bad_input,
             Error::Link(link::Error::Refused(_) | link::Error::Dial(_)) => true,
-            Error::Link(_) | Error::Collective(_) | Error::Restore(_) | Error::Train(_) => false,
+            Error::Link(_) | Error::Collective(_) | Error::Restore(_) | Error::Snapshot(_) | Error::Train(_) => false,
         }
     }
 }
@@ -79,6 +85,8 @@ impl Error {
 pub struct Standing {
     /// Peers call here.
     pub listener: TcpListener,
+    /// Snapshots outlive generations; absent: none are kept.
+    pub snapshots: Option<Exchange>,
     /// As it was before this process, and any worker that joined with it, loaded anything.
     available: Available,
     baseline: u64,
@@ -94,7 +102,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 impl Standing {
     pub fn new(listener: TcpListener) -> Self {
         let (available, baseline) = (memory::available(), memory::resident());
-        Standing { listener, available, baseline, sharing: 0, patience: PATIENCE }
+        Standing { listener, snapshots: None, available, baseline, sharing: 0, patience: PATIENCE }
     }
 }
 
@@ -142,8 +150,12 @@ impl<'l> Loading<'l> {
         let Loading { link, standing, assign, epoch } = &self;
         link.progress().enter(Phase::Load);
         let membership = self.membership()?;
+        let circle = Circle::new(&membership.key, epoch.term, epoch.generation, membership.rank, membership.timeout);
+        if let Some(exchange) = &standing.snapshots {
+            exchange.enter(circle.clone());
+        }
         // Everybody is assigned at the same moment, so peers are met before loading makes some later than others.
-        let peers = Mesh::meet(&standing.listener, &membership, link.stopper())?;
+        let mut peers = Mesh::meet(&standing.listener, &membership, link.stopper())?;
         let (path, compute) = self.source()?;
         let device = device::open(&assign.device, place_on_host(&assign.peers, assign.rank as usize))?;
         let spec = ModelSpec::read(&path)?;
@@ -161,6 +173,7 @@ impl<'l> Loading<'l> {
                 trains: assign.trains,
                 recompute: recompute(assign.recompute()),
                 copies: assign.trains,
+                snapshots: assign.neighbour.is_some() && standing.snapshots.is_some(),
                 baseline: standing.baseline,
             };
             demand.plan(&standing.available, standing.sharing)?
@@ -175,14 +188,26 @@ impl<'l> Loading<'l> {
         weights.check(&layout)?;
         let tied = spec.tied;
         let failed = |source| Error::Model { path: path.clone(), source };
-        let saved =
-            assign.resume.as_ref().map(|resume| Saved::open(Path::new(&resume.path), resume.step)).transpose()?;
+        let held = assign.snapshot.as_ref();
+        if let Some(exchange) = &standing.snapshots {
+            // The neighbour's shard may be a few chunks larger than the own.
+            let limit = plan.snapshots / 4 + plan.snapshots / 16 + (8 << 20);
+            exchange.store.begin(held.map(|s| s.step), link.retained(), if plan.snapshots > 0 { limit } else { 0 });
+        }
+        let saved = match (held, &assign.resume) {
+            (Some(source), _) => Some(Saved::over(&self.gather_images(source, &circle)?)?),
+            (None, Some(resume)) => Some(Saved::open(Path::new(&resume.path), resume.step)?),
+            (None, None) => None,
+        };
         let mut model = match &saved {
             None => Model::load(&path, spec, compute, device).map_err(failed)?,
             Some(saved) => {
                 let mut model = Model::new(spec, compute, device);
-                let filled =
-                    model.fill(|name, range, out| saved.read(name, Part::Master, range, out).map_err(Filling::from));
+                let filled = model.fill(|name, range, out| match held {
+                    // Peers have the rest.
+                    Some(_) => saved.read_masters_here(name, range, out).map_err(Filling::from),
+                    None => saved.read(name, Part::Master, range, out).map_err(Filling::from),
+                });
                 filled.map_err(|error| error.named(&path))?;
                 model
             }
@@ -197,6 +222,10 @@ impl<'l> Loading<'l> {
                 None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
                 Some(saved) => new.load_state(|name, part, range, out| saved.read(name, part, range, out))?,
             }
+            if held.is_some() {
+                new.gather(&mut peers, &mut model)?;
+                model.publish().map_err(failed)?;
+            }
             optimizer = Some(new);
         }
         drop((weights, saved));
@@ -205,10 +234,51 @@ impl<'l> Loading<'l> {
         let link = *link;
         let new_saver = |o: &Optimizer| Saver::new(o.source(), o.layout().clone(), behind, link.reporter(), *epoch);
         let saver = optimizer.as_ref().map(new_saver);
-        let trainer = Trainer { link, model, optimizer, saver, peers: Box::new(peers), planned_bytes: plan.total() };
-        link.report(Body::Ready(Ready { memory: Some(trainer.memory()) }))?;
-        link.go()?;
+        let (planned_bytes, peers) = (plan.total(), Box::new(peers));
+        let mut trainer = Trainer { link, model, optimizer, saver, snapshots: None, peers, planned_bytes };
+        link.report(Body::Ready(Ready { memory: Some(trainer.memory()), snapshots: plan.snapshots > 0 }))?;
+        let every = link.go()?.snapshot_every;
+        if let (Some(exchange), Some(neighbour), 1.., Some(optimizer)) =
+            (&standing.snapshots, &assign.neighbour, every, &trainer.optimizer)
+        {
+            let timeline = assign.timeline[..].try_into();
+            let timeline = timeline.map_err(|_| link::Error::Protocol("assigned no timeline".into()))?;
+            let (store, neighbour, reporter) = (exchange.store.clone(), neighbour.clone(), link.reporter());
+            let mut keeper =
+                Keeper::new(Means { store, every, timeline, neighbour, circle, reporter, epoch: *epoch });
+            if let Some(source) = held {
+                // Whoever was lost held a part of it: it is in two places again, cut for those who are here now.
+                keeper.take(source.step, optimizer.source());
+            }
+            trainer.snapshots = Some(keeper);
+        }
         Ok(Training { trainer })
+    }
+
+    /// The images that this rank's shard is made of, from the own memory and from others'.
+    fn gather_images(&self, source: &SnapshotSource, circle: &Circle) -> Result<Vec<Arc<Image>>, Error> {
+        let malformed = || link::Error::Protocol("assigned a snapshot without holder or hash".into());
+        let Some(Exchange { store, .. }) = &self.standing.snapshots else { return Err(malformed().into()) };
+        let mut images = Vec::new();
+        for image in &source.images {
+            let (held, holder) = image.held.as_ref().zip(image.holder.as_ref()).ok_or_else(malformed)?;
+            let (name, hash) = exchange::identify(held).ok_or_else(malformed)?;
+            let here = store.find(&name, Some(&hash));
+            if let Some(here) = here {
+                if !here.is_intact() {
+                    store.forget(&name);
+                    return Err(exchange::Error::Damaged { step: name.step }.into());
+                }
+                images.push(here);
+                continue;
+            }
+            let (rank, address) = (holder.rank, &holder.address);
+            let fetched = exchange::get(circle, self.link.stopper(), address, rank, held, store)?;
+            tracing::info!(step = name.step, rank = name.rank, world = name.world, from = rank, "fetched a snapshot");
+            let own = (name.rank, name.world) == (self.assign.rank, self.assign.world);
+            images.push(if own { store.insert(fetched) } else { Arc::new(fetched) });
+        }
+        Ok(images)
     }
 
     fn membership(&self) -> Result<Membership, Error> {

@@ -6,6 +6,7 @@ use crate::link::{self, Link};
 use crate::memory;
 use crate::model::{self, Loss, Model};
 use crate::optim::{Optimizer, Parameters};
+use crate::snapshot::keeper::Keeper;
 use std::time::Instant;
 use tch::Tensor;
 use unisono_proto::put_u32s;
@@ -63,6 +64,8 @@ pub struct Trainer<'l> {
     pub optimizer: Option<Optimizer>,
     /// There where the optimizer is.
     pub saver: Option<Saver>,
+    /// There where snapshots are kept.
+    pub snapshots: Option<Keeper>,
     pub peers: Box<dyn Collective>,
     pub planned_bytes: u64,
 }
@@ -102,6 +105,11 @@ impl Trainer<'_> {
         optimizer.gather(peers, &mut self.model)?;
         self.model.publish().map_err(|source| Error::Publish { source })?;
         seconds.gather = clock.lap();
+
+        if let Some(keeper) = self.snapshots.as_mut().filter(|keeper| keeper.is_due(step.step)) {
+            keeper.take(step.step, optimizer.source());
+            seconds.snapshot = clock.lap();
+        }
 
         let activation_bytes = self.model.activation_bytes();
         tracing::debug!(step = step.step, ?seconds, activation_bytes, "carried out");

@@ -73,7 +73,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     ("eval", &["every"]),
-    ("checkpoint", &["every", "keep", "grace", "copy_to"]),
+    ("checkpoint", &["every", "snapshot_every", "keep", "grace", "copy_to"]),
 ];
 
 /// Keys that are planned: refused, but not as unknown.

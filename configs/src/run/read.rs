@@ -393,6 +393,7 @@ fn checkpoint(s: &Section<'_>) -> Result<Checkpoint, Error> {
     Ok(Checkpoint {
         copy_to,
         every: s.whole("every", d.every, 0)?,
+        snapshot_every: s.whole("snapshot_every", d.snapshot_every, 0)?,
         keep: s.whole("keep", d.keep as u64, 1)? as usize,
         grace: s.real("grace", d.grace, |x| x > 0.0 && x < 1e6, "a number of seconds above 0")?,
     })

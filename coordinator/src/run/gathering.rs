@@ -68,27 +68,40 @@ impl Machine {
         self.standard = self.standard.take().or(first);
         self.roster.arrange(&self.ranks);
         self.ranks = self.roster.workers().iter().map(|w| w.join.listen.clone()).collect();
-        self.rewind();
-        let (generation, members) = (self.generation, self.roster.members());
-        let mut effects = vec![Effect::Append(Entry::Membership(Membership { generation, members }))];
+        let held = self.held_step();
+        self.rewind(held);
+        let membership = Membership {
+            generation: self.generation,
+            members: self.roster.members(),
+            resume_step: self.committed,
+            from_memory: held.is_some(),
+            replayed: self.settings.recorded.newest() - self.committed.min(self.settings.recorded.newest()),
+        };
+        let generation = self.generation;
+        let mut effects = vec![Effect::Append(Entry::Membership(membership))];
         let mut key = blake3::Hasher::new_keyed(&self.settings.peer_secret);
         key.update(&generation.to_le_bytes());
         let peer_key = bytes::Bytes::copy_from_slice(key.finalize().as_bytes());
         let path = |step| manifest::directory(&self.settings.run_dir, step).display().to_string();
-        let resume =
-            (self.committed > 0).then(|| CheckpointSource { path: path(self.committed), step: self.committed });
+        let resume = (held.is_none() && self.committed > 0)
+            .then(|| CheckpointSource { path: path(self.committed), step: self.committed });
+        let mut sources = held.map(|step| self.snapshot_sources(step)).unwrap_or_default().into_iter();
+        let neighbours = self.snapshot_neighbours();
         let mut fresh: BTreeMap<&str, u32> = BTreeMap::new();
         for worker in self.roster.workers() {
             *fresh.entry(&worker.join.host).or_default() += u32::from(!worker.join.again);
         }
         let peers: Arc<[String]> = self.ranks.clone().into();
-        for (rank, worker) in (0..).zip(self.roster.workers()) {
+        for ((rank, worker), neighbour) in (0..).zip(self.roster.workers()).zip(neighbours) {
             let assign = Assign {
                 rank,
                 world: self.roster.len() as u32,
                 peer_key: peer_key.clone(),
                 resume: resume.clone(),
                 fresh: fresh[worker.join.host.as_str()],
+                snapshot: sources.next(),
+                timeline: bytes::Bytes::copy_from_slice(&self.settings.snapshots.timeline),
+                neighbour,
                 ..self.settings.assign.clone()
             };
             let (to, epoch, peers) = (worker.connection, self.epoch(), peers.clone());
@@ -104,6 +117,7 @@ impl Machine {
         let worker = self.roster.get_mut(rank);
         worker.ready = true;
         worker.memory = ready.memory.unwrap_or_default();
+        worker.snapshots = ready.snapshots;
         let mut effects = vec![self.memory(rank)];
         if self.roster.workers().iter().all(|w| w.ready) {
             self.phase = Phase::Running;
@@ -111,7 +125,7 @@ impl Machine {
             if self.started == 0.0 {
                 self.started = now;
             }
-            effects.extend(self.broadcast(Order::Go(Go {})));
+            effects.extend(self.broadcast(Order::Go(Go { snapshot_every: self.snapshot_every() })));
             effects.extend(self.queue_ahead(now));
         }
         effects

@@ -14,6 +14,7 @@ use super::recorded::Recorded;
 use super::roster::Roster;
 use super::saves::Saves;
 use super::settle::{self, Fault};
+use super::snapshots::{Kept, Snapshotting};
 use super::spike::{self, Spikes};
 use super::stopping::Stopping;
 use crate::checkpoint::manifest;
@@ -61,6 +62,7 @@ pub struct Settings {
     pub rows: Rows,
     /// Seconds in which a run that is asked to stop saves and ends.
     pub grace: f64,
+    pub snapshots: Snapshotting,
 }
 
 /// Names the rows of a micro-batch, for people: a pure function of the data.
@@ -102,6 +104,7 @@ pub struct Machine {
     /// Time of the first Go; 0 before.
     pub(super) started: f64,
     pub(super) saves: Saves,
+    pub(super) kept: Kept,
     pub(super) stopping: Option<Stopping>,
     pub(super) spikes: Spikes,
     /// Since when, which rank, and what it said.
@@ -135,6 +138,7 @@ impl Machine {
             last_commit: 0.0,
             started: 0.0,
             saves: Saves::new(committed),
+            kept: Kept::default(),
             stopping: None,
             spikes,
             complaint: None,
@@ -225,6 +229,7 @@ impl Machine {
             Report::Join(_) => Ok(self.blame(now, rank, "it joined twice on one stream".into())),
             Report::Ready(ready) => Ok(self.ready(now, rank, ready)),
             Report::Checkpoint(report) => Ok(self.written(now, rank, report)),
+            Report::Kept(kept) => Ok(self.kept(rank, kept.step)),
             Report::Halted(halted) => Ok(self.halted(now, rank, halted.begun)),
             Report::Departure(departure) => {
                 let host = &self.roster.workers()[rank].join.host;

@@ -31,6 +31,9 @@ pub mod schedule;
 pub mod settle;
 #[cfg(test)]
 mod simulated;
+pub mod snapshots;
+#[cfg(test)]
+mod snapshots_tests;
 pub mod spike;
 mod status;
 mod stopping;

@@ -259,6 +259,21 @@ impl Agenda {
         Agenda { due, planned: program.start() }
     }
 
+    /// What follows the update of the program's first step, which was made before: all that belongs to it is due, except for
+    /// the validation where that is known.
+    pub fn after_step(program: &Program, is_evaluated: impl Fn(u64) -> bool) -> Self {
+        let mut agenda = Self::new(program);
+        if let (Program::Train(training), step @ 1..) = (program, program.start()) {
+            let known = |item: &Item| match *item {
+                Item::Step(_) => true,
+                Item::Evaluate { suite: Suite::Validation, step } => is_evaluated(step),
+                _ => false,
+            };
+            agenda.due = after(training, step).into_iter().filter(|item| !known(item)).collect();
+        }
+        agenda
+    }
+
     /// A checkpoint as soon as may be: after the newest step that has been handed out.
     pub fn save_now(&mut self) {
         let after = self.due.iter().any(|item| matches!(item, Item::Checkpoint(_) | Item::Finish));

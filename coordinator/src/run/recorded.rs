@@ -58,6 +58,11 @@ impl Recorded {
         self.steps.last_key_value().map_or(0, |(step, _)| *step)
     }
 
+    /// Whether the validation after `step` is known.
+    pub fn is_evaluated(&self, step: u64) -> bool {
+        self.evaluations.keys().any(|(at, split, _)| *at == step && split == "validation")
+    }
+
     /// Losses of the steps up to `step`, oldest first.
     pub fn losses(&self, step: u64) -> impl Iterator<Item = f64> + '_ {
         self.steps.range(..=step).map(|(_, s)| s.loss)

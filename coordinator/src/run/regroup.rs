@@ -6,6 +6,7 @@ use super::gathering::Regrouping;
 use super::machine::Machine;
 use super::phases::Phase;
 use super::program::{Agenda, Item, Program};
+use super::snapshots::Kept;
 use super::spike::Spikes;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
@@ -52,13 +53,19 @@ impl Machine {
         effects
     }
 
-    /// Back to the newest checkpoint; without one, to the beginning.
-    pub(super) fn rewind(&mut self) {
-        let start = self.saves.newest;
+    /// Back to the state after step `held`, which workers have in memory; without one, to the newest checkpoint or the
+    /// beginning.
+    pub(super) fn rewind(&mut self, held: Option<u64>) {
+        let start = held.unwrap_or(self.saves.newest);
         if let Program::Train(training) = &mut self.program {
             training.start = start;
         }
-        self.agenda = Agenda::new(&self.program);
+        self.agenda = match held {
+            // A checkpoint comes last of what belongs to its step; a snapshot first.
+            Some(_) => Agenda::after_step(&self.program, |step| self.settings.recorded.is_evaluated(step)),
+            None => Agenda::new(&self.program),
+        };
+        self.kept = Kept::default();
         self.queue.clear();
         self.next_id = 1;
         self.committed = start;

@@ -48,9 +48,10 @@ fn complain(world: &mut World, from: Connection, message: &str) {
     world.apply(Event::Message { from, message }).unwrap();
 }
 
-/// Runs to the end with a death after each number of events in `deaths`, and returns the whole ledger.
-fn disturbed(workers: u32, steps: u64, script: &[(u8, u64)]) -> Vec<Entry> {
-    let mut world = World::new(workers, steps, Assignment::Balanced);
+/// Runs to the end, with deaths where `script` has them and a snapshot each `every` steps, and returns the whole ledger.
+fn disturbed(workers: u32, steps: u64, every: u64, script: &[(u8, u64)]) -> Vec<Entry> {
+    let machine = snapshotting(workers, steps, Assignment::Balanced, every);
+    let mut world = World::with(machine, workers, Vec::new());
     for &(kind, pick) in script {
         world.now += 0.1;
         let connections: Vec<Connection> = world.workers.keys().copied().collect();
@@ -83,10 +84,10 @@ proptest! {
     /// gives the same trace.
     #[test]
     fn whoever_dies_whenever_the_ledger_reads_like_an_undisturbed_one(
-        workers in 1u32..5, steps in 1u64..12, script in prop::collection::vec((0u8..40, 0u64..5), 0..400),
+        workers in 1u32..5, steps in 1u64..12, every in 0u64..4, script in prop::collection::vec((0u8..40, 0u64..5), 0..400),
     ) {
-        let ledger = disturbed(workers, steps, &script);
-        prop_assert_eq!(&ledger, &disturbed(workers, steps, &script));
+        let ledger = disturbed(workers, steps, every, &script);
+        prop_assert_eq!(&ledger, &disturbed(workers, steps, every, &script));
         let committed: Vec<(u64, u64)> = ledger.iter().filter_map(|e| match e {
             Entry::Step(s) => Some((s.step, s.loss.to_bits())),
             _ => None,

@@ -14,6 +14,8 @@ pub struct Worker {
     /// What it said last that it was doing.
     pub heartbeat: Heartbeat,
     pub ready: bool,
+    /// It has memory for snapshots.
+    pub snapshots: bool,
     pub drained: bool,
     /// It has said that it cannot go on, so that its leaving is no news.
     pub complained: bool,
@@ -64,6 +66,7 @@ impl Roster {
             heard: now,
             heartbeat: Heartbeat { phase: Phase::Join.into(), step: None },
             ready: false,
+            snapshots: false,
             drained: false,
             complained: false,
             gone: false,

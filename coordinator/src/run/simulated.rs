@@ -9,9 +9,11 @@ use super::plan::Plan;
 use super::program::{Program, Training};
 use super::recorded::Recorded;
 use super::schedule::LearningRate;
+use super::snapshots::Snapshotting;
 use super::units::Units;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use unisono_configs::model::{Bucket, Layout, TensorSlot, CHUNK};
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::directive::Body as Task;
@@ -19,7 +21,8 @@ use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
     Assign, Checkpoint, CheckpointCommitted, CheckpointCopied, CheckpointReport, Drained, Epoch, EvaluateReport,
-    Failure, Fingerprint, Halted, Heartbeat, Join, LossPart, Proceed, Ready, RunStarted, StepReport, WorkerMessage,
+    Failure, Fingerprint, Halted, Heartbeat, Held, Join, LossPart, Proceed, Ready, RunStarted, SnapshotKept, StepReport,
+    WorkerMessage,
 };
 
 const ROWS: usize = 23;
@@ -41,7 +44,14 @@ pub(super) fn program(assignment_steps: u64) -> Program {
 }
 
 pub(super) fn machine(world: u32, steps: u64, assignment: Assignment) -> Machine {
-    Machine::new(settings(world, assignment), program(steps))
+    snapshotting(world, steps, assignment, 0)
+}
+
+/// With a snapshot every `every` steps.
+pub(super) fn snapshotting(world: u32, steps: u64, assignment: Assignment, every: u64) -> Machine {
+    let mut settings = settings(world, assignment);
+    settings.snapshots.every = every;
+    Machine::new(settings, program(steps))
 }
 
 pub(super) fn settings(world: u32, assignment: Assignment) -> Settings {
@@ -61,12 +71,22 @@ pub(super) fn settings(world: u32, assignment: Assignment) -> Settings {
         spike: Default::default(),
         rows: Rows(Arc::new(|key| vec![format!("row {}", key.micro_batch)])),
         grace: 10.0,
+        snapshots: Snapshotting { every: 0, layout: Arc::new(layout()), timeline: [1; 32] },
     }
+}
+
+/// Two buckets of 7 and 3 chunks.
+pub(super) fn layout() -> Layout {
+    let bucket = |name: &str, chunks: usize| {
+        let (shape, elements) = (vec![chunks * CHUNK - 5], chunks * CHUNK - 5);
+        Bucket { name: name.into(), tensors: vec![TensorSlot { name: name.into(), shape, offset: 0 }], elements }
+    };
+    Layout { buckets: vec![bucket("a", 7), bucket("b", 3)] }
 }
 
 pub(super) fn join(listen: &str) -> Join {
     let fingerprint = Fingerprint { device: "cpu".into(), libtorch: "2.11.0".into(), ..Default::default() };
-    Join { listen: listen.into(), host: "ada".into(), pid: 1, fingerprint: Some(fingerprint), again: false }
+    Join { listen: listen.into(), host: "ada".into(), pid: 1, fingerprint: Some(fingerprint), ..Default::default() }
 }
 
 /// A worker that does what it is told, and what it has not said yet.
@@ -83,6 +103,8 @@ pub(super) struct Simulated {
     pub(super) listen: String,
     /// It was told that its generation is over, and joins again.
     pub(super) regroups: bool,
+    assign: Assign,
+    snapshot_every: u64,
 }
 
 /// The world around a machine: workers, ledger and committer.
@@ -99,6 +121,8 @@ pub(super) struct World {
     next: u64,
     /// Addresses of processes that are about to join.
     pub(super) joining: VecDeque<String>,
+    /// Snapshots by the address of the process that holds them.
+    pub(super) memory: BTreeMap<String, Vec<Held>>,
 }
 
 pub(super) fn loss(step: u64, micro_batch: u32) -> f64 {
@@ -111,6 +135,10 @@ impl World {
     }
 
     pub(super) fn with(machine: Machine, world: u32, ledger: Vec<Entry>) -> Self {
+        Self::remembering(machine, world, ledger, BTreeMap::new())
+    }
+
+    fn remembering(machine: Machine, world: u32, ledger: Vec<Entry>, memory: BTreeMap<String, Vec<Held>>) -> Self {
         let mut this = World {
             machine,
             now: 100.0,
@@ -122,6 +150,7 @@ impl World {
             over: false,
             next: 0,
             joining: VecDeque::new(),
+            memory,
         };
         let effects = this.machine.start();
         this.carry_out(effects);
@@ -135,7 +164,9 @@ impl World {
     pub(super) fn joins(&mut self, listen: String) -> Connection {
         let from = Connection(self.next);
         self.next += 1;
-        let joined = Event::Joined { from, join: join(&listen) };
+        let held = self.memory.get(&listen).cloned().unwrap_or_default();
+        let join = Join { held, snapshots: listen.clone(), ..join(&listen) };
+        let joined = Event::Joined { from, join };
         self.workers.insert(from, Simulated { listen, ..Simulated::default() });
         self.apply(joined).unwrap();
         from
@@ -144,6 +175,10 @@ impl World {
     /// The worker's process dies; another one is started in its place.
     pub(super) fn dies(&mut self, from: Connection) {
         let Some(worker) = self.workers.remove(&from) else { return };
+        // It may have a newer stream: then this was only the old one.
+        if !self.workers.values().any(|w| w.listen == worker.listen) {
+            self.memory.remove(&worker.listen);
+        }
         self.joining.retain(|listen| *listen != worker.listen);
         self.joining.push_back(format!("{}'", worker.listen));
         // Refused after the end.
@@ -162,14 +197,26 @@ impl World {
 
     /// A run that goes on after `start` steps; `ledger` is what it committed before it ended.
     pub(super) fn resumed(world: u32, steps: u64, start: u64, ledger: &[Entry]) -> Self {
+        Self::resumed_with(world, steps, start, 0, ledger, BTreeMap::new())
+    }
+
+    /// The same with a snapshot every `every` steps, by workers that hold what is in `memory`.
+    pub(super) fn resumed_with(
+        world: u32,
+        steps: u64,
+        start: u64,
+        every: u64,
+        ledger: &[Entry],
+        memory: BTreeMap<String, Vec<Held>>,
+    ) -> Self {
         let Program::Train(mut training) = program(steps) else { unreachable!() };
         training.start = start;
         let program = Program::Train(training);
         let mut recorded = Recorded::default();
         ledger.iter().for_each(|entry| recorded.note(entry));
         recorded.follow(&program);
-        let settings = Settings { recorded, ..machine(world, steps, Assignment::Balanced).settings };
-        Self::with(Machine::new(settings, program), world, ledger.to_vec())
+        let settings = Settings { recorded, ..snapshotting(world, steps, Assignment::Balanced, every).settings };
+        Self::remembering(Machine::new(settings, program), world, ledger.to_vec(), memory)
     }
 
     pub(super) fn apply(&mut self, event: Event) -> Result<(), Refusal> {
@@ -204,9 +251,22 @@ impl World {
             Order::Assign(assign) => {
                 worker.rank = assign.rank;
                 worker.epoch = Some(epoch);
-                worker.outbox.push_back((0, Report::Ready(Ready::default())));
+                worker.outbox.push_back((0, Report::Ready(Ready { snapshots: true, ..Ready::default() })));
+                let resumed = assign.snapshot.as_ref().map(|s| s.step);
+                for image in assign.snapshot.iter().flat_map(|s| &s.images) {
+                    let (held, holder) = (image.held.as_ref().unwrap(), image.holder.as_ref().unwrap());
+                    assert_eq!(Some(held.step), resumed, "never a mix of steps");
+                    assert!(self.memory[&holder.address].contains(held), "whoever is named has it");
+                }
+                // Everybody forgets what the new generation has no use for.
+                self.memory.entry(worker.listen.clone()).or_default().retain(|held| Some(held.step) == resumed);
+                worker.assign = assign;
             }
-            Order::Go(_) => {}
+            Order::Go(go) => worker.snapshot_every = go.snapshot_every,
+            Order::Retain(retain) => {
+                let memory = self.memory.entry(worker.listen.clone()).or_default();
+                memory.retain(|held| held.step >= retain.step);
+            }
             // It has begun what it said last, and perhaps what it would say next; it says so before anything else.
             Order::Halt(_) => {
                 let next = worker.outbox.front().map_or(0, |(id, _)| *id);
@@ -282,6 +342,29 @@ impl World {
         let Some(worker) = self.workers.get_mut(&from) else { return false };
         let Some((id, body)) = worker.outbox.pop_front() else { return false };
         worker.begun = worker.begun.max(id);
+        let every = worker.snapshot_every;
+        let Assign { rank, world, ref timeline, ref neighbour, .. } = worker.assign;
+        let held = |step| {
+            let name = [step, u64::from(rank), u64::from(world)].map(u64::to_le_bytes).concat();
+            let blake3 = blake3::hash(&name).as_bytes().to_vec().into();
+            Held { step, rank, world, timeline: timeline.clone(), bytes: 1, blake3 }
+        };
+        match &body {
+            Report::Step(StepReport { step, .. }) if every > 0 && step.is_multiple_of(every) => {
+                let own = self.memory.entry(worker.listen.clone()).or_default();
+                own.push(held(*step));
+                // It takes a while.
+                let later = worker.outbox.len().min(1);
+                worker.outbox.insert(later, (id, Report::Kept(SnapshotKept { step: *step })));
+            }
+            Report::Kept(SnapshotKept { step }) => {
+                let neighbour = &neighbour.as_ref().unwrap().address;
+                // Nobody keeps it where the neighbour has died.
+                let Some(theirs) = self.memory.get_mut(neighbour) else { return true };
+                theirs.push(held(*step));
+            }
+            _ => {}
+        }
         let message = WorkerMessage { epoch: worker.epoch, body: Some(body) };
         self.apply(Event::Message { from, message }).is_ok()
     }

@@ -20,6 +20,7 @@ use crate::data::Notice;
 use crate::run::event::Outcome;
 use crate::run::machine::{Machine, Rows, Settings};
 use crate::run::program::Program;
+use crate::run::snapshots::{Snapshotting, Timeline};
 use crate::run::spike;
 use access::Access;
 use commit::{Archive, Committer};
@@ -92,6 +93,11 @@ pub async fn serve(
             Arc::new(move |key| work.name_rows(key))
         }),
         grace: setup.config.checkpoint.grace,
+        snapshots: Snapshotting {
+            every: setup.config.checkpoint.snapshot_every,
+            layout: Arc::new(layout.clone()),
+            timeline: timeline(&setup.config, program.steps()),
+        },
     };
     let (commands, queue) = std::sync::mpsc::channel();
     let handle = Handle::new(commands);
@@ -264,6 +270,13 @@ fn fingerprint(config: &RunConfig) -> String {
     let parts = (&config.model, &config.data, &config.split, &config.mix, &config.train);
     let text = serde_json::to_vec(&parts).expect("a configuration serializes");
     blake3::hash(&text).to_hex().to_string()
+}
+
+/// What decides the state after a step.
+fn timeline(config: &RunConfig, steps: u64) -> Timeline {
+    let mut hasher = blake3::Hasher::new_derive_key("unisono 1 timeline");
+    hasher.update(fingerprint(config).as_bytes()).update(&steps.to_le_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 fn secret() -> [u8; 32] {

@@ -2,7 +2,7 @@
 //! associative, so the algorithm and the order of arrival cannot change a bit.
 
 mod bytes;
-mod handshake;
+pub(crate) mod handshake;
 mod piece;
 pub mod tcp;
 

@@ -51,7 +51,8 @@ impl Stopper {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).stopped
     }
 
-    fn watch(&self, stream: &TcpStream) -> io::Result<()> {
+    /// Stops this stream too; an error where everything has been stopped before.
+    pub fn watch(&self, stream: &TcpStream) -> io::Result<()> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if inner.stopped {
             return Err(io::ErrorKind::ConnectionAborted.into());

@@ -44,6 +44,8 @@ pub(super) struct Shared {
     pub outgoing: Mutex<Option<mpsc::Sender<WorkerMessage>>>,
     pub on_end: Box<OnEnd>,
     pub turn: Mutex<Turn>,
+    /// The newest snapshot that is whole everywhere.
+    pub retained: Arc<AtomicU64>,
 }
 
 /// Which directive was begun last, and whether another may be.
@@ -163,6 +165,10 @@ fn take(
             return Err(if abort.regroup { Error::Regroup(failure) } else { Error::Aborted(failure) });
         }
         FromCoordinator::Acknowledge(_) => return Ok(()),
+        FromCoordinator::Retain(retain) => {
+            shared.retained.fetch_max(retain.step, Ordering::Relaxed);
+            return Ok(());
+        }
         FromCoordinator::Assign(assign) => {
             *lock(&shared.epoch) = message.epoch;
             if shared.rank.set(assign.rank).is_err() {

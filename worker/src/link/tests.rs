@@ -30,7 +30,7 @@ fn a_worker_s_life_in_order() {
     let fake = Fake::start(batch);
     let (link, attendant) = joined(&fake);
     assert_eq!(link.rank(), Some(1));
-    attendant.tell(1, FromCoordinator::Go(Go {}));
+    attendant.tell(1, FromCoordinator::Go(Go::default()));
     link.go().unwrap();
     attendant.direct(1, step(7, &[3, 1]));
     attendant.direct(2, directive::Body::Finish(Finish {}));
@@ -126,7 +126,7 @@ fn messages_of_the_past_are_dropped() {
     attendant.tell(5, assign(0));
     link.assignment().unwrap();
     attendant.tell(4, FromCoordinator::Abort(Abort::default()));
-    attendant.tell(4, FromCoordinator::Go(Go {}));
+    attendant.tell(4, FromCoordinator::Go(Go::default()));
     let checkpoint = directive::Body::Checkpoint(Checkpoint { step: 3, ..Default::default() });
     attendant.tell(5, FromCoordinator::Directive(Directive { id: 1, body: Some(checkpoint) }));
     assert_eq!(link.directive().unwrap().id, 1);

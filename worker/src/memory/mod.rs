@@ -24,6 +24,8 @@ pub struct Demand<'a> {
     pub recompute: Option<Recompute>,
     /// The own shard is copied to be saved behind training, where there is room for that without computing anything again.
     pub copies: bool,
+    /// Snapshots of the own shard and of a neighbour's are kept, where there is room for that besides.
+    pub snapshots: bool,
     /// Resident bytes before anything is loaded: the binary and libtorch.
     pub baseline: u64,
 }
@@ -39,6 +41,8 @@ pub struct Plan {
     pub optimizer: u64,
     /// The same again, for the save behind training; 0 where there is no room for it.
     pub copy: u64,
+    /// Two snapshots of the own shard and two of a neighbour's; 0 where there is no room for them.
+    pub snapshots: u64,
     /// Saved for the backward pass of the largest micro-batch, and all temporaries, as a dry run takes them.
     pub activations: u64,
     pub recompute: Recompute,
@@ -46,6 +50,8 @@ pub struct Plan {
 
 /// Kernels that oneDNN compiles, buffers of both connections and of the allocator: 45 to 55 MB were measured.
 const WORKING: u64 = 64 << 20;
+/// What four snapshots need besides the state.
+const SNAPSHOT_HEADERS: u64 = 1 << 20;
 /// Tokens by which micro-batches are rounded up.
 const QUANTUM: usize = 64;
 /// No micro-batch has more.
@@ -53,7 +59,7 @@ const MOST_TOKENS: usize = 120_000;
 
 impl Plan {
     pub fn total(&self) -> u64 {
-        self.baseline + self.parameters + self.sums + self.optimizer + self.copy + self.activations
+        self.baseline + self.parameters + self.sums + self.optimizer + self.copy + self.snapshots + self.activations
     }
 }
 
@@ -78,6 +84,7 @@ impl Demand<'_> {
             sums: trains * 8 * parameters as u64,
             optimizer: trains * 12 * self.owned as u64,
             copy: 0,
+            snapshots: 0,
             activations: (4 * self.tokens * spec.hidden * streams) as u64,
             recompute: Recompute::Block,
         }
@@ -111,9 +118,12 @@ impl Demand<'_> {
         let each = available.bytes / workers as u64;
         let plan = self.best(each)?;
         if plan.total() <= each {
+            let fitting = |plan: &Plan, bytes: u64| if plan.total() + bytes <= each { bytes } else { 0 };
             let copy = if self.copies { 12 * self.owned as u64 } else { 0 };
-            let fits = plan.total() + copy <= each;
-            return Ok(Plan { copy: if fits { copy } else { 0 }, ..plan });
+            let plan = Plan { copy: fitting(&plan, copy), ..plan };
+            let after_copy = plan.copy == copy && self.snapshots;
+            let snapshots = if after_copy { 4 * copy + SNAPSHOT_HEADERS } else { 0 };
+            return Ok(Plan { snapshots: fitting(&plan, snapshots), ..plan });
         }
         // Computing again costs little speed, shorter micro-batches a little more, fewer workers much, another model
         // everything.
@@ -177,11 +187,12 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "each: parameters {}, gradient sums {}, optimizer {}, its copy to save {}, activations {} ({}), program {}",
+            "each: parameters {}, gradient sums {}, optimizer {}, its copy to save {}, snapshots {}, activations {} ({}), program {}",
             Bytes(self.parameters),
             Bytes(self.sums),
             Bytes(self.optimizer),
             Bytes(self.copy),
+            Bytes(self.snapshots),
             Bytes(self.activations),
             self.recompute,
             Bytes(self.baseline)
@@ -220,7 +231,8 @@ mod tests {
 
     fn demand(sketch: &Model) -> Demand<'_> {
         let (recompute, copies) = (Some(Recompute::Nothing), false);
-        Demand { sketch, owned: 100_000, tokens: 4096, document: 256, trains: true, recompute, copies, baseline: 1000 }
+        let snapshots = false;
+        Demand { sketch, owned: 100_000, tokens: 4096, document: 256, trains: true, recompute, copies, snapshots, baseline: 1000 }
     }
 
     fn left(bytes: u64) -> Available {
@@ -242,6 +254,11 @@ mod tests {
         let copy = |bytes| copies.plan(&left(bytes), 1).unwrap().copy;
         let whole = plan.total() + plan.optimizer;
         assert_eq!((copy(whole - 1), copy(whole)), (0, plan.optimizer));
+        // So are snapshots, after that.
+        let held = Demand { snapshots: true, ..copies };
+        let snapshots = |bytes| held.plan(&left(bytes), 1).unwrap().snapshots;
+        let all = 4 * plan.optimizer + SNAPSHOT_HEADERS;
+        assert_eq!((snapshots(whole + all - 1), snapshots(whole + all)), (0, all));
         let parameters = sketch.layout().parameters() as u64;
         assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2 * parameters, 8 * parameters, 1_200_000));
         let idle = Demand { trains: false, recompute: None, ..demand }.plan(&left(1 << 40), 1).unwrap();

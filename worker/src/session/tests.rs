@@ -136,7 +136,7 @@ fn prepare(attendants: &[Attendant], joins: &[Join], assign: impl Fn(u32) -> Ass
         other => panic!("Ready, not {other:?}"),
     });
     let memory = ready.collect();
-    attendants.iter().for_each(|attendant| attendant.tell(1, Told::Go(Go {})));
+    attendants.iter().for_each(|attendant| attendant.tell(1, Told::Go(Go::default())));
     memory
 }
 

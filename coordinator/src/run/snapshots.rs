@@ -1,0 +1,212 @@
+//! Snapshots in the workers' memory: which state they still hold after a loss, and who hands out what of it. All of it
+//! follows from the lists of what each worker says that it holds; a step counts only where its shards tile the model.
+
+use super::event::Effect;
+use super::machine::Machine;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+use unisono_configs::model::Layout;
+use unisono_proto::v1::coordinator_message::Body as Order;
+use unisono_proto::v1::{Held, Neighbour, Retain, SnapshotImage, SnapshotSource};
+
+/// No run has more workers.
+const MOST_WORKERS: u32 = 1 << 16;
+
+/// What decides the state after a step: states of two timelines have nothing to do with each other.
+pub type Timeline = [u8; 32];
+
+/// How snapshots are taken, and which count.
+#[derive(Debug, Clone)]
+pub struct Snapshotting {
+    /// Steps between them; 0: none.
+    pub every: u64,
+    pub layout: Arc<Layout>,
+    pub timeline: Timeline,
+}
+
+/// One held shard, and the place of its holder among the workers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Holding<'a> {
+    pub holder: usize,
+    pub held: &'a Held,
+}
+
+/// For each bucket a range of chunks.
+type Chunks = Vec<Range<usize>>;
+
+/// What workers hold, with the chunks that each shard is made of.
+pub struct Holdings<'a> {
+    layout: &'a Layout,
+    all: Vec<(Holding<'a>, Chunks)>,
+}
+
+impl<'a> Holdings<'a> {
+    /// `held`: by worker. What is of another timeline does not count, nor what two workers hold differently.
+    pub fn new(layout: &'a Layout, timeline: &Timeline, held: impl Iterator<Item = &'a [Held]>) -> Self {
+        let name = |held: &Held| (held.step, held.world, held.rank);
+        let mut hashes: BTreeMap<(u64, u32, u32), BTreeSet<&[u8]>> = BTreeMap::new();
+        let mut counted = Vec::new();
+        for (holder, list) in held.enumerate() {
+            let whole = |h: &&Held| h.timeline == timeline[..] && h.rank < h.world && h.world <= MOST_WORKERS;
+            for held in list.iter().filter(whole) {
+                hashes.entry(name(held)).or_default().insert(&held.blake3);
+                counted.push(Holding { holder, held });
+            }
+        }
+        counted.retain(|h| hashes[&name(h.held)].len() == 1);
+        let mut shards: BTreeMap<(u32, u32), Chunks> = BTreeMap::new();
+        let mut chunks = |h: &Held| {
+            let shard = || layout.shard(h.rank as usize, h.world as usize);
+            shards.entry((h.world, h.rank)).or_insert_with(shard).clone()
+        };
+        let all = counted.into_iter().map(|h| (h, chunks(h.held))).collect();
+        Holdings { layout, all }
+    }
+
+    /// The newest step after `after` and up to `until` of which every chunk is held.
+    pub fn newest(&self, after: u64, until: u64) -> Option<u64> {
+        let steps: BTreeSet<u64> = self.all.iter().map(|(h, _)| h.held.step).collect();
+        steps.into_iter().rev().find(|&step| step > after && step <= until && self.is_whole(step))
+    }
+
+    fn is_whole(&self, step: u64) -> bool {
+        (0..self.layout.buckets.len()).all(|bucket| {
+            let of_step = self.all.iter().filter(|(h, _)| h.held.step == step);
+            let mut ranges: Vec<_> = of_step.map(|(_, chunks)| chunks[bucket].clone()).collect();
+            ranges.sort_by_key(|r| r.start);
+            let reached = ranges.iter().fold(0, |end, r| if r.start <= end { end.max(r.end) } else { end });
+            reached == self.layout.buckets[bucket].chunks()
+        })
+    }
+
+    /// Which shards of `step` rank `rank` of `world` needs for its own: the own memory first, then a copy of the very shard,
+    /// then whoever comes next in turn, so that no holder serves all. Holders are ranks of the same world.
+    pub fn sources(&self, step: u64, rank: usize, world: usize) -> Vec<Holding<'a>> {
+        let mut missing = Missing::new(self.layout.shard(rank, world));
+        let mut candidates: Vec<_> = self.all.iter().filter(|(h, _)| h.held.step == step).collect();
+        let shard = (rank as u32, world as u32);
+        candidates.sort_by_key(|(h, _)| {
+            let elsewhere = (h.holder + world - rank) % world;
+            (elsewhere > 0, (h.held.rank, h.held.world) != shard, elsewhere, h.held.world, h.held.rank)
+        });
+        let mut chosen = Vec::new();
+        for (holding, chunks) in candidates {
+            if missing.is_empty() {
+                break;
+            }
+            if missing.take(chunks) {
+                chosen.push(*holding);
+            }
+        }
+        chosen
+    }
+}
+
+/// Chunks that no source has been found for.
+struct Missing(Vec<Vec<Range<usize>>>);
+
+impl Missing {
+    fn new(needed: Chunks) -> Self {
+        Missing(needed.into_iter().map(|range| vec![range]).collect())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.iter().flatten().all(Range::is_empty)
+    }
+
+    /// Takes `chunks` out; false where none of them was missing.
+    fn take(&mut self, chunks: &Chunks) -> bool {
+        let mut taken = false;
+        for (missing, found) in self.0.iter_mut().zip(chunks) {
+            let cut = |range: &Range<usize>| {
+                let before = range.start..range.end.min(found.start);
+                let after = range.start.max(found.end)..range.end;
+                [before, after]
+            };
+            let left: Vec<_> = missing.iter().flat_map(cut).filter(|r| !r.is_empty()).collect();
+            let count = |ranges: &[Range<usize>]| ranges.iter().map(ExactSizeIterator::len).sum::<usize>();
+            taken |= count(&left) < count(missing);
+            *missing = left;
+        }
+        taken
+    }
+}
+
+/// Who keeps a copy of each rank's snapshots, from the ranks' hosts: everyone has one neighbour and is the neighbour of
+/// one, on another host wherever the hosts allow it.
+pub fn neighbours(hosts: &[&str]) -> Vec<Option<usize>> {
+    let world = hosts.len();
+    if world < 2 {
+        return vec![None; world];
+    }
+    let mut by_host: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    hosts.iter().enumerate().for_each(|(rank, host)| by_host.entry(host).or_default().push(rank));
+    let most = by_host.values().map(Vec::len).max().unwrap_or(1);
+    let shift = if most == world { 1 } else { most };
+    let order: Vec<usize> = by_host.into_values().flatten().collect();
+    let mut neighbours = vec![None; world];
+    for (place, &rank) in order.iter().enumerate() {
+        neighbours[rank] = Some(order[(place + shift) % world]);
+    }
+    neighbours
+}
+
+/// Which ranks have the snapshots of this generation in two memories.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Kept(BTreeMap<u64, BTreeSet<usize>>);
+
+impl Machine {
+    /// The newest state that the assembled workers hold in memory, if it is newer than the newest checkpoint. What the
+    /// ledger does not have yet is not gone on from: it would have a gap.
+    pub(super) fn held_step(&self) -> Option<u64> {
+        let snapshotting = &self.settings.snapshots;
+        let lists = self.roster.workers().iter().map(|w| &w.join.held[..]);
+        let holdings = Holdings::new(&snapshotting.layout, &snapshotting.timeline, lists);
+        holdings.newest(self.saves.newest, self.settings.recorded.newest())
+    }
+
+    /// For each rank what it starts from, where that is the state after `step` in memory.
+    pub(super) fn snapshot_sources(&self, step: u64) -> Vec<SnapshotSource> {
+        let snapshotting = &self.settings.snapshots;
+        let workers = self.roster.workers();
+        let lists = workers.iter().map(|w| &w.join.held[..]);
+        let holdings = Holdings::new(&snapshotting.layout, &snapshotting.timeline, lists);
+        let image = |holding: Holding<'_>| {
+            let address = workers[holding.holder].join.snapshots.clone();
+            let holder = Some(Neighbour { rank: holding.holder as u32, address });
+            SnapshotImage { held: Some(holding.held.clone()), holder }
+        };
+        let of_rank = |rank| holdings.sources(step, rank, workers.len()).into_iter().map(image).collect();
+        (0..workers.len()).map(|rank| SnapshotSource { step, images: of_rank(rank) }).collect()
+    }
+
+    /// Who keeps each rank's snapshots.
+    pub(super) fn snapshot_neighbours(&self) -> Vec<Option<Neighbour>> {
+        let workers = self.roster.workers();
+        if self.settings.snapshots.every == 0 || workers.iter().any(|w| w.join.snapshots.is_empty()) {
+            return vec![None; workers.len()];
+        }
+        let hosts: Vec<&str> = workers.iter().map(|w| w.join.host.as_str()).collect();
+        let named =
+            |rank: usize| Neighbour { rank: rank as u32, address: workers[rank].join.snapshots.clone() };
+        neighbours(&hosts).into_iter().map(|neighbour| neighbour.map(named)).collect()
+    }
+
+    /// Steps between snapshots for the workers that are ready: none where one of them has no neighbour or no memory.
+    pub(super) fn snapshot_every(&self) -> u64 {
+        let able = self.roster.len() > 1 && self.roster.workers().iter().all(|w| w.snapshots);
+        if able { self.settings.snapshots.every } else { 0 }
+    }
+
+    /// A rank's shard after `step` is in two memories. Once all are, older ones may go.
+    pub(super) fn kept(&mut self, rank: usize, step: u64) -> Vec<Effect> {
+        let ranks = self.kept.0.entry(step).or_default();
+        ranks.insert(rank);
+        if ranks.len() < self.roster.len() {
+            return Vec::new();
+        }
+        self.kept.0 = self.kept.0.split_off(&(step + 1));
+        self.broadcast(Order::Retain(Retain { step }))
+    }
+}

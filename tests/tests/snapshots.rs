@@ -1,0 +1,90 @@
+//! Snapshots in memory: a worker lost between checkpoints costs a few steps, and the result stays what it was.
+
+#![allow(clippy::unwrap_used)]
+
+use serde_json::Value;
+use std::path::Path;
+use unisono_tests::kills::{digest, ledger_losses, train};
+use unisono_tests::processes::kill;
+use unisono_tests::train::{Live, Train};
+
+const STEPS: u64 = 60;
+const EVERY: u64 = 4;
+
+/// Without a checkpoint before the end.
+fn run(dir: &Path, workers: usize) -> Train {
+    train(dir, STEPS).set("checkpoint.every", 0).set("checkpoint.snapshot_every", EVERY).workers(workers)
+}
+
+fn undisturbed(dir: &Path) -> (String, Vec<f64>) {
+    let whole = run(dir, 1).succeed();
+    (digest(&whole.run_dir), ledger_losses(&whole.run_dir))
+}
+
+fn wait_for_step(live: &mut Live, step: u64) {
+    while live.wait_for("step")["step"].as_u64().unwrap() < step {}
+}
+
+/// The next membership: after which step it goes on, whether from memory, and how many steps again.
+fn regrouped(live: &mut Live) -> (u64, bool, u64) {
+    let told = live.wait_for("membership");
+    let number = |field: &str| told[field].as_u64().unwrap();
+    (number("resume_step"), told["from_memory"] == Value::Bool(true), number("replayed"))
+}
+
+fn same(live: Live, whole: &(String, Vec<f64>)) {
+    let ended = live.finish();
+    assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+    assert_eq!((digest(&ended.run_dir), ledger_losses(&ended.run_dir)), *whole);
+}
+
+#[test]
+fn a_lost_worker_costs_the_steps_since_the_newest_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = undisturbed(dir.path());
+    for workers in [2, 3] {
+        let mut live = run(dir.path(), workers).start();
+        live.wait_for("membership");
+        for round in [1, 2] {
+            wait_for_step(&mut live, 10 * round);
+            kill(live.workers()[round as usize % workers].pid);
+            let (step, from_memory, replayed) = regrouped(&mut live);
+            assert!(from_memory && step > 0, "it begins again after step {step}");
+            // One more interval where a snapshot was on its way, and the steps that passed meanwhile.
+            assert!(replayed <= 2 * EVERY, "{replayed} steps are computed again");
+        }
+        // A coordinator that comes back finds what workers hold.
+        wait_for_step(&mut live, 30);
+        kill(live.coordinator().pid);
+        let (step, from_memory, replayed) = regrouped(&mut live);
+        assert!(from_memory && step > 20 && replayed <= 2 * EVERY, "after step {step}, {replayed} again");
+        same(live, &whole);
+    }
+}
+
+#[test]
+fn where_both_places_are_lost_the_checkpoint_is_gone_on_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = undisturbed(dir.path());
+    let mut live = run(dir.path(), 2).set("checkpoint.every", 7).start();
+    live.wait_for("membership");
+    wait_for_step(&mut live, 20);
+    live.workers().iter().for_each(|worker| kill(worker.pid));
+    let (step, from_memory, _) = regrouped(&mut live);
+    assert!(!from_memory && step >= 7 && step % 7 == 0, "after step {step}");
+    same(live, &whole);
+}
+
+#[test]
+fn a_death_while_a_snapshot_is_handed_over_leaves_the_one_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = undisturbed(dir.path());
+    let armed = tempfile::tempdir().unwrap();
+    let mut live = run(dir.path(), 2).env("UNISONO_FAIL_POINTS", armed.path()).start();
+    live.wait_for("membership");
+    wait_for_step(&mut live, 2 * EVERY + 1);
+    std::fs::write(armed.path().join("snapshot"), "").unwrap();
+    let (step, from_memory, _) = regrouped(&mut live);
+    assert!(from_memory && step >= EVERY, "after step {step}");
+    same(live, &whole);
+}

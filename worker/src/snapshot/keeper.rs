@@ -1,0 +1,106 @@
+//! Takes snapshots behind training: the own shard is copied after an update, and a thread hands the copy to the neighbour
+//! while training changes the original. Training never waits for it: where the last one is still on its way, the next one is
+//! left out.
+
+use super::exchange::{self, Circle};
+use super::{Image, Name, Store};
+use crate::checkpoint::{encode, Source};
+use crate::collective::tcp::Stopper;
+use crate::link::Reporter;
+use std::thread::JoinHandle;
+use std::time::Instant;
+use unisono_proto::fail_point;
+use unisono_proto::v1::worker_message::Body;
+use unisono_proto::v1::{Epoch, Neighbour, SnapshotKept};
+
+/// What a keeper works with.
+pub struct Means {
+    pub store: Store,
+    /// Steps between snapshots.
+    pub every: u64,
+    pub timeline: [u8; 32],
+    pub neighbour: Neighbour,
+    pub circle: Circle,
+    pub reporter: Reporter,
+    pub epoch: Epoch,
+}
+
+/// Keeps the own snapshots of one generation.
+pub struct Keeper {
+    means: Means,
+    sending: Option<JoinHandle<()>>,
+    stopper: Stopper,
+}
+
+impl Keeper {
+    pub fn new(means: Means) -> Self {
+        Keeper { means, sending: None, stopper: Stopper::default() }
+    }
+
+    /// Whether a snapshot is due after `step`.
+    pub fn is_due(&self, step: u64) -> bool {
+        self.means.every > 0 && step.is_multiple_of(self.means.every)
+    }
+
+    /// Copies the own shard, which is that after `step`, unless the last snapshot is still on its way. Returns once training
+    /// may change the shard.
+    pub fn take(&mut self, step: u64, source: Source<'_>) {
+        if self.sending.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            tracing::info!(step, "no snapshot: the last one is still on its way");
+            return;
+        }
+        let (rank, world) = (source.shard.rank as u32, source.shard.world as u32);
+        let name = Name { timeline: self.means.timeline, step, rank, world };
+        if let Some(image) = self.means.store.find(&name, None) {
+            self.send(Unhashed::No(image));
+            return;
+        }
+        if !self.means.store.has_room(&name, 0) {
+            tracing::info!(step, "no snapshot: the last one is not whole everywhere");
+            return;
+        }
+        let begun = Instant::now();
+        let mut bytes = self.means.store.buffer();
+        encode(source, &mut bytes);
+        let seconds = begun.elapsed().as_secs_f64();
+        tracing::debug!(step, seconds, bytes = bytes.len(), "copied for a snapshot");
+        self.send(Unhashed::Yes(name, bytes));
+    }
+
+    fn send(&mut self, what: Unhashed) {
+        let (store, circle, stopper) = (self.means.store.clone(), self.means.circle.clone(), self.stopper.clone());
+        let (neighbour, reporter, epoch) = (self.means.neighbour.clone(), self.means.reporter.clone(), self.means.epoch);
+        let work = move || {
+            let _ = rustix::process::nice(exchange::NICENESS);
+            let image = match what {
+                Unhashed::No(image) => image,
+                Unhashed::Yes(name, bytes) => {
+                    let hash = *blake3::hash(&bytes).as_bytes();
+                    store.insert(Image { name, hash, bytes })
+                }
+            };
+            fail_point::reached("snapshot");
+            let step = image.name.step;
+            match exchange::put(&circle, &stopper, &neighbour.address, neighbour.rank, &image) {
+                // Nobody listens any more where the link has ended.
+                Ok(()) => drop(reporter.report(epoch, Body::Kept(SnapshotKept { step }))),
+                Err(error) => tracing::info!(step, %error, "the snapshot has no second place"),
+            }
+        };
+        // Without a thread there is no snapshot, and training goes on.
+        self.sending = std::thread::Builder::new().name("snapshot".into()).spawn(work).ok();
+    }
+}
+
+/// What is to be sent.
+enum Unhashed {
+    No(std::sync::Arc<Image>),
+    Yes(Name, Vec<u8>),
+}
+
+impl Drop for Keeper {
+    /// The generation is over: what was on its way stays where it is.
+    fn drop(&mut self) {
+        self.stopper.stop();
+    }
+}
