@@ -427,9 +427,9 @@ pub struct Checkpoint {
     /// Steps between checkpoints; 0: only at the end.
     pub every: u64,
     /// Steps between snapshots: each worker keeps its share of the state in memory, and a copy at another worker, on another
-    /// host where there is one. After a loss the run goes on from there and not from the newest checkpoint. 0: none. At 10,
-    /// taking them is below 1 % of a step wherever a step has some thousand tokens; they take 4 times the memory of the
-    /// optimizer's state, and are left out where that is not there.
+    /// host where there is one. After a loss the run goes on from there and not from the newest checkpoint. 0: none. More often:
+    /// less to compute again, more to copy. They take four times the memory of the optimizer's state, and are left out where
+    /// that is not there.
     pub snapshot_every: u64,
     /// Newest checkpoints kept. One is deleted only after a newer one has been read back.
     pub keep: usize,

@@ -136,7 +136,7 @@ impl FakeWorker {
             host: "fake".into(),
             pid: std::process::id(),
             fingerprint: Some(self.fingerprint.clone()),
-            again: false,
+            ..Join::default()
         };
         outbound.send(WorkerMessage { epoch: None, body: Some(Body::Join(join)) }).await.expect("open");
         let mut request = Request::new(ReceiverStream::new(messages));
@@ -179,7 +179,7 @@ impl Life {
                     (self.epoch, self.assign) = (epoch, assign);
                     self.say(Body::Ready(Ready::default())).await;
                 }
-                Order::Go(_) | Order::Acknowledge(_) | Order::Proceed(_) => {}
+                Order::Go(_) | Order::Acknowledge(_) | Order::Proceed(_) | Order::Retain(_) => {}
                 // A directive is carried out before the next message is read.
                 Order::Halt(_) => self.say(Body::Halted(Halted { begun: self.begun })).await,
                 Order::Abort(abort) if abort.regroup => return End::Regrouped,

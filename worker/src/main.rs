@@ -228,7 +228,8 @@ fn join(address: &str, listen: Option<String>) -> ExitCode {
     let (host, pid, snapshots) = (host_name(), std::process::id(), exchange.address.clone());
     let mut join = Join { listen, host, pid, fingerprint: Some(fingerprint), snapshots, ..Join::default() };
     let held = exchange.store.clone();
-    let mut standing = session::Standing { snapshots: Some(exchange), ..session::Standing::new(listener) };
+    let mut standing = session::Standing::new(listener);
+    standing.snapshots = Some(exchange);
     let mut known = None;
     let mut link = match Link::open(address, token.clone(), join.clone(), known, leave_soon) {
         Ok(link) => link,

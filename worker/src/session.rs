@@ -244,8 +244,7 @@ impl<'l> Loading<'l> {
             let timeline = assign.timeline[..].try_into();
             let timeline = timeline.map_err(|_| link::Error::Protocol("assigned no timeline".into()))?;
             let (store, neighbour, reporter) = (exchange.store.clone(), neighbour.clone(), link.reporter());
-            let mut keeper =
-                Keeper::new(Means { store, every, timeline, neighbour, circle, reporter, epoch: *epoch });
+            let mut keeper = Keeper::new(Means { store, every, timeline, neighbour, circle, reporter, epoch: *epoch });
             if let Some(source) = held {
                 // Whoever was lost held a part of it: it is in two places again, cut for those who are here now.
                 keeper.take(source.step, optimizer.source());

@@ -254,10 +254,7 @@ fn only_those_who_load_for_the_first_time_share_what_memory_is_left() {
     let fresh: Vec<u32> = effects
         .iter()
         .filter_map(|effect| match effect {
-            super::event::Effect::Send { message, .. } => match message.body.as_ref()? {
-                unisono_proto::v1::coordinator_message::Body::Assign(assign) => Some(assign.fresh),
-                _ => None,
-            },
+            super::event::Effect::Assign { assign, .. } => Some(assign.fresh),
             _ => None,
         })
         .collect();

@@ -21,8 +21,8 @@ use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
     Assign, Checkpoint, CheckpointCommitted, CheckpointCopied, CheckpointReport, Drained, Epoch, EvaluateReport,
-    Failure, Fingerprint, Halted, Heartbeat, Held, Join, LossPart, Proceed, Ready, RunStarted, SnapshotKept, StepReport,
-    WorkerMessage,
+    Failure, Fingerprint, Halted, Heartbeat, Held, Join, LossPart, Proceed, Ready, RunStarted, SnapshotKept,
+    StepReport, WorkerMessage,
 };
 
 const ROWS: usize = 23;

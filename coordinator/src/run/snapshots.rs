@@ -188,15 +188,18 @@ impl Machine {
             return vec![None; workers.len()];
         }
         let hosts: Vec<&str> = workers.iter().map(|w| w.join.host.as_str()).collect();
-        let named =
-            |rank: usize| Neighbour { rank: rank as u32, address: workers[rank].join.snapshots.clone() };
+        let named = |rank: usize| Neighbour { rank: rank as u32, address: workers[rank].join.snapshots.clone() };
         neighbours(&hosts).into_iter().map(|neighbour| neighbour.map(named)).collect()
     }
 
     /// Steps between snapshots for the workers that are ready: none where one of them has no neighbour or no memory.
     pub(super) fn snapshot_every(&self) -> u64 {
         let able = self.roster.len() > 1 && self.roster.workers().iter().all(|w| w.snapshots);
-        if able { self.settings.snapshots.every } else { 0 }
+        if able {
+            self.settings.snapshots.every
+        } else {
+            0
+        }
     }
 
     /// A rank's shard after `step` is in two memories. Once all are, older ones may go.

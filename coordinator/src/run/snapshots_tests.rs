@@ -23,7 +23,8 @@ fn holdings<'a>(layout: &'a unisono_configs::model::Layout, lists: &'a [Vec<Held
 /// Every chunk that `lists` has of `step`, as (bucket, chunk).
 fn chunks<'a>(all: impl Iterator<Item = &'a Held>) -> std::collections::BTreeSet<(usize, usize)> {
     let of = |h: &Held| layout().shard(h.rank as usize, h.world as usize);
-    let numbered = |h: &Held| of(h).into_iter().enumerate().flat_map(|(b, r)| r.map(move |c| (b, c))).collect::<Vec<_>>();
+    let numbered =
+        |h: &Held| of(h).into_iter().enumerate().flat_map(|(b, r)| r.map(move |c| (b, c))).collect::<Vec<_>>();
     all.flat_map(numbered).collect()
 }
 

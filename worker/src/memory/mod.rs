@@ -232,7 +232,17 @@ mod tests {
     fn demand(sketch: &Model) -> Demand<'_> {
         let (recompute, copies) = (Some(Recompute::Nothing), false);
         let snapshots = false;
-        Demand { sketch, owned: 100_000, tokens: 4096, document: 256, trains: true, recompute, copies, snapshots, baseline: 1000 }
+        Demand {
+            sketch,
+            owned: 100_000,
+            tokens: 4096,
+            document: 256,
+            trains: true,
+            recompute,
+            copies,
+            snapshots,
+            baseline: 1000,
+        }
     }
 
     fn left(bytes: u64) -> Available {

@@ -69,7 +69,8 @@ impl Keeper {
 
     fn send(&mut self, what: Unhashed) {
         let (store, circle, stopper) = (self.means.store.clone(), self.means.circle.clone(), self.stopper.clone());
-        let (neighbour, reporter, epoch) = (self.means.neighbour.clone(), self.means.reporter.clone(), self.means.epoch);
+        let (neighbour, reporter, epoch) =
+            (self.means.neighbour.clone(), self.means.reporter.clone(), self.means.epoch);
         let work = move || {
             let _ = rustix::process::nice(exchange::NICENESS);
             let image = match what {
