@@ -134,6 +134,7 @@ def main():
     manifest = json.loads((directory / "MANIFEST.json").read_text())
 
     ranges, samples = {}, None
+    dtypes = {t["name"]: t.get("dtype", "F32") for t in manifest["tensors"]}
     for file in manifest["files"]:
         path = directory / file["name"]
         check = hasher(options.pure)
@@ -148,7 +149,7 @@ def main():
             parts = []
             for part in ("master", "m", "v"):
                 entry = tensors[f"{r['tensor']}/{part}/{r['begin']}-{r['end']}"]
-                assert entry["dtype"] == "F32", entry
+                assert entry["dtype"] == dtypes[r["tensor"]], entry
                 parts.append((path, *(data + offset for offset in entry["data_offsets"])))
             ranges.setdefault(r["tensor"], []).append((r["begin"], r["end"], parts))
 

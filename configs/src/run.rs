@@ -264,9 +264,13 @@ pub struct Train {
     pub eps: f64,
     /// The gradient is scaled to at most this norm; 0: never.
     pub max_grad_norm: f64,
+    /// How the optimizer keeps what it knows. "fp32": exact masters and moments, 10 bytes for each parameter beside its own
+    /// two in bf16. "bf16": no masters, and bf16 moments; 4 bytes, all rounded stochastically; only computing in bf16.
+    /// Decides the bits.
+    pub optimizer_state: OptimizerState,
     /// A new order in every epoch.
     pub shuffle: bool,
-    /// Decides the order of the rows.
+    /// Decides the order of the rows, and stochastic rounding.
     pub seed: u64,
     /// A step whose loss is more than this many median absolute deviations above the median of the steps before it brings a
     /// warning that names its rows; 0: never. The run goes on as it is. (A number that is not finite always stops the run.)
@@ -291,12 +295,21 @@ impl Default for Train {
             betas: [0.9, 0.999],
             eps: 1e-8,
             max_grad_norm: 1.0,
+            optimizer_state: OptimizerState::Fp32,
             shuffle: true,
             seed: 0,
             spike_mads: 6.0,
             spike_window: 100,
         }
     }
+}
+
+/// The precision of masters and moments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerState {
+    Fp32,
+    Bf16,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

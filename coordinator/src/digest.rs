@@ -1,7 +1,7 @@
 //! The digest of a run: one number that is equal when and only when two runs came to the same state.
 //!
 //! BLAKE3 over, for every parameter in bytewise order of its Hugging Face name: the name, a zero byte, then master
-//! weights, first and second moments (F32 little-endian, row-major, unpadded); then the cursor (step, epoch, position)
+//! weights, first and second moments (F32, or BF16 where the run keeps them so; little-endian, row-major, unpadded); then the cursor (step, epoch, position)
 //! and the committed rows in training order, each u64 little-endian. Neither the number of workers nor the files that
 //! they wrote, neither generation nor time enters. `scripts/digest.py` computes the same from the same files.
 
@@ -42,8 +42,8 @@ pub fn of(state: &State) -> Result<String, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::manifest::{Manifest, MANIFEST};
-    use crate::checkpoint::state::tests::write;
+    use crate::checkpoint::manifest::{Dtype, Manifest, MANIFEST};
+    use crate::checkpoint::state::tests::{write, write_as};
     use std::process::Command;
 
     #[test]
@@ -70,8 +70,14 @@ mod tests {
 
     #[test]
     fn an_independent_script_agrees() {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            the_script_agrees_on(dtype);
+        }
+    }
+
+    fn the_script_agrees_on(dtype: Dtype) {
         let dir = tempfile::tempdir().unwrap();
-        write(dir.path(), 3);
+        write_as(dir.path(), 3, dtype);
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/digest.py");
         let run = |extra: &[&str]| {
             let out = Command::new("python3").arg(script).arg(dir.path()).args(extra).output().unwrap();

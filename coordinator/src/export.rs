@@ -1,7 +1,7 @@
 //! From a checkpoint to a Hugging Face directory that `from_pretrained` opens. Without libtorch, and tensor by tensor,
 //! so that a model of any size is exported on any machine.
 
-use crate::checkpoint::manifest::Tensor;
+use crate::checkpoint::manifest::{Dtype, Tensor};
 use crate::checkpoint::state::{self, elements, Part, State};
 use half::bf16;
 use serde_json::{json, Map, Value};
@@ -143,7 +143,7 @@ fn shards(tensors: &[Tensor], width: u64, most: u64) -> Vec<Vec<&Tensor>> {
     shards
 }
 
-/// One safetensors file of masters, rounded to bf16 (to nearest, ties to even) where `half`.
+/// One safetensors file of masters, rounded to bf16 as for computing where `half`.
 fn write_weights(state: &State, tensors: &[&Tensor], half: bool, path: &Path) -> Result<(), Error> {
     let failed = |source| Error::Write { path: path.into(), source };
     let (dtype, width) = if half { ("BF16", 2) } else { ("F32", 4) };
@@ -164,15 +164,11 @@ fn write_weights(state: &State, tensors: &[&Tensor], half: bool, path: &Path) ->
     let mut rounded = Vec::new();
     for tensor in tensors {
         let write = &mut |block: &[u8]| {
-            if !half {
+            if !half || tensor.dtype == Dtype::Bf16 {
                 return out.write_all(block);
             }
             rounded.clear();
-            rounded.extend(
-                block
-                    .chunks_exact(4)
-                    .flat_map(|w| bf16::from_f32(f32::from_le_bytes([w[0], w[1], w[2], w[3]])).to_le_bytes()),
-            );
+            rounded.extend(block.as_chunks::<4>().0.iter().flat_map(|w| round(f32::from_le_bytes(*w)).to_le_bytes()));
             out.write_all(&rounded)
         };
         state.read(&tensor.name, Part::Master, write).map_err(|error| match error {
@@ -181,6 +177,12 @@ fn write_weights(state: &State, tensors: &[&Tensor], half: bool, path: &Path) ->
         })?;
     }
     out.into_inner().map_err(|error| failed(error.into_error()))?.sync_all().map_err(failed)
+}
+
+/// To the nearest bf16, ties away from zero: the parameter that workers compute with is this of its master.
+fn round(master: f32) -> bf16 {
+    let bits = master.to_bits();
+    bf16::from_bits(if master.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x8000) >> 16) as u16 })
 }
 
 /// The base model's config.json with the precision of the exported weights, under the key that it used.
@@ -291,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn masters_come_out_whole_or_rounded_to_nearest_even() {
+    fn masters_come_out_whole_or_rounded_as_for_computing() {
         let dir = tempfile::tempdir().unwrap();
         base(dir.path());
         run(dir.path(), "fp32", "full", SHARD_BYTES).unwrap();
@@ -307,7 +309,10 @@ mod tests {
         assert_eq!(words[54], 6.25 * 50.5);
         let rounded: Vec<bf16> =
             half.tensor(name).unwrap().data().chunks(2).map(|w| bf16::from_le_bytes(w.try_into().unwrap())).collect();
-        assert!(words.iter().zip(&rounded).all(|(w, r)| bf16::from_f32(*w) == *r));
+        assert!(words.iter().zip(&rounded).all(|(w, r)| round(*w) == *r));
+        // 1 and half a unit of bf16's last place, which torch would round to the even 1.
+        assert_eq!(round(1.003_906_2), bf16::from_f32(1.007_812_5));
+        assert_eq!(round(-1.003_906_2), bf16::from_f32(-1.007_812_5));
         let config: Value = serde_json::from_slice(&fs::read(dir.path().join("half/config.json")).unwrap()).unwrap();
         assert_eq!((&config["torch_dtype"], &config["hidden_size"]), (&json!("bfloat16"), &json!(5)));
         let names = |d: &str| {

@@ -32,7 +32,8 @@ fn optimizer_state_shrinks_with_the_number_of_workers() {
         let of_each: Vec<u64> = live.workers().iter().filter_map(|worker| resident_bytes(worker.pid)).collect();
         assert_eq!(of_each.len(), workers);
         resident.push(of_each.iter().copied().max().unwrap() as f64);
-        let expected = 12.0 * parameters / workers as f64;
+        // Both moments; computing in fp32, the masters are the parameters, which every worker has.
+        let expected = 8.0 * parameters / workers as f64;
         let ranks: std::collections::BTreeSet<_> = live.all("memory").iter().map(|m| m["rank"].as_u64()).collect();
         assert_eq!(ranks.len(), workers, "every rank reports its memory");
         for memory in live.all("memory") {
@@ -51,7 +52,8 @@ fn optimizer_state_shrinks_with_the_number_of_workers() {
             expected / 1e6
         );
         if workers == 4 {
-            let saved = 12.0 * parameters * (1.0 - 1.0 / 4.0);
+            // A copy of the own shard with its masters lies ready for checkpoints.
+            let saved = 20.0 * parameters * (1.0 - 1.0 / 4.0);
             let fell = resident[0] - resident[2];
             assert!(
                 fell > 0.8 * saved,

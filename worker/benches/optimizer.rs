@@ -11,9 +11,11 @@ use unisono_configs::model::{Bucket, Layout, TensorSlot};
 use unisono_worker::collective::tcp::{listen, Membership, Mesh, Stopper};
 use unisono_worker::collective::Collective;
 use unisono_worker::model::Leaves;
-use unisono_worker::optim::adamw::{update, Settings, Span};
-use unisono_worker::optim::exact::ExactSum;
+use unisono_worker::optim::adamw::{update_narrow, update_split, update_whole, Settings};
+use unisono_worker::optim::exact::{ExactSum, Exactly};
+use unisono_worker::optim::noise::Noise;
 use unisono_worker::optim::norm;
+use unisono_worker::optim::state::{round_all, Form};
 
 fn main() {
     let millions = std::env::args().skip(1).find_map(|a| a.parse::<f64>().ok()).unwrap_or(16.0);
@@ -38,7 +40,7 @@ fn report(what: &str, n: usize, mut work: impl FnMut()) {
         start.elapsed().as_secs_f64()
     });
     let least = times.fold(f64::INFINITY, f64::min);
-    println!("{what:32} {:8.1} ms {:6.2} ns per element", least * 1e3, least / n as f64 * 1e9);
+    println!("{what:38} {:8.1} ms {:6.2} ns per element", least * 1e3, least / n as f64 * 1e9);
 }
 
 fn sums(n: usize) {
@@ -54,25 +56,44 @@ fn sums(n: usize) {
     report("add an fp32 leaf", n, || sums.dense(0, 0, &wide).expect("small values"));
     report("add a bf16 leaf", n, || sums.dense(0, 0, &narrow).expect("small values"));
     report("norm", n, || {
-        let partials = sums.bucket(0).chunks(unisono_configs::model::CHUNK).map(norm::partial);
+        let partials = sums.bucket(0).chunks(unisono_configs::model::CHUNK).map(|chunk| norm::partial(chunk, Exactly));
         assert!(norm::norm(partials) > 0.0);
     });
 }
 
 fn optimizer(n: usize) {
-    let settings = Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
+    let (form, seed) = (Form::Whole, 0);
+    let settings = Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0, form, seed };
     let scalars = settings.scalars(10, 1e-4, 0.5);
-    let (sums, mut master) = (vec![1i64 << 30; n], vec![0.1f32; n]);
+    let sums = vec![1i64 << 30; n];
     let (mut m, mut v) = (vec![1e-3f32; n], vec![1e-6f32; n]);
-    let mut narrow = vec![bf16::ZERO; n];
-    report("AdamW, bf16 parameter", n, || {
-        let (gradient, master, m, v) = (&sums[..], &mut master[..], &mut m[..], &mut v[..]);
-        update(Span { gradient, master, m, v, parameter: &mut narrow }, &scalars);
+    let mut narrow = vec![bf16::ONE; n];
+    let mut wide = vec![0.1f32; n];
+    report("AdamW, fp32 parameter", n, || update_whole(&sums, &mut wide, &mut m, &mut v, &scalars));
+    // What it would cost to keep whole masters beside bf16 parameters.
+    report("AdamW, fp32 master, bf16 copy", n, || {
+        for begin in (0..n).step_by(1 << 10) {
+            let at = begin..n.min(begin + (1 << 10));
+            update_whole(&sums[at.clone()], &mut wide[at.clone()], &mut m[at.clone()], &mut v[at.clone()], &scalars);
+            round_all(&wide[at.clone()], &mut narrow[at]);
+        }
     });
-    let mut wide = vec![0f32; n];
-    report("AdamW, fp32 parameter", n, || {
-        let (gradient, master, m, v) = (&sums[..], &mut master[..], &mut m[..], &mut v[..]);
-        update(Span { gradient, master, m, v, parameter: &mut wide }, &scalars);
+    drop(wide);
+    let mut low = vec![0u16; n];
+    report("AdamW, bf16 parameter", n, || update_split(&sums, &mut narrow, &mut low, &mut m, &mut v, &scalars));
+    drop((low, m, v));
+    let (mut m, mut v) = (vec![bf16::from_f32(1e-3); n], vec![bf16::from_f32(1e-6); n]);
+    let noise = Noise { seed: 1, step: 10, bucket: 0 };
+    report("AdamW, bf16 state", n, || update_narrow(&sums, &mut narrow, &mut m, &mut v, &scalars, &noise, 0));
+    let gradient = vec![bf16::from_f32(1e-4); n];
+    report("AdamW, bf16 state and gradient", n, || {
+        update_narrow(&gradient, &mut narrow, &mut m, &mut v, &scalars, &noise, 0);
+    });
+    let gradient = vec![1e-4f32; n];
+    let (mut m, mut v) = (vec![1e-3f32; n], vec![1e-6f32; n]);
+    let mut low = vec![0u16; n];
+    report("AdamW, bf16 parameter, fp32 gradient", n, || {
+        update_split(&gradient, &mut narrow, &mut low, &mut m, &mut v, &scalars);
     });
 }
 

@@ -5,7 +5,8 @@ pub mod saver;
 
 use crate::memory::Bytes;
 use crate::optim::shard::Shard;
-use crate::optim::State;
+use crate::optim::state::{Form, Held};
+use crate::restore::Part;
 use rustix::fs::{fallocate, statvfs, FallocateFlags};
 use rustix::io::Errno;
 use serde_json::{json, Map, Value};
@@ -26,23 +27,30 @@ pub enum Error {
 
 /// Bytes that a save leaves on the disk, so that the ledger goes on.
 const SPARE: u64 = 8 << 20;
-
-/// The moments' and the master's names in the file.
-const FIELDS: [&str; 3] = ["master", "m", "v"];
+/// Elements written at once.
+const BLOCK: usize = 1 << 16;
 
 /// One worker's shard, wherever it lies.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Source<'a> {
     pub layout: &'a Layout,
     pub shard: &'a Shard,
+    pub form: Form,
     /// Of each bucket.
-    pub states: &'a [State],
+    pub held: Vec<Held<'a>>,
+}
+
+impl Source<'_> {
+    /// Bytes of everything: what a file of it holds beside its header.
+    pub fn bytes(&self) -> u64 {
+        (self.form.saved_width() * self.shard.elements()) as u64
+    }
 }
 
 /// Writes masters and moments of the own shard into `dir`, which exists. Tensors are named
-/// `<parameter>/<master|m|v>/<begin>-<end>`: F32 `[end - begin]`, elements of the parameter in row-major order. What a
+/// `<parameter>/<master|m|v>/<begin>-<end>`: F32 or BF16 `[end - begin]`, elements of the parameter in row-major order. What a
 /// failed attempt has written is deleted.
-pub fn write(dir: &Path, source: Source<'_>, epoch: &Epoch, attempt: u32) -> Result<CheckpointFile, Error> {
+pub fn write(dir: &Path, source: &Source<'_>, epoch: &Epoch, attempt: u32) -> Result<CheckpointFile, Error> {
     let (rank, world) = (source.shard.rank, source.shard.world);
     let name = format!("shard-{rank}of{world}-{}-{}-{attempt}.safetensors", epoch.term, epoch.generation);
     let path = dir.join(&name);
@@ -70,8 +78,8 @@ pub fn write(dir: &Path, source: Source<'_>, epoch: &Epoch, attempt: u32) -> Res
 }
 
 /// Takes the room that the file needs, so that a full disk is known before anything is written.
-fn reserve(dir: &Path, file: &File, source: Source<'_>) -> Result<(), Error> {
-    let needed = 8 + header(source).len() as u64 + 12 * source.shard.elements() as u64;
+fn reserve(dir: &Path, file: &File, source: &Source<'_>) -> Result<(), Error> {
+    let needed = 8 + header(source).len() as u64 + source.bytes();
     let no_room = |left| Error::NoRoom { path: dir.into(), needed, left };
     let left = || statvfs(dir).map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize)).ok();
     let before = left();
@@ -88,7 +96,7 @@ fn reserve(dir: &Path, file: &File, source: Source<'_>) -> Result<(), Error> {
     }
 }
 
-fn write_file(file: File, source: Source<'_>) -> io::Result<(u64, blake3::Hash)> {
+fn write_file(file: File, source: &Source<'_>) -> io::Result<(u64, blake3::Hash)> {
     let mut out = Hashing { inner: BufWriter::with_capacity(1 << 20, file), hasher: blake3::Hasher::new(), bytes: 0 };
     write_to(&mut out, source)?;
     let Hashing { inner, hasher, bytes } = out;
@@ -98,22 +106,21 @@ fn write_file(file: File, source: Source<'_>) -> io::Result<(u64, blake3::Hash)>
 }
 
 /// Appends to `out` what the file would hold.
-pub fn encode(source: Source<'_>, out: &mut Vec<u8>) {
+pub fn encode(source: &Source<'_>, out: &mut Vec<u8>) {
     write_to(out, source).expect("writing to memory does not fail");
 }
 
-fn write_to(out: &mut impl Write, source: Source<'_>) -> io::Result<()> {
+fn write_to(out: &mut impl Write, source: &Source<'_>) -> io::Result<()> {
     let header = header(source);
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     let mut scratch = Vec::new();
     for piece in source.shard.pieces(source.layout) {
-        let state = &source.states[piece.bucket];
-        for values in [&state.master, &state.m, &state.v] {
-            for part in values[piece.of_shard.clone()].chunks(1 << 16) {
+        for part in Part::ALL {
+            for begin in piece.of_shard.clone().step_by(BLOCK) {
                 scratch.clear();
-                scratch.resize(4 * part.len(), 0);
-                scratch.as_chunks_mut::<4>().0.iter_mut().zip(part).for_each(|(b, x)| *b = x.to_le_bytes());
+                let block = begin..piece.of_shard.end.min(begin + BLOCK);
+                source.held[piece.bucket].append(part, block, &mut scratch);
                 out.write_all(&scratch)?;
             }
         }
@@ -122,15 +129,16 @@ fn write_to(out: &mut impl Write, source: Source<'_>) -> io::Result<()> {
 }
 
 /// The safetensors header, padded with spaces so that the data starts at a multiple of 8 bytes.
-fn header(source: Source<'_>) -> Vec<u8> {
+fn header(source: &Source<'_>) -> Vec<u8> {
     let mut entries: Map<String, Value> = Map::new();
     let mut offset = 0;
+    let width = source.form.saved_width() / Part::ALL.len();
     for piece in source.shard.pieces(source.layout) {
         let (begin, end) = (piece.of_tensor.start, piece.of_tensor.end);
-        for field in FIELDS {
-            let next = offset + 4 * (end - begin);
-            let entry = json!({"dtype": "F32", "shape": [end - begin], "data_offsets": [offset, next]});
-            entries.insert(format!("{}/{field}/{begin}-{end}", piece.tensor.name), entry);
+        for part in Part::ALL {
+            let next = offset + width * (end - begin);
+            let entry = json!({"dtype": source.form.dtype(), "shape": [end - begin], "data_offsets": [offset, next]});
+            entries.insert(format!("{}/{}/{begin}-{end}", piece.tensor.name, part.name()), entry);
             offset = next;
         }
     }
@@ -161,11 +169,13 @@ impl<W: Write> Write for Hashing<W> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::ops::view;
     use crate::optim::adamw::Settings;
-    use crate::optim::Optimizer;
+    use crate::optim::{state, Optimizer};
     use safetensors::SafeTensors;
     use std::collections::BTreeMap;
     use std::sync::Arc;
+    use tch::{Kind, Tensor};
     use unisono_configs::model::{Bucket, Layout, TensorSlot};
 
     fn layout() -> Arc<Layout> {
@@ -174,15 +184,39 @@ pub(crate) mod tests {
         Arc::new(Layout { buckets: vec![Bucket { name: "block.0".into(), tensors, elements: 200_100 }] })
     }
 
-    pub(crate) fn optimizer(rank: usize, world: usize) -> Optimizer {
-        let settings = Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
+    /// A rank's shard of a model whose master `i` is `i` and a fraction, with moments beside it.
+    pub(crate) fn shard(rank: usize, world: usize, form: Form) -> (Optimizer, Vec<Tensor>) {
+        let settings =
+            Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0, form, seed: 0 };
         let mut optimizer = Optimizer::new(layout(), rank, world, settings, 1);
-        let fill = |name: &str, range: std::ops::Range<usize>, to: &mut [f32]| -> Result<(), ()> {
-            to.iter_mut().zip(range).for_each(|(x, i)| *x = i as f32 + if name == "norm" { 0.5 } else { 0.25 });
+        let number = |name: &str, part: Part, i: usize| {
+            let x = i as f32 + if name == "norm" { 0.5 } else { 0.25 } + 0.125 * part as usize as f32;
+            if form == Form::Narrow {
+                state::round(x).to_f32()
+            } else {
+                x
+            }
+        };
+        let fill = |name: &str, part: Part, range: std::ops::Range<usize>, to: &mut [f32]| -> Result<(), ()> {
+            to.iter_mut().zip(range).for_each(|(x, i)| *x = number(name, part, i));
             Ok(())
         };
-        optimizer.load_masters(fill).unwrap();
-        optimizer
+        optimizer.load_state(fill).unwrap();
+        let masters = layout().buckets[0].tensors.clone();
+        let masters = masters.iter().flat_map(|t| (0..t.elements()).map(|i| number(&t.name, Part::Master, i)));
+        let masters: Vec<f32> = masters.collect();
+        let mut parameters = Tensor::zeros([masters.len() as i64], (Kind::BFloat16, tch::Device::Cpu));
+        match form {
+            Form::Whole => parameters = Tensor::from_slice(&masters),
+            _ => state::round_all(&masters, view::elements_mut(&mut parameters)),
+        }
+        (optimizer, vec![parameters])
+    }
+
+    /// Writes a rank's shard as the first attempt.
+    pub(crate) fn write_shard(dir: &Path, rank: usize, world: usize, form: Form, epoch: &Epoch) -> CheckpointFile {
+        let (optimizer, parameters) = shard(rank, world, form);
+        write(dir, &optimizer.source(&parameters), epoch, 1).unwrap()
     }
 
     #[test]
@@ -192,7 +226,7 @@ pub(crate) mod tests {
         let mut masters: BTreeMap<String, Vec<Option<f32>>> =
             [("norm".to_owned(), vec![None; 100]), ("matrix".to_owned(), vec![None; 200_000])].into();
         for rank in 0..3 {
-            let report = write(dir.path(), optimizer(rank, 3).source(), &epoch, 1).unwrap();
+            let report = write_shard(dir.path(), rank, 3, Form::Split, &epoch);
             assert_eq!(report.name, format!("shard-{rank}of3-2-3-1.safetensors"));
             let data = std::fs::read(dir.path().join(&report.name)).unwrap();
             assert_eq!(data.len() as u64, report.bytes);
@@ -205,9 +239,11 @@ pub(crate) mod tests {
                     let bytes = file.tensor(&name).unwrap().data().to_vec();
                     bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
                 };
-                assert!(read("m").iter().chain(&read("v")).all(|&x| x == 0.0));
+                let own = read("master");
+                assert!(read("m").iter().zip(&own).all(|(m, x)| *m == x + 0.125));
+                assert!(read("v").iter().zip(&own).all(|(v, x)| *v == x + 0.25));
                 let whole = masters.get_mut(&range.tensor).unwrap();
-                for (i, x) in (range.begin..range.end).zip(read("master")) {
+                for (i, x) in (range.begin..range.end).zip(own) {
                     assert_eq!(whole[i as usize].replace(x), None, "element {i} occurs once");
                 }
             }
@@ -222,10 +258,12 @@ pub(crate) mod tests {
     fn a_name_is_never_written_twice_and_a_missing_directory_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let epoch = Epoch { term: 1, generation: 1 };
-        write(dir.path(), optimizer(0, 1).source(), &epoch, 1).unwrap();
-        let again = write(dir.path(), optimizer(0, 1).source(), &epoch, 1).unwrap_err().to_string();
+        let (optimizer, parameters) = shard(0, 1, Form::Whole);
+        let source = optimizer.source(&parameters);
+        write(dir.path(), &source, &epoch, 1).unwrap();
+        let again = write(dir.path(), &source, &epoch, 1).unwrap_err().to_string();
         assert!(again.contains("shard-0of1-1-1-1.safetensors"), "{again}");
-        write(dir.path(), optimizer(0, 1).source(), &epoch, 2).unwrap();
-        assert!(write(&dir.path().join("gone"), optimizer(0, 1).source(), &epoch, 1).is_err());
+        write(dir.path(), &source, &epoch, 2).unwrap();
+        assert!(write(&dir.path().join("gone"), &source, &epoch, 1).is_err());
     }
 }

@@ -2,6 +2,7 @@
 //! hold is named in the manifest; that they are whole, the coordinator has verified before it assigns them.
 
 use crate::snapshot::Image;
+use half::bf16;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -41,9 +42,10 @@ pub enum Part {
 }
 
 impl Part {
-    const ALL: [Part; 3] = [Part::Master, Part::M, Part::V];
+    pub const ALL: [Part; 3] = [Part::Master, Part::M, Part::V];
 
-    fn name(self) -> &'static str {
+    /// What it is called in files and in sentences.
+    pub fn name(self) -> &'static str {
         match self {
             Part::Master => "master",
             Part::M => "m",
@@ -83,11 +85,35 @@ fn ranges(header: &serde_json::Value) -> Vec<Held> {
     header.as_object().into_iter().flat_map(|entries| entries.keys()).filter_map(named).collect()
 }
 
-/// Where a range of a parameter lies: the file, and the first byte of each part in it.
+/// Where a range of a parameter lies: the file, and the first byte and the type of each part in it.
 struct Place {
     elements: Range<usize>,
     file: usize,
-    offsets: [u64; 3],
+    parts: [(u64, Type); 3],
+}
+
+/// A type of numbers in files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Type {
+    F32,
+    Bf16,
+}
+
+impl Type {
+    fn named(dtype: &serde_json::Value) -> Option<Self> {
+        match dtype.as_str()? {
+            "F32" => Some(Type::F32),
+            "BF16" => Some(Type::Bf16),
+            _ => None,
+        }
+    }
+
+    fn width(self) -> usize {
+        match self {
+            Type::F32 => 4,
+            Type::Bf16 => 2,
+        }
+    }
 }
 
 /// What a file holds, wherever it is.
@@ -179,22 +205,25 @@ impl Saved {
         let header: serde_json::Value =
             serde_json::from_slice(&text).map_err(|error| damaged(format!("its header is not JSON ({error})")))?;
         for Held { tensor, begin, end } in ranges(&header) {
-            let mut offsets = [0; 3];
-            for (offset, part) in offsets.iter_mut().zip(Part::ALL) {
+            let mut parts = [(0, Type::F32); 3];
+            for (found, part) in parts.iter_mut().zip(Part::ALL) {
                 let key = format!("{tensor}/{}/{begin}-{end}", part.name());
                 let entry = &header[&key];
+                let Some(kind) = Type::named(&entry["dtype"]) else {
+                    return Err(damaged(format!("\"{key}\" is {} instead of F32 or BF16", entry["dtype"])));
+                };
                 let bytes = entry["data_offsets"][0].as_u64().zip(entry["data_offsets"][1].as_u64());
                 let whole = |&(first, last): &(u64, u64)| {
                     begin <= end
-                        && last.checked_sub(first) == Some((end - begin) as u64 * 4)
+                        && last.checked_sub(first) == Some(((end - begin) * kind.width()) as u64)
                         && 8 + length + last <= size
                 };
                 let Some((first, _)) = bytes.filter(whole) else {
                     return Err(damaged(format!("does not hold \"{key}\" whole")));
                 };
-                *offset = 8 + length + first;
+                *found = (8 + length + first, kind);
             }
-            let place = Place { elements: begin..end, file: self.files.len(), offsets };
+            let place = Place { elements: begin..end, file: self.files.len(), parts };
             self.places.entry(tensor).or_default().push(place);
         }
         self.files.push((path, file));
@@ -219,8 +248,9 @@ impl Saved {
         for place in self.places.get(tensor).into_iter().flatten() {
             let (begin, end) = (place.elements.start.max(range.start), place.elements.end.min(range.end));
             if begin < end {
-                let offset = place.offsets[part as usize] + 4 * (begin - place.elements.start) as u64;
-                self.copy(place.file, offset, &mut out[begin - range.start..end - range.start])?;
+                let (first, kind) = place.parts[part as usize];
+                let offset = first + (kind.width() * (begin - place.elements.start)) as u64;
+                self.copy(place.file, offset, kind, &mut out[begin - range.start..end - range.start])?;
                 filled += end - begin;
             }
         }
@@ -232,14 +262,23 @@ impl Saved {
         Ok(())
     }
 
-    fn copy(&self, file: usize, mut offset: u64, out: &mut [f32]) -> Result<(), Error> {
+    fn copy(&self, file: usize, mut offset: u64, kind: Type, out: &mut [f32]) -> Result<(), Error> {
         let (path, file) = &self.files[file];
-        let mut bytes = vec![0; 4 * BLOCK.min(out.len())];
+        let mut bytes = vec![0; kind.width() * BLOCK.min(out.len())];
         for out in out.chunks_mut(BLOCK) {
-            let bytes = &mut bytes[..4 * out.len()];
+            let bytes = &mut bytes[..kind.width() * out.len()];
             file.read_exact_at(bytes, offset).map_err(|source| Error::Read { path: path.clone(), source })?;
             offset += bytes.len() as u64;
-            out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+            match kind {
+                Type::F32 => {
+                    out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+                }
+                Type::Bf16 => {
+                    out.iter_mut()
+                        .zip(bytes.as_chunks::<2>().0)
+                        .for_each(|(x, b)| *x = bf16::from_le_bytes(*b).to_f32());
+                }
+            }
         }
         Ok(())
     }
@@ -248,14 +287,14 @@ impl Saved {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{tests::optimizer, write};
+    use crate::checkpoint::tests::{shard, write_shard};
+    use crate::optim::state::Form;
     use unisono_proto::v1::Epoch;
 
     /// What `world` workers wrote as the checkpoint after step 7.
-    fn written(dir: &Path, world: usize) {
+    fn written(dir: &Path, world: usize, form: Form) {
         let epoch = Epoch { term: 1, generation: 1 };
-        let files: Vec<_> =
-            (0..world).map(|rank| write(dir, optimizer(rank, world).source(), &epoch, 1).unwrap()).collect();
+        let files: Vec<_> = (0..world).map(|rank| write_shard(dir, rank, world, form, &epoch)).collect();
         let listed = |file: &unisono_proto::v1::CheckpointFile| {
             let ranges: Vec<_> = file
                 .ranges
@@ -271,22 +310,31 @@ mod tests {
 
     #[test]
     fn any_number_of_workers_reads_what_any_number_wrote() {
-        for (writers, readers) in [(1, 3), (3, 1), (3, 2), (2, 5)] {
+        let forms = [Form::Whole, Form::Split, Form::Narrow].into_iter();
+        let cases = forms.flat_map(|form| [(form, 1, 3), (form, 3, 1), (form, 3, 2), (form, 2, 5)]);
+        for (form, writers, readers) in cases {
             let dir = tempfile::tempdir().unwrap();
-            written(dir.path(), writers);
+            written(dir.path(), writers, form);
             let saved = Saved::open(dir.path(), 7).unwrap();
             for rank in 0..readers {
-                let expected = optimizer(rank, readers);
-                let mut read = optimizer(rank, readers);
+                let (expected, parameters) = shard(rank, readers, form);
+                let (mut read, _) = shard(rank, readers, form);
                 read.load_state(|_, _, _, out| {
                     out.fill(f32::NAN);
                     Ok::<_, Error>(())
                 })
                 .unwrap();
                 read.load_state(|name, part, range, out| saved.read(name, part, range, out)).unwrap();
-                for bucket in 0..expected.layout().buckets.len() {
-                    assert_eq!(read.state(bucket), expected.state(bucket), "{writers} wrote, {rank} of {readers} read");
+                let (read, expected) = (read.source(&parameters), expected.source(&parameters));
+                for (read, expected) in read.held.iter().zip(&expected.held) {
+                    assert_eq!(read.state, expected.state, "{form:?}: {writers} wrote, {rank} of {readers} read");
                 }
+                // What the parameters hold of the masters is read with them.
+                let mut masters = vec![0.0; 200_000];
+                saved.read("matrix", Part::Master, 0..200_000, &mut masters).unwrap();
+                let whole = |i: usize| i as f32 + 0.25;
+                let of_form = |x: f32| if form == Form::Narrow { crate::optim::state::round(x).to_f32() } else { x };
+                assert!(masters.iter().enumerate().all(|(i, x)| *x == of_form(whole(i))));
             }
         }
     }
@@ -294,7 +342,7 @@ mod tests {
     #[test]
     fn another_step_a_torn_file_and_a_range_beyond_are_named() {
         let dir = tempfile::tempdir().unwrap();
-        written(dir.path(), 2);
+        written(dir.path(), 2, Form::Split);
         let refused = |error: Option<Error>| error.expect("an error").to_string();
         assert!(refused(Saved::open(dir.path(), 8).err()).contains("step 7"));
         let saved = Saved::open(dir.path(), 7).unwrap();

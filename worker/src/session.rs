@@ -9,6 +9,7 @@ use crate::memory::{self, Available, Demand};
 use crate::model::weights::{self, Weights};
 use crate::model::{self, Model, Recompute};
 use crate::optim::adamw::Settings;
+use crate::optim::state::Form;
 use crate::optim::Optimizer;
 use crate::restore::{self, Part, Saved};
 use crate::snapshot::exchange::{self, Circle, Exchange};
@@ -162,12 +163,14 @@ impl<'l> Loading<'l> {
         use_threads(assign.threads);
         let layout = unisono_configs::model::Layout::new(&spec);
         let (rank, world) = (assign.rank as usize, assign.world as usize);
+        let form = form(assign.optimizer.unwrap_or_default().state(), compute)?;
         let owned: usize = layout.shard_elements(rank, world).iter().map(|r| r.len()).sum();
         let plan = {
             let sketch = Model::sketch(spec.clone(), compute).ok_or(memory::Error::Beyond)?;
             let demand = Demand {
                 sketch: &sketch,
                 owned,
+                form,
                 tokens: assign.worst_tokens as usize,
                 document: assign.worst_document as usize,
                 trains: assign.trains,
@@ -217,7 +220,7 @@ impl<'l> Loading<'l> {
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.
             let leaves = assign.micro_batches as usize * if tied { 2 } else { 1 };
-            let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(), leaves);
+            let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(form), leaves);
             match &saved {
                 None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
                 Some(saved) => new.load_state(|name, part, range, out| saved.read(name, part, range, out))?,
@@ -232,7 +235,8 @@ impl<'l> Loading<'l> {
         try_worst(assign, &model, optimizer.as_mut()).map_err(failed)?;
 
         let link = *link;
-        let new_saver = |o: &Optimizer| Saver::new(o.source(), o.layout().clone(), behind, link.reporter(), *epoch);
+        let new_saver =
+            |o: &Optimizer| Saver::new(&o.source(&model), o.layout().clone(), behind, link.reporter(), *epoch);
         let saver = optimizer.as_ref().map(new_saver);
         let (planned_bytes, peers) = (plan.total(), Box::new(peers));
         let mut trainer = Trainer { link, model, optimizer, saver, snapshots: None, peers, planned_bytes };
@@ -247,7 +251,7 @@ impl<'l> Loading<'l> {
             let mut keeper = Keeper::new(Means { store, every, timeline, neighbour, circle, reporter, epoch: *epoch });
             if let Some(source) = held {
                 // Whoever was lost held a part of it: it is in two places again, cut for those who are here now.
-                keeper.take(source.step, optimizer.source());
+                keeper.take(source.step, &optimizer.source(&trainer.model));
             }
             trainer.snapshots = Some(keeper);
         }
@@ -312,7 +316,7 @@ impl<'l> Loading<'l> {
         Ok((PathBuf::from(&model.path), compute))
     }
 
-    fn settings(&self) -> Settings {
+    fn settings(&self, form: Form) -> Settings {
         let optimizer = self.assign.optimizer.unwrap_or_default();
         Settings {
             beta1: optimizer.beta1,
@@ -320,6 +324,8 @@ impl<'l> Loading<'l> {
             eps: optimizer.eps,
             weight_decay: optimizer.weight_decay,
             max_grad_norm: optimizer.max_grad_norm,
+            form,
+            seed: optimizer.seed,
         }
     }
 }
@@ -347,6 +353,19 @@ impl Filling {
         match self {
             Filling::Model(source) => Error::Model { path: path.into(), source },
             Filling::Restore(error) => Error::Restore(error),
+        }
+    }
+}
+
+/// How the state is kept beside parameters of a kind.
+fn form(asked: wire::OptimizerState, compute: Kind) -> Result<Form, Error> {
+    match (asked, compute) {
+        (wire::OptimizerState::Fp32, Kind::Float) => Ok(Form::Whole),
+        (wire::OptimizerState::Fp32, _) => Ok(Form::Split),
+        (wire::OptimizerState::Bf16, Kind::BFloat16) => Ok(Form::Narrow),
+        (wire::OptimizerState::Bf16, _) => {
+            let sentence = "train.optimizer_state = \"bf16\" needs model.compute = \"bf16\"";
+            Err(Error::Unsupported(sentence.into()))
         }
     }
 }

@@ -51,6 +51,9 @@ impl Error {
 }
 
 impl Parameters for Model {
+    fn bucket(&self, bucket: usize) -> &Tensor {
+        self.host_bucket(bucket)
+    }
     fn bucket_mut(&mut self, bucket: usize) -> &mut Tensor {
         Model::bucket_mut(self, bucket)
     }
@@ -107,7 +110,7 @@ impl Trainer<'_> {
         seconds.gather = clock.lap();
 
         if let Some(keeper) = self.snapshots.as_mut().filter(|keeper| keeper.is_due(step.step)) {
-            keeper.take(step.step, optimizer.source());
+            keeper.take(step.step, &optimizer.source(&self.model));
             seconds.snapshot = clock.lap();
         }
 
@@ -160,7 +163,7 @@ impl Trainer<'_> {
             return Err(Error::NoOptimizer("a checkpoint"));
         };
         let (step, attempt) = (checkpoint.step, checkpoint.attempt);
-        saver.save(optimizer.source(), checkpoint)?;
+        saver.save(&optimizer.source(&self.model), checkpoint)?;
         Ok(CheckpointCopied { step, attempt })
     }
 

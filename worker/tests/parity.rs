@@ -14,6 +14,7 @@ use unisono_worker::collective::{self, Collective};
 use unisono_worker::model::weights::Weights;
 use unisono_worker::model::{BadNumber, Batch, Leaves, Model};
 use unisono_worker::optim::adamw::Settings;
+use unisono_worker::optim::state::Form;
 use unisono_worker::optim::Optimizer;
 
 const MODELS: [&str; 8] =
@@ -209,7 +210,15 @@ impl Collective for Alone {
 #[test]
 fn twenty_steps_of_adamw_are_torchs() {
     one_thread();
-    let settings = Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, max_grad_norm: 1.0 };
+    let settings = Settings {
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.01,
+        max_grad_norm: 1.0,
+        form: Form::Whole,
+        seed: 0,
+    };
     for name in MODELS {
         let golden = Golden::read(name);
         let mut model = golden.model(Kind::Float);

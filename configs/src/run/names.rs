@@ -50,6 +50,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "betas",
             "eps",
             "max_grad_norm",
+            "optimizer_state",
             "shuffle",
             "seed",
             "spike_mads",

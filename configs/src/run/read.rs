@@ -5,7 +5,7 @@ use super::tree::{Document, Node, Place, Value};
 use super::{gate, names, rows, Error};
 use super::{
     Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Mixing, Model, OnBadRow,
-    Recompute, RunConfig, Schedule, Split, Train, Turns, ZeroStage,
+    OptimizerState, Recompute, RunConfig, Schedule, Split, Train, Turns, ZeroStage,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -289,6 +289,11 @@ fn train(s: &Section<'_>) -> Result<Train, Error> {
             d.max_grad_norm,
             |x| x >= 0.0,
             "a number of at least 0 (0: no clipping)",
+        )?,
+        optimizer_state: s.choice(
+            "optimizer_state",
+            d.optimizer_state,
+            &[("fp32", OptimizerState::Fp32), ("bf16", OptimizerState::Bf16)],
         )?,
         shuffle: s.flag("shuffle", d.shuffle)?,
         seed: s.whole("seed", d.seed, 0)?,

@@ -1,6 +1,6 @@
 //! "auto" becomes a value, once, before anything is started.
 
-use super::{Compute, Count, Device, Error, RunConfig, ZeroStage};
+use super::{Compute, Count, Device, Error, OptimizerState, RunConfig, ZeroStage};
 
 impl RunConfig {
     /// Replaces every "auto" by its value on a machine with `cores` processor cores, of which `cpu_has_bf16` says
@@ -40,6 +40,10 @@ impl RunConfig {
         }
         if self.model.compute == Compute::Auto {
             self.model.compute = if !on_cpu || cpu_has_bf16 { Compute::Bf16 } else { Compute::Fp32 };
+        }
+        if self.train.optimizer_state == OptimizerState::Bf16 && self.model.compute == Compute::Fp32 {
+            let problem = "is \"bf16\", but model.compute is \"fp32\" here; set model.compute = \"bf16\", or train.optimizer_state = \"fp32\"";
+            return refuse("train.optimizer_state", problem.into());
         }
         Ok(())
     }

@@ -2,13 +2,13 @@
 //! beside them, and the manifest is created if it is absent. Nothing is ever renamed over.
 
 use super::disk::Disk;
-use super::manifest::{self, Cursor, File, Kind, Manifest, Parent, Range, Tensor, Writer, MANIFEST, VERSION};
+use super::manifest::{self, Cursor, Dtype, File, Kind, Manifest, Parent, Range, Tensor, Writer, MANIFEST, VERSION};
 use crate::run::event::PendingCheckpoint;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use unisono_configs::model::Layout;
+use unisono_configs::model::{Layout, TensorSlot};
 use unisono_proto::v1::CheckpointFile;
 
 /// Why a checkpoint is not committed. Each is one sentence for a person.
@@ -34,6 +34,8 @@ pub struct Facts<'a> {
     /// Hash of the configuration.
     pub config: &'a str,
     pub layout: &'a Layout,
+    /// Of masters and moments.
+    pub dtype: Dtype,
     /// Source rows of all committed steps, in training order.
     pub samples: &'a [u64],
 }
@@ -46,8 +48,10 @@ pub fn draft(pending: &PendingCheckpoint, facts: &Facts<'_>) -> Result<Manifest,
     check_tiling(pending.step, &files, facts.layout)?;
     files.push(write_samples(facts.disk, &directory, pending, facts.samples)?);
     files.sort_by(|a, b| a.name.cmp(&b.name));
-    let tensor =
-        |slot: &unisono_configs::model::TensorSlot| Tensor { name: slot.name.clone(), shape: slot.shape.clone() };
+    let tensor = |slot: &TensorSlot| {
+        let (name, shape) = (slot.name.clone(), slot.shape.clone());
+        Tensor { name, shape, dtype: facts.dtype }
+    };
     Ok(Manifest {
         version: VERSION,
         step: pending.step,
@@ -261,8 +265,18 @@ mod tests {
 
     fn try_commit(run_dir: &Path, pending: &PendingCheckpoint) -> Result<Manifest, Error> {
         let cursor = Cursor { step: pending.step, epoch: 0, position: 2 };
-        let manifest =
-            draft(pending, &Facts { disk: &Local, run_dir, cursor, config: "c", layout: &layout(), samples: &[5, 3] })?;
+        let manifest = draft(
+            pending,
+            &Facts {
+                disk: &Local,
+                run_dir,
+                cursor,
+                config: "c",
+                layout: &layout(),
+                dtype: Dtype::F32,
+                samples: &[5, 3],
+            },
+        )?;
         create(&Local, &manifest::directory(run_dir, pending.step), &manifest)?;
         Ok(manifest)
     }

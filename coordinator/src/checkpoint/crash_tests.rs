@@ -3,7 +3,7 @@
 
 use super::commit::{create, draft, prepare, retain, Facts};
 use super::disk::{Disk, Local};
-use super::manifest::{self, Cursor};
+use super::manifest::{self, Cursor, Dtype};
 use super::newest::newest;
 use super::state::{Part, State};
 use crate::run::event::PendingCheckpoint;
@@ -228,7 +228,7 @@ fn save(disk: &dyn Disk, run_dir: &Path, step: u64) {
     let pending = PendingCheckpoint { step, attempt: 1, term: 1, generation: 1, files, since: 0.0 };
     let cursor = Cursor { step, epoch: 0, position: step };
     let (layout, samples) = (layout(), vec![step; step as usize]);
-    let facts = Facts { disk, run_dir, cursor, config: "c", layout: &layout, samples: &samples };
+    let facts = Facts { disk, run_dir, cursor, config: "c", layout: &layout, dtype: Dtype::F32, samples: &samples };
     let manifest = draft(&pending, &facts).unwrap();
     let state = State::verify(&directory, manifest).unwrap();
     create(disk, &directory, &state.manifest).unwrap();

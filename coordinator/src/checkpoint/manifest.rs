@@ -1,7 +1,7 @@
 //! `MANIFEST.json`: what a checkpoint consists of. The checkpoint exists when this file does.
 //!
-//! A state file is safetensors. For each range of a parameter tensor that it holds there are three F32 tensors of
-//! `end - begin` elements, named `<parameter>/<part>/<begin>-<end>`, the part being master, m or v: the master weights and
+//! A state file is safetensors. For each range of a parameter tensor that it holds there are three tensors of
+//! `end - begin` elements (F32, or what the manifest says of the parameter), named `<parameter>/<part>/<begin>-<end>`, the part being master, m or v: the master weights and
 //! AdamW's moments, row-major, `begin` and `end` counting elements of the whole parameter. Ranges of all state files
 //! tile every parameter exactly. The one samples file holds the U64 tensor `samples`: the training rows of all committed
 //! steps, in the order in which they were trained on.
@@ -65,6 +65,39 @@ pub struct Tensor {
     /// Hugging Face name.
     pub name: String,
     pub shape: Vec<usize>,
+    /// Of its master and moments.
+    #[serde(default, skip_serializing_if = "Dtype::is_f32")]
+    pub dtype: Dtype,
+}
+
+/// A type of numbers, as safetensors calls it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Dtype {
+    #[default]
+    F32,
+    #[serde(rename = "BF16")]
+    Bf16,
+}
+
+impl Dtype {
+    fn is_f32(&self) -> bool {
+        *self == Dtype::F32
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "F32",
+            Dtype::Bf16 => "BF16",
+        }
+    }
+
+    /// Bytes.
+    pub fn width(self) -> u64 {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -213,7 +246,7 @@ mod tests {
         fn manifest()(
             numbers in any::<[u64; 6]>(), attempt: u32, workers: u32, config in name(),
             parent in prop::option::of((any::<u64>(), name())),
-            tensors in prop::collection::vec((name(), prop::collection::vec(any::<usize>(), 0..3)), 0..3),
+            tensors in prop::collection::vec((name(), prop::collection::vec(any::<usize>(), 0..3), any::<bool>()), 0..3),
             files in prop::collection::vec(file(), 0..4),
         ) -> Manifest {
             let [step, at, epoch, position, term, generation] = numbers;
@@ -224,7 +257,12 @@ mod tests {
                 writer: Writer { term, generation, attempt, workers },
                 config,
                 parent: parent.map(|(step, blake3)| Parent { step, blake3 }),
-                tensors: tensors.into_iter().map(|(name, shape)| Tensor { name, shape }).collect(),
+                tensors: tensors
+                    .into_iter()
+                    .map(|(name, shape, narrow)| {
+                        Tensor { name, shape, dtype: if narrow { Dtype::Bf16 } else { Dtype::F32 } }
+                    })
+                    .collect(),
                 files,
                 hash: String::new(),
             }

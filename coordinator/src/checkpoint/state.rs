@@ -3,7 +3,7 @@
 //! Nothing is held in memory but the files' headers, so that a model of any size is digested and exported anywhere.
 
 use super::commit::is_plain;
-use super::manifest::{Kind, Manifest, Tensor, MANIFEST};
+use super::manifest::{Dtype, Kind, Manifest, Tensor, MANIFEST};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -56,6 +56,7 @@ struct Place {
     begin: u64,
     end: u64,
     file: usize,
+    dtype: Dtype,
     offsets: [u64; 3],
 }
 
@@ -79,6 +80,8 @@ impl State {
     /// Opens what is to become the checkpoint in `directory`.
     pub fn verify(directory: &Path, manifest: Manifest) -> Result<Self, Error> {
         let mut state = State { files: Vec::new(), places: BTreeMap::new(), samples: None, manifest };
+        let dtypes: BTreeMap<&str, Dtype> =
+            state.manifest.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.dtype)).collect();
         for entry in &state.manifest.files {
             if !is_plain(&entry.name) {
                 let problem = format!("names a file {:?} outside of the checkpoint", entry.name);
@@ -101,11 +104,13 @@ impl State {
                             tensor: range.tensor.clone(),
                             problem: format!("has a range that ends before it begins, {}..{}", range.begin, range.end),
                         })?;
+                        // What is of no tensor of the manifest is refused by its name below.
+                        let dtype = dtypes.get(range.tensor.as_str()).copied().unwrap_or_default();
                         let mut offsets = [0; 3];
                         for (offset, part) in offsets.iter_mut().zip(Part::ALL) {
-                            *offset = header.find(&path, &range.key(part.name()), "F32", Some(count))?.0;
+                            *offset = header.find(&path, &range.key(part.name()), dtype.name(), Some(count))?.0;
                         }
-                        let place = Place { begin: range.begin, end: range.end, file: index, offsets };
+                        let place = Place { begin: range.begin, end: range.end, file: index, dtype, offsets };
                         state.places.entry(range.tensor.clone()).or_default().push(place);
                     }
                 }
@@ -145,11 +150,12 @@ impl State {
         Ok(())
     }
 
-    /// Gives the whole of one part of a parameter to `sink`, row-major F32 little-endian, in blocks of whole elements.
+    /// Gives the whole of one part of a parameter to `sink`, row-major, little-endian and of the type
+    /// that the manifest says, in blocks of whole elements.
     pub fn read(&self, tensor: &str, part: Part, sink: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<(), Error> {
         for place in self.places.get(tensor).into_iter().flatten() {
             let offset = place.offsets[part as usize];
-            self.copy(place.file, offset, (place.end - place.begin) * 4, sink)?;
+            self.copy(place.file, offset, (place.end - place.begin) * place.dtype.width(), sink)?;
         }
         Ok(())
     }
@@ -216,7 +222,8 @@ fn check_hash(path: &Path, file: &File, bytes: u64, blake3: &str) -> Result<(), 
 pub fn tensors_within(header: &[u8], bytes: u64) -> Result<usize, Error> {
     let path = Path::new("state.safetensors");
     let header = Header::parse(path, header, bytes)?;
-    let within = |name: &&String| ["F32", "U64"].iter().any(|dtype| header.find(path, name, dtype, None).is_ok());
+    let within =
+        |name: &&String| ["F32", "BF16", "U64"].iter().any(|dtype| header.find(path, name, dtype, None).is_ok());
     Ok(header.tensors.keys().filter(within).count())
 }
 
@@ -264,7 +271,11 @@ impl Header {
         let (Some(begin), Some(end)) = (offset(0), offset(1)) else {
             return Err(damaged(format!("{name} has no data_offsets")));
         };
-        let width = if dtype == "U64" { 8 } else { 4 };
+        let width = match dtype {
+            "U64" => 8,
+            "BF16" => 2,
+            _ => 4,
+        };
         let fits = begin <= end && end.checked_add(self.data).is_some_and(|end| end <= self.bytes);
         let size = end.wrapping_sub(begin);
         if !fits || size % width != 0 || count.is_some_and(|count| count.checked_mul(width) != Some(size)) {
@@ -281,13 +292,18 @@ pub(crate) mod tests {
 
     /// A synthetic checkpoint: three tensors, dealt over `shards` files at odd places.
     pub(crate) fn write(directory: &Path, shards: usize) {
+        write_as(directory, shards, Dtype::F32);
+    }
+
+    /// The same with masters and moments of a type.
+    pub(crate) fn write_as(directory: &Path, shards: usize, dtype: Dtype) {
         std::fs::create_dir_all(directory).unwrap();
         let tensors = [
             ("model.embed_tokens.weight", vec![7, 5]),
             ("model.norm.weight", vec![5]),
             ("model.layers.0.mlp.up_proj.weight", vec![11, 5]),
         ]
-        .map(|(name, shape)| Tensor { name: name.into(), shape });
+        .map(|(name, shape)| Tensor { name: name.into(), shape, dtype });
         let mut files = Vec::new();
         for shard in 0..shards {
             let (mut ranges, mut list) = (Vec::new(), Vec::new());
@@ -297,8 +313,12 @@ pub(crate) mod tests {
                 let range = Range { tensor: tensor.name.clone(), begin: cut(shard), end: cut(shard + 1) };
                 for (p, part) in Part::ALL.iter().enumerate() {
                     let value = |i: u64| ((index * 3 + p) as f32 + 0.25) * (i as f32 - 3.5);
-                    let data: Vec<u8> = (range.begin..range.end).flat_map(|i| value(i).to_le_bytes()).collect();
-                    list.push((range.key(part.name()), "F32", data));
+                    let values = (range.begin..range.end).map(value);
+                    let data: Vec<u8> = match dtype {
+                        Dtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
+                        Dtype::Bf16 => values.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+                    };
+                    list.push((range.key(part.name()), dtype.name(), data));
                 }
                 ranges.push(range);
             }
@@ -338,7 +358,14 @@ pub(crate) mod tests {
         let mut data = Vec::new();
         for (key, dtype, bytes) in tensors {
             let (begin, end) = (data.len(), data.len() + bytes.len());
-            let count = bytes.len() / if *dtype == "U64" { 8 } else { 4 };
+            let count = bytes.len()
+                / if *dtype == "U64" {
+                    8
+                } else if *dtype == "BF16" {
+                    2
+                } else {
+                    4
+                };
             header.insert(
                 key.clone(),
                 serde_json::json!({"dtype": dtype, "shape": [count], "data_offsets": [begin, end]}),

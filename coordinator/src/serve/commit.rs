@@ -7,7 +7,7 @@ use super::work::Work;
 use crate::checkpoint::commit::{create, discard, draft, retain, Error, Facts};
 use crate::checkpoint::courier::{self, Courier};
 use crate::checkpoint::disk::Local;
-use crate::checkpoint::manifest::{self, Cursor};
+use crate::checkpoint::manifest::{self, Cursor, Dtype};
 use crate::checkpoint::state::State;
 use crate::digest;
 use crate::run::event::{Conclusion, NotCommitted, PendingCheckpoint};
@@ -50,6 +50,8 @@ pub struct Archive {
     pub run_dir: PathBuf,
     pub config: String,
     pub layout: Layout,
+    /// Of masters and moments.
+    pub dtype: Dtype,
     pub work: Work,
     /// Newest checkpoints kept.
     pub keep: usize,
@@ -132,6 +134,7 @@ impl Archive {
             cursor: Cursor { step, epoch, position },
             config: &self.config,
             layout: &self.layout,
+            dtype: self.dtype,
             samples: &self.work.samples(step),
         };
         let draft = draft(pending, &facts).map_err(not_committed)?;

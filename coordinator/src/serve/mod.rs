@@ -16,6 +16,7 @@ pub mod work;
 pub use setup::{Conclude, Error, Observer, Resumption, Setup};
 pub use work::Work;
 
+use crate::checkpoint::manifest::Dtype;
 use crate::data::Notice;
 use crate::run::event::Outcome;
 use crate::run::machine::{Machine, Rows, Settings};
@@ -35,7 +36,7 @@ use tokio::sync::{oneshot, watch};
 use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
 use unisono_configs::model::Layout;
-use unisono_configs::run::{Compute, Count, Device, Recompute, RunConfig, ZeroStage};
+use unisono_configs::run::{Compute, Count, Device, OptimizerState, Recompute, RunConfig, ZeroStage};
 use unisono_proto::dial::Role;
 use unisono_proto::v1::monitor_server::MonitorServer;
 use unisono_proto::v1::training_server::TrainingServer;
@@ -106,6 +107,10 @@ pub async fn serve(
         run_dir: run_dir.clone(),
         config: fingerprint(&setup.config),
         layout,
+        dtype: match setup.config.train.optimizer_state {
+            OptimizerState::Fp32 => Dtype::F32,
+            OptimizerState::Bf16 => Dtype::Bf16,
+        },
         work: setup.work.clone(),
         keep: setup.config.checkpoint.keep,
         courier: courier.clone(),
@@ -236,6 +241,11 @@ fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
             eps: train.eps,
             weight_decay: train.weight_decay,
             max_grad_norm: train.max_grad_norm,
+            state: match train.optimizer_state {
+                OptimizerState::Fp32 => wire::OptimizerState::Fp32.into(),
+                OptimizerState::Bf16 => wire::OptimizerState::Bf16.into(),
+            },
+            seed: train.seed,
         }),
         threads: config.cluster.threads_per_worker as u32,
         device: device.into(),

@@ -4,7 +4,8 @@
 use super::{write, Source};
 use crate::link::Reporter;
 use crate::optim::shard::Shard;
-use crate::optim::State;
+use crate::optim::state::{Form, Kept};
+use crate::restore::Part;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -26,20 +27,23 @@ pub struct BadState {
 struct Copied {
     layout: Arc<Layout>,
     shard: Shard,
-    states: Vec<State>,
+    form: Form,
+    kept: Vec<Kept>,
 }
 
 impl Copied {
-    fn take(&mut self, from: Source<'_>) {
-        for (to, from) in self.states.iter_mut().zip(from.states) {
-            to.master.copy_from_slice(&from.master);
-            to.m.copy_from_slice(&from.m);
-            to.v.copy_from_slice(&from.v);
-        }
+    fn of(source: &Source<'_>, layout: Arc<Layout>) -> Self {
+        let kept = source.held.iter().map(|held| Kept::of(*held)).collect();
+        Copied { layout, shard: source.shard.clone(), form: source.form, kept }
+    }
+
+    fn take(&mut self, from: &Source<'_>) {
+        self.kept.iter_mut().zip(&from.held).for_each(|(to, from)| to.take(*from));
     }
 
     fn source(&self) -> Source<'_> {
-        Source { layout: &self.layout, shard: &self.shard, states: &self.states }
+        let held = self.kept.iter().map(Kept::held).collect();
+        Source { layout: &self.layout, shard: &self.shard, form: self.form, held }
     }
 }
 
@@ -65,9 +69,9 @@ pub struct Saver {
 
 impl Saver {
     /// `behind`: there is memory for a copy of the shard.
-    pub fn new(source: Source<'_>, layout: Arc<Layout>, behind: bool, reporter: Reporter, epoch: Epoch) -> Self {
+    pub fn new(source: &Source<'_>, layout: Arc<Layout>, behind: bool, reporter: Reporter, epoch: Epoch) -> Self {
         let place = match behind {
-            true => Place::Here(Copied { layout, shard: source.shard.clone(), states: source.states.to_vec() }),
+            true => Place::Here(Copied::of(source, layout)),
             false => Place::Nowhere,
         };
         Saver { place, reporter, epoch }
@@ -75,7 +79,7 @@ impl Saver {
 
     /// Copies the shard and begins to write the copy; the report follows when it is on disk. Returns once training may
     /// change the shard. A state with a number that is not finite is not saved.
-    pub fn save(&mut self, source: Source<'_>, checkpoint: Checkpoint) -> Result<(), BadState> {
+    pub fn save(&mut self, source: &Source<'_>, checkpoint: Checkpoint) -> Result<(), BadState> {
         check(source)?;
         self.wait(checkpoint.step);
         let (reporter, epoch) = (self.reporter.clone(), self.epoch);
@@ -91,7 +95,7 @@ impl Saver {
         let step = checkpoint.step;
         tracing::info!(step, seconds = begun.elapsed().as_secs_f64(), "copied to be saved");
         let work = move || {
-            save(copy.source(), &checkpoint, &reporter, &epoch);
+            save(&copy.source(), &checkpoint, &reporter, &epoch);
             copy
         };
         match std::thread::Builder::new().name("save".into()).spawn(work) {
@@ -130,15 +134,11 @@ impl Saver {
 }
 
 /// Every master and moment is a number.
-fn check(source: Source<'_>) -> Result<(), BadState> {
+fn check(source: &Source<'_>) -> Result<(), BadState> {
     for piece in source.shard.pieces(source.layout) {
-        let State { master, m, v } = &source.states[piece.bucket];
-        for (part, values) in [("master", master), ("m", m), ("v", v)] {
-            // Without an early end within a block, the compiler vectorizes it.
-            let is_bad = |block: &[f32]| block.iter().fold(false, |bad, x| bad | !x.is_finite());
-            if values[piece.of_shard.clone()].chunks(1 << 12).any(is_bad) {
-                return Err(BadState { tensor: piece.tensor.name.clone(), part });
-            }
+        let bad = |part: &Part| !source.held[piece.bucket].is_finite(*part, piece.of_shard.clone());
+        if let Some(part) = Part::ALL.into_iter().find(bad) {
+            return Err(BadState { tensor: piece.tensor.name.clone(), part: part.name() });
         }
     }
     Ok(())
@@ -154,7 +154,7 @@ impl Drop for Saver {
     }
 }
 
-fn save(source: Source<'_>, checkpoint: &Checkpoint, reporter: &Reporter, epoch: &Epoch) {
+fn save(source: &Source<'_>, checkpoint: &Checkpoint, reporter: &Reporter, epoch: &Epoch) {
     let Checkpoint { step, ref path, attempt } = *checkpoint;
     let begun = Instant::now();
     let (files, problem) = match write(Path::new(path), source, epoch, attempt) {

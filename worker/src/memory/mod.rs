@@ -5,6 +5,7 @@ mod machine;
 pub use machine::{available, peak, resident, Available};
 
 use crate::model::{self, Batch, Model, Recompute};
+use crate::optim::state::Form;
 use std::fmt;
 use unisono_proto::NO_TARGET;
 
@@ -15,6 +16,8 @@ pub struct Demand<'a> {
     pub sketch: &'a Model,
     /// Elements of the own shard.
     pub owned: usize,
+    /// How the state is kept.
+    pub form: Form,
     /// Tokens of the largest micro-batch, and of its longest document.
     pub tokens: usize,
     pub document: usize,
@@ -37,9 +40,9 @@ pub struct Plan {
     pub parameters: u64,
     /// Integer accumulators of the exact sum.
     pub sums: u64,
-    /// Masters and moments of the own shard.
+    /// What of masters and moments of the own shard the parameters do not hold.
     pub optimizer: u64,
-    /// The same again, for the save behind training; 0 where there is no room for it.
+    /// The own shard again, for the save behind training; 0 where there is no room for it.
     pub copy: u64,
     /// Two snapshots of the own shard and two of a neighbour's; 0 where there is no room for them.
     pub snapshots: u64,
@@ -82,7 +85,7 @@ impl Demand<'_> {
             baseline: self.baseline + WORKING,
             parameters: (parameters * width) as u64,
             sums: trains * 8 * parameters as u64,
-            optimizer: trains * 12 * self.owned as u64,
+            optimizer: trains * (self.form.width() * self.owned) as u64,
             copy: 0,
             snapshots: 0,
             activations: (4 * self.tokens * spec.hidden * streams) as u64,
@@ -119,10 +122,11 @@ impl Demand<'_> {
         let plan = self.best(each)?;
         if plan.total() <= each {
             let fitting = |plan: &Plan, bytes: u64| if plan.total() + bytes <= each { bytes } else { 0 };
-            let copy = if self.copies { 12 * self.owned as u64 } else { 0 };
+            let shard = (self.form.saved_width() * self.owned) as u64;
+            let copy = if self.copies { shard } else { 0 };
             let plan = Plan { copy: fitting(&plan, copy), ..plan };
             let after_copy = plan.copy == copy && self.snapshots;
-            let snapshots = if after_copy { 4 * copy + SNAPSHOT_HEADERS } else { 0 };
+            let snapshots = if after_copy { 4 * shard + SNAPSHOT_HEADERS } else { 0 };
             return Ok(Plan { snapshots: fitting(&plan, snapshots), ..plan });
         }
         // Computing again costs little speed, shorter micro-batches a little more, fewer workers much, another model
@@ -231,16 +235,16 @@ mod tests {
 
     fn demand(sketch: &Model) -> Demand<'_> {
         let (recompute, copies) = (Some(Recompute::Nothing), false);
-        let snapshots = false;
         Demand {
             sketch,
             owned: 100_000,
+            form: Form::Split,
             tokens: 4096,
             document: 256,
             trains: true,
             recompute,
             copies,
-            snapshots,
+            snapshots: false,
             baseline: 1000,
         }
     }
@@ -262,15 +266,15 @@ mod tests {
         // The copy is made where there is room, and is no reason to refuse or to compute anything again.
         let copies = Demand { copies: true, ..demand };
         let copy = |bytes| copies.plan(&left(bytes), 1).unwrap().copy;
-        let whole = plan.total() + plan.optimizer;
-        assert_eq!((copy(whole - 1), copy(whole)), (0, plan.optimizer));
+        let (whole, shard) = (plan.total() + 1_200_000, 1_200_000);
+        assert_eq!((copy(whole - 1), copy(whole)), (0, shard));
         // So are snapshots, after that.
         let held = Demand { snapshots: true, ..copies };
         let snapshots = |bytes| held.plan(&left(bytes), 1).unwrap().snapshots;
-        let all = 4 * plan.optimizer + SNAPSHOT_HEADERS;
+        let all = 4 * shard + SNAPSHOT_HEADERS;
         assert_eq!((snapshots(whole + all - 1), snapshots(whole + all)), (0, all));
         let parameters = sketch.layout().parameters() as u64;
-        assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2 * parameters, 8 * parameters, 1_200_000));
+        assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2 * parameters, 8 * parameters, 1_000_000));
         let idle = Demand { trains: false, recompute: None, ..demand }.plan(&left(1 << 40), 1).unwrap();
         assert_eq!((idle.sums, idle.optimizer), (0, 0));
         assert!(idle.activations < plan.activations);

@@ -12,11 +12,12 @@ pub mod weights;
 use crate::ops::buffer::Pool;
 use crate::ops::rotation::Rotation;
 use crate::ops::{dispatcher, phantom, view};
+use crate::optim::state;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
-use unisono_configs::model::{Layout, ModelSpec};
+use unisono_configs::model::{Layout, ModelSpec, CHUNK};
 use weights::Weights;
 
 pub use saved::Recompute;
@@ -133,19 +134,31 @@ impl Model {
         Ok(model)
     }
 
-    /// Replaces all parameters by what `read(tensor name, its elements, destination)` gives, rounded to the compute kind.
+    /// Replaces all parameters by what `read(tensor name, its elements, destination)` gives, rounded to the compute kind as
+    /// the optimizer rounds masters.
     pub fn fill<E: From<Error>>(
         &mut self,
         mut read: impl FnMut(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let layout = self.layout.clone();
+        let (layout, compute) = (self.layout.clone(), self.compute);
+        let mut values = vec![0.0; CHUNK];
         for (index, bucket) in layout.buckets.iter().enumerate() {
+            let parameters = self.bucket_mut(index);
             for slot in &bucket.tensors {
-                let mut values = Tensor::zeros([slot.elements() as i64], (Kind::Float, Device::Cpu));
-                read(&slot.name, 0..slot.elements(), view::elements_mut(&mut values))?;
-                let bucket = self.mirrors.as_ref().map_or(&self.buckets[index], |mirrors| &mirrors[index]);
-                let copy = || bucket.f_narrow(0, slot.offset as i64, slot.elements() as i64)?.f_copy_(&values);
-                copy().map_err(Error::from)?;
+                for begin in (0..slot.elements()).step_by(CHUNK) {
+                    let range = begin..slot.elements().min(begin + CHUNK);
+                    let values = &mut values[..range.len()];
+                    let at = slot.offset + range.start..slot.offset + range.end;
+                    read(&slot.name, range, values)?;
+                    match compute {
+                        Kind::Float => view::elements_mut::<f32>(parameters)[at].copy_from_slice(values),
+                        Kind::BFloat16 => state::round_all(values, &mut view::elements_mut(parameters)[at]),
+                        _ => {
+                            let wide = view::elements_mut::<f64>(parameters)[at].iter_mut();
+                            wide.zip(values).for_each(|(to, x)| *to = f64::from(*x));
+                        }
+                    }
+                }
             }
         }
         Ok(self.publish()?)
@@ -189,6 +202,11 @@ impl Model {
     /// The flat parameters of a bucket: `[elements]`, of the compute kind.
     pub fn bucket(&self, index: usize) -> &Tensor {
         &self.buckets[index]
+    }
+
+    /// The flat parameters of a bucket on the host.
+    pub fn host_bucket(&self, index: usize) -> &Tensor {
+        self.mirrors.as_ref().map_or(&self.buckets[index], |mirrors| &mirrors[index])
     }
 
     /// The flat parameters of a bucket on the host, for the optimizer to write; [`Model::publish`] makes them those that the

@@ -1,5 +1,6 @@
-//! The weights of a Hugging Face model directory, mapped read-only: `model.safetensors`, or the shards that
-//! `model.safetensors.index.json` names. Elements come out as fp32, whatever the file holds.
+//! The weights of a Hugging Face model directory: `model.safetensors`, or the shards that `model.safetensors.index.json`
+//! names. Elements come out as fp32, whatever the file holds, and are read where they are asked for: what was mapped would
+//! count as this process's memory.
 #![allow(unsafe_code)]
 
 use half::{bf16, f16};
@@ -9,6 +10,7 @@ use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use unisono_configs::model::Layout;
 
@@ -54,15 +56,13 @@ struct Entry {
     bytes: Range<usize>,
 }
 
-struct Mapped {
-    path: PathBuf,
-    map: Mmap,
-}
+/// Elements read at once.
+const BLOCK: usize = 1 << 16;
 
-/// All tensors of a model directory, mapped.
+/// All tensors of a model directory.
 pub struct Weights {
     dir: PathBuf,
-    files: Vec<Mapped>,
+    files: Vec<(PathBuf, File)>,
     tensors: BTreeMap<String, Entry>,
 }
 
@@ -86,14 +86,14 @@ impl Weights {
             if !plain {
                 return Err(Error::Shard { path: index, file: name });
             }
-            weights.map(dir.join(name))?;
+            weights.add(dir.join(name))?;
         }
         Ok(weights)
     }
 
-    fn map(&mut self, path: PathBuf) -> Result<(), Error> {
+    fn add(&mut self, path: PathBuf) -> Result<(), Error> {
         let file = File::open(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-        // SAFETY: the mapping is read-only and private to `self`; that nobody truncates the file meanwhile is what every
+        // SAFETY: the mapping is read-only and lives for this function; that nobody truncates the file meanwhile is what every
         // reader of safetensors has to assume, and a torn file is refused by the header check below.
         let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::Read { path: path.clone(), source })?;
         let (header, metadata): (usize, Metadata) =
@@ -107,7 +107,7 @@ impl Weights {
                 return Err(Error::Twice { path, name });
             }
         }
-        self.files.push(Mapped { path, map });
+        self.files.push((path, file));
         Ok(())
     }
 
@@ -125,7 +125,7 @@ impl Weights {
     pub fn check(&self, layout: &Layout) -> Result<(), Error> {
         for (_, slot) in layout.tensors() {
             let entry = self.entry(&slot.name)?;
-            let path = || self.files[entry.file].path.clone();
+            let path = || self.files[entry.file].0.clone();
             if entry.shape != slot.shape {
                 let (found, expected) = (entry.shape.clone(), slot.shape.clone());
                 return Err(Error::Shape { path: path(), name: slot.name.clone(), found, expected });
@@ -144,29 +144,28 @@ impl Weights {
     pub fn read_f32(&self, name: &str, range: Range<usize>, out: &mut [f32]) -> Result<(), Error> {
         assert_eq!(range.len(), out.len(), "elements to read of {name}");
         let entry = self.entry(name)?;
-        let file = &self.files[entry.file];
+        let (path, file) = &self.files[entry.file];
         let elements: usize = entry.shape.iter().product();
         assert!(range.end <= elements, "{name} has {elements} elements, not {range:?}");
-        let bytes = &file.map[entry.bytes.clone()];
-        match entry.kind {
-            Dtype::F32 => {
-                for (o, b) in out.iter_mut().zip(bytes[range.start * 4..range.end * 4].as_chunks::<4>().0) {
-                    *o = f32::from_le_bytes(*b);
-                }
-            }
-            Dtype::BF16 => {
-                for (o, b) in out.iter_mut().zip(bytes[range.start * 2..range.end * 2].as_chunks::<2>().0) {
-                    *o = bf16::from_le_bytes(*b).to_f32();
-                }
-            }
-            Dtype::F16 => {
-                for (o, b) in out.iter_mut().zip(bytes[range.start * 2..range.end * 2].as_chunks::<2>().0) {
-                    *o = f16::from_le_bytes(*b).to_f32();
-                }
-            }
+        let width = match entry.kind {
+            Dtype::F32 => 4,
+            Dtype::BF16 | Dtype::F16 => 2,
             other => {
                 let found = format!("{other:?}");
-                return Err(Error::Kind { path: file.path.clone(), name: name.into(), found });
+                return Err(Error::Kind { path: path.clone(), name: name.into(), found });
+            }
+        };
+        let mut bytes = vec![0; width * BLOCK.min(out.len())];
+        let mut offset = (entry.bytes.start + width * range.start) as u64;
+        for out in out.chunks_mut(BLOCK) {
+            let bytes = &mut bytes[..width * out.len()];
+            file.read_exact_at(bytes, offset).map_err(|source| Error::Read { path: path.clone(), source })?;
+            offset += bytes.len() as u64;
+            let halves = bytes.as_chunks::<2>().0.iter();
+            match entry.kind {
+                Dtype::BF16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = bf16::from_le_bytes(*b).to_f32()),
+                Dtype::F16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = f16::from_le_bytes(*b).to_f32()),
+                _ => out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(o, b)| *o = f32::from_le_bytes(*b)),
             }
         }
         Ok(())

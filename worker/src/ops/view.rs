@@ -21,7 +21,7 @@ macro_rules! element {
         }
     )*};
 }
-element!(f32 => Float, f64 => Double, bf16 => BFloat16, i64 => Int64, i32 => Int);
+element!(f32 => Float, f64 => Double, bf16 => BFloat16, i64 => Int64, i32 => Int, i16 => Int16);
 
 fn check<T: Element>(tensor: &Tensor) {
     assert_eq!(tensor.kind(), T::KIND, "element kind of a host view");

@@ -2,7 +2,7 @@
 //! the number of workers can change a bit of the result. A leaf `x` counts as `round_ties_even(x * 2^48)`.
 
 use crate::model::{BadNumber, Leaves};
-use crate::ops::simd::{integer, vectorised};
+use crate::ops::simd::{self, integer, vectorised};
 use crate::ops::view;
 use half::bf16;
 use std::cmp::Ordering;
@@ -33,6 +33,40 @@ impl Reduced for f32 {
     #[inline(always)]
     fn gradient(self) -> f32 {
         self
+    }
+}
+
+impl Reduced for bf16 {
+    #[inline(always)]
+    fn gradient(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// What becomes of a gradient before it is used.
+pub trait Rounding: Copy {
+    fn round(self, gradient: f32) -> f32;
+}
+
+/// It stays fp32.
+#[derive(Clone, Copy)]
+pub struct Exactly;
+
+impl Rounding for Exactly {
+    #[inline(always)]
+    fn round(self, gradient: f32) -> f32 {
+        gradient
+    }
+}
+
+/// It is kept as bf16: rounded to nearest, ties to even.
+#[derive(Clone, Copy)]
+pub struct Nearest;
+
+impl Rounding for Nearest {
+    #[inline(always)]
+    fn round(self, gradient: f32) -> f32 {
+        <bf16 as simd::Narrow>::store(gradient).gradient()
     }
 }
 

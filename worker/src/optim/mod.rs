@@ -3,18 +3,21 @@
 
 pub mod adamw;
 pub mod exact;
+pub mod noise;
 pub mod norm;
 pub mod on_device;
 pub mod shard;
+pub mod state;
 
 use crate::checkpoint::Source;
 use crate::collective::{self, Collective};
 use crate::ops::view;
 use crate::restore::Part;
-use adamw::{Parameter, Scalars, Settings, Span};
-use exact::{ExactSum, Reduced};
-use half::bf16;
+use adamw::{Scalars, Settings};
+use exact::{ExactSum, Exactly, Nearest, Reduced};
+use noise::Noise;
 use shard::Shard;
+use state::{Form, Held, State, Values};
 use std::ops::Range;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -22,21 +25,17 @@ use unisono_configs::model::{Layout, CHUNK};
 
 /// The parameters that an optimizer updates: one flat tensor for each bucket, fp32 or bf16.
 pub trait Parameters {
+    fn bucket(&self, bucket: usize) -> &Tensor;
     fn bucket_mut(&mut self, bucket: usize) -> &mut Tensor;
 }
 
 impl Parameters for Vec<Tensor> {
+    fn bucket(&self, bucket: usize) -> &Tensor {
+        &self[bucket]
+    }
     fn bucket_mut(&mut self, bucket: usize) -> &mut Tensor {
         &mut self[bucket]
     }
-}
-
-/// fp32 master and moments of the own range of one bucket: `[own elements]` each.
-#[derive(Debug, Clone, PartialEq)]
-pub struct State {
-    pub master: Vec<f32>,
-    pub m: Vec<f32>,
-    pub v: Vec<f32>,
 }
 
 /// The own shard of the optimizer state and the accumulators it is fed from.
@@ -52,37 +51,52 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// `leaves`: the most leaves that any element receives in a step, over all ranks. Masters start as zeros: see
-    /// [`Optimizer::load_masters`].
+    /// `leaves`: the most leaves that any element receives in a step, over all ranks. Masters are the parameters, rounded:
+    /// see [`Optimizer::load_masters`].
     pub fn new(layout: Arc<Layout>, rank: usize, world: usize, settings: Settings, leaves: usize) -> Self {
         let shard = Shard::new(&layout, rank, world);
-        let state = |n: usize| State { master: resident_zeros(n), m: resident_zeros(n), v: resident_zeros(n) };
-        let states = (0..shard.buckets()).map(|b| state(shard.own(b).len())).collect();
+        let states = (0..shard.buckets()).map(|b| State::new(settings.form, shard.own(b).len())).collect();
         Optimizer { sums: ExactSum::new(layout.clone(), leaves), layout, shard, settings, states }
     }
 
-    /// Fills the own masters: `read(tensor name, its elements, destination)`.
+    /// Takes the own masters: `read(tensor name, its elements, destination)`. What of them the parameters hold already is
+    /// not read.
     pub fn load_masters<E>(
         &mut self,
         mut read: impl FnMut(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.shard.pieces(&self.layout).try_for_each(|piece| {
-            let master = &mut self.states[piece.bucket].master[piece.of_shard];
-            read(&piece.tensor.name, piece.of_tensor, master)
-        })
+        self.load(&[Part::Master], |name, _, range, out| read(name, range, out))
     }
 
-    /// Fills the own masters and moments: `read(tensor name, part, its elements, destination)`.
+    /// Takes the own masters and moments: `read(tensor name, part, its elements, destination)`.
     pub fn load_state<E>(
         &mut self,
+        read: impl FnMut(&str, Part, Range<usize>, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.load(&Part::ALL, read)
+    }
+
+    fn load<E>(
+        &mut self,
+        parts: &[Part],
         mut read: impl FnMut(&str, Part, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.shard.pieces(&self.layout).try_for_each(|piece| {
-            let State { master, m, v } = &mut self.states[piece.bucket];
-            [(Part::Master, master), (Part::M, m), (Part::V, v)].into_iter().try_for_each(|(part, values)| {
-                read(&piece.tensor.name, part, piece.of_tensor.clone(), &mut values[piece.of_shard.clone()])
-            })
-        })
+        let mut values = vec![0.0; CHUNK];
+        for piece in self.shard.pieces(&self.layout) {
+            let state = &mut self.states[piece.bucket];
+            for &part in parts {
+                if !state.keeps(part) {
+                    continue;
+                }
+                for begin in piece.of_tensor.clone().step_by(CHUNK) {
+                    let end = piece.of_tensor.end.min(begin + CHUNK);
+                    let values = &mut values[..end - begin];
+                    read(&piece.tensor.name, part, begin..end, values)?;
+                    state.set(part, piece.of_shard.start + begin - piece.of_tensor.start, values);
+                }
+            }
+        }
+        Ok(())
     }
 
     pub fn shard(&self) -> &Shard {
@@ -98,15 +112,22 @@ impl Optimizer {
         &self.states[bucket]
     }
 
-    /// The own shard, to be written or copied.
-    pub fn source(&self) -> Source<'_> {
-        Source { layout: &self.layout, shard: &self.shard, states: &self.states }
+    /// The own shard, to be written or copied: with the parameters, which hold the masters or their upper halves.
+    pub fn source<'a>(&'a self, parameters: &'a dyn Parameters) -> Source<'a> {
+        let held = self.states.iter().enumerate().map(|(b, state)| {
+            let (bucket, own) = (parameters.bucket(b), self.shard.own(b));
+            let parameters = match bucket.kind() {
+                Kind::Float => Values::Wide(&view::elements(bucket)[own]),
+                _ => Values::Narrow(&view::elements(bucket)[own]),
+            };
+            Held { parameters, state }
+        });
+        Source { layout: &self.layout, shard: &self.shard, form: self.settings.form, held: held.collect() }
     }
 
-    /// Bytes of masters and moments.
+    /// Bytes of what is kept beside the parameters.
     pub fn bytes(&self) -> u64 {
-        let floats = |s: &State| s.master.capacity() + s.m.capacity() + s.v.capacity();
-        self.states.iter().map(|s| (floats(s) * size_of::<f32>()) as u64).sum()
+        self.states.iter().map(State::bytes).sum()
     }
 
     /// Adds up all ranks' sums: afterwards the own range holds the step's gradient.
@@ -121,7 +142,11 @@ impl Optimizer {
         let mut mine = Vec::new();
         for b in 0..self.shard.buckets() {
             for chunk in self.sums.bucket(b)[self.shard.own(b)].chunks(CHUNK) {
-                mine.extend_from_slice(&norm::partial(chunk).to_le_bytes());
+                let partial = match self.settings.form {
+                    Form::Whole | Form::Split => norm::partial(chunk, Exactly),
+                    Form::Narrow => norm::partial(chunk, Nearest),
+                };
+                mine.extend_from_slice(&partial.to_le_bytes());
             }
         }
         let all = collective.all_gather_bytes(&mine)?;
@@ -147,12 +172,8 @@ impl Optimizer {
             let begin = self.shard.own(piece.bucket).start;
             let of_bucket = begin + piece.of_shard.start..begin + piece.of_shard.end;
             let sums = &self.sums.bucket(piece.bucket)[of_bucket.clone()];
-            let bucket = parameters.bucket_mut(piece.bucket);
-            match bucket.kind() {
-                Kind::Float => state.update::<_, f32>(sums, piece.of_shard, bucket, of_bucket, scalars),
-                Kind::BFloat16 => state.update::<_, bf16>(sums, piece.of_shard, bucket, of_bucket, scalars),
-                kind => unreachable!("parameters are fp32 or bf16, not {kind:?}"),
-            }
+            let noise = Noise { seed: self.settings.seed, step, bucket: piece.bucket };
+            state.update(sums, piece.of_shard, parameters.bucket_mut(piece.bucket), of_bucket, scalars, &noise);
         }
         self.sums.clear();
     }
@@ -168,31 +189,32 @@ impl Optimizer {
     }
 }
 
-/// Zeros whose pages exist already: memory that a run will need is taken before its first step, not found missing in it.
-fn resident_zeros(n: usize) -> Vec<f32> {
-    let mut zeros = vec![1.0; n];
-    // Without this the compiler asks for pages that the kernel zeroes on first use.
-    std::hint::black_box(&mut zeros).fill(0.0);
-    zeros
-}
-
 impl State {
-    fn update<G: Reduced, P: Parameter + view::Element>(
+    fn update<G: Reduced>(
         &mut self,
         gradient: &[G],
         of_shard: Range<usize>,
         bucket: &mut Tensor,
         of_bucket: Range<usize>,
         scalars: &Scalars,
+        noise: &Noise,
     ) {
-        let span = Span {
-            gradient,
-            master: &mut self.master[of_shard.clone()],
-            m: &mut self.m[of_shard.clone()],
-            v: &mut self.v[of_shard],
-            parameter: &mut view::elements_mut::<P>(bucket)[of_bucket],
-        };
-        adamw::update(span, scalars);
+        let (own, at) = (of_shard, of_bucket);
+        match self {
+            State::Whole { m, v } => {
+                let parameter = &mut view::elements_mut(bucket)[at];
+                adamw::update_whole(gradient, parameter, &mut m[own.clone()], &mut v[own], scalars);
+            }
+            State::Split { low, m, v } => {
+                let (parameter, low) = (&mut view::elements_mut(bucket)[at], &mut low[own.clone()]);
+                adamw::update_split(gradient, parameter, low, &mut m[own.clone()], &mut v[own], scalars);
+            }
+            State::Narrow { m, v } => {
+                let parameter = &mut view::elements_mut(bucket)[at.clone()];
+                let (m, v) = (&mut m[own.clone()], &mut v[own]);
+                adamw::update_narrow(gradient, parameter, m, v, scalars, noise, at.start);
+            }
+        }
     }
 }
 

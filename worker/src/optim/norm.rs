@@ -1,31 +1,31 @@
 //! The gradient norm: fp64 partials per chunk over 16 fixed lanes, added in chunk order. A chunk's partial depends on
 //! nothing but the chunk, so the norm does not depend on who owns it.
 
-use super::exact::Reduced;
+use super::exact::{Reduced, Rounding};
 use crate::ops::simd::vectorised;
 
 const LANES: usize = 16;
 
 vectorised! {
     /// Sum of squares of one chunk's gradients.
-    pub fn partial<G: Reduced>(chunk: &[G]) -> f64 {
-        sum_of_squares(chunk)
+    pub fn partial<G: Reduced, R: Rounding>(chunk: &[G], rounding: R) -> f64 {
+        sum_of_squares(chunk, rounding)
     }
 }
 
 #[inline(always)]
-fn sum_of_squares<G: Reduced>(chunk: &[G]) -> f64 {
+fn sum_of_squares<G: Reduced, R: Rounding>(chunk: &[G], rounding: R) -> f64 {
     let mut lanes = [0f64; LANES];
     let groups = chunk.chunks_exact(LANES);
     let rest = groups.remainder();
     for group in groups {
         for (lane, &q) in lanes.iter_mut().zip(group) {
-            let x = f64::from(q.gradient());
+            let x = f64::from(rounding.round(q.gradient()));
             *lane += x * x;
         }
     }
     for (lane, &q) in lanes.iter_mut().zip(rest) {
-        let x = f64::from(q.gradient());
+        let x = f64::from(rounding.round(q.gradient()));
         *lane += x * x;
     }
     lanes.iter().fold(0.0, |sum, lane| sum + lane)
@@ -49,6 +49,8 @@ pub fn clip(norm: f64, max_norm: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::exact::{Exactly, Nearest};
+    use half::bf16;
     use proptest::prelude::*;
 
     proptest! {
@@ -56,9 +58,12 @@ mod tests {
         fn a_partial_is_the_sum_of_squares(chunk in prop::collection::vec(-(1i64 << 52)..(1i64 << 52), 0..200)) {
             let gradients: Vec<f32> = chunk.iter().map(|q| q.gradient()).collect();
             let expected: f64 = gradients.iter().map(|&g| f64::from(g).powi(2)).sum();
-            prop_assert!((partial(&chunk) - expected).abs() <= 1e-13 * expected);
-            prop_assert_eq!(partial(&chunk).to_bits(), sum_of_squares(&chunk).to_bits());
-            prop_assert_eq!(partial(&chunk).to_bits(), partial(&gradients).to_bits());
+            let exactly = partial(&chunk, Exactly);
+            prop_assert!((exactly - expected).abs() <= 1e-13 * expected);
+            prop_assert_eq!(exactly.to_bits(), sum_of_squares(&chunk, Exactly).to_bits());
+            prop_assert_eq!(exactly.to_bits(), partial(&gradients, Exactly).to_bits());
+            let narrow: Vec<bf16> = gradients.iter().map(|g| bf16::from_f32(*g)).collect();
+            prop_assert_eq!(partial(&chunk, Nearest).to_bits(), partial(&narrow, Exactly).to_bits());
         }
     }
 

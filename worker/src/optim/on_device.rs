@@ -47,23 +47,26 @@ pub fn partials(kernels: Kernels, gradients: &Tensor) -> Tensor {
 pub struct Span<'a> {
     /// Sums or fp32, before clipping.
     pub gradient: &'a Tensor,
-    pub master: &'a Tensor,
+    /// fp32, which are the masters; or bf16, their upper halves.
+    pub parameter: &'a Tensor,
+    /// i16: the lower halves of the masters beside bf16 parameters.
+    pub low: Option<&'a Tensor>,
     pub m: &'a Tensor,
     pub v: &'a Tensor,
-    /// fp32 or bf16.
-    pub parameter: &'a Tensor,
 }
 
 /// Applies one update.
 pub fn update(kernels: Kernels, span: &Span<'_>, scalars: &Scalars) {
     let count = span.gradient.numel();
-    let tensors = [span.gradient, span.master, span.m, span.v, span.parameter];
-    assert!(tensors.iter().all(|t| t.numel() == count), "one update of equally many elements");
-    let mut arguments: Vec<_> = tensors.into_iter().map(Into::into).collect();
+    let tensors = [Some(span.gradient), Some(span.parameter), span.low, Some(span.m), Some(span.v)];
+    let tensors = tensors.into_iter().flatten();
+    assert!(tensors.clone().all(|t| t.numel() == count), "one update of equally many elements");
+    assert_eq!(span.parameter.kind() == Kind::BFloat16, span.low.is_some(), "bf16 parameters and lower halves");
+    let mut arguments: Vec<_> = tensors.map(Into::into).collect();
     arguments.push((count as i64).into());
     arguments.extend(scalars.arguments());
-    let name = format!("adamw_{}_{}", reduced(span.gradient), word(span.parameter.kind()));
-    kernels.launch(&name, striding(count), &arguments);
+    let form = if span.low.is_some() { "split" } else { "whole" };
+    kernels.launch(&format!("adamw_{form}_{}", reduced(span.gradient)), striding(count), &arguments);
 }
 
 fn reduced(gradient: &Tensor) -> &'static str {
@@ -79,8 +82,9 @@ mod tests {
     use crate::ops::kernels::emulator::Emulated;
     use crate::ops::view::elements;
     use crate::optim::adamw::{self, Settings};
-    use crate::optim::exact::{self, Reduced, UNIT};
+    use crate::optim::exact::{self, Exactly, UNIT};
     use crate::optim::norm;
+    use crate::optim::state::{split as halves, Form};
     use half::bf16;
     use tch::Device;
 
@@ -164,37 +168,51 @@ mod tests {
         let mut rounded = vec![0f32; n];
         exact::round(&sums, &mut rounded);
         assert!(elements::<f32>(&gradients).iter().zip(&rounded).all(|(a, b)| a.to_bits() == b.to_bits()));
-        let expected: Vec<f64> = sums.chunks(CHUNK).map(norm::partial).collect();
+        let expected: Vec<f64> = sums.chunks(CHUNK).map(|chunk| norm::partial(chunk, Exactly)).collect();
         for gradient in [&on_device, &gradients] {
             assert_eq!(elements::<f64>(&partials(kernels, gradient)), expected);
         }
-        let settings = Settings { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
-        compare::<f32>(kernels, &sums, &settings.scalars(3, 1e-3, 0.7));
-        compare::<bf16>(kernels, &sums, &settings.scalars(1, 3e-4, 1.0).without_decay());
+        let (form, seed) = (Form::Split, 0);
+        let settings =
+            Settings { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0, form, seed };
+        let scalars = settings.scalars(3, 1e-3, 0.7);
+        for gradient in [&on_device, &gradients] {
+            whole(kernels, &sums, gradient, &scalars);
+            split(kernels, &sums, gradient, &scalars.without_decay());
+        }
     }
 
-    fn compare<P: adamw::Parameter + crate::ops::view::Element + Default + PartialEq>(
-        kernels: Kernels,
-        sums: &[i64],
-        scalars: &Scalars,
-    ) {
-        let n = sums.len();
-        let (mut master, mut m, mut v) = (leaf(n, 9), leaf(n, 10), leaf(n, 11));
-        v.iter_mut().for_each(|v| *v = v.abs());
-        let state = [&master, &m, &v].map(|values| Tensor::from_slice(values));
-        let mut parameter = vec![P::default(); n];
-        let on_device = Tensor::zeros([n as i64], (P::KIND, Device::Cpu));
-        let gradient: Vec<f32> = sums.iter().map(|q| q.gradient()).collect();
-        for gradient in [Tensor::from_slice(sums), Tensor::from_slice(&gradient)] {
-            let span =
-                adamw::Span { gradient: sums, master: &mut master, m: &mut m, v: &mut v, parameter: &mut parameter };
-            adamw::update(span, scalars);
-            let [master, m, v] = [0, 1, 2].map(|i| &state[i]);
-            update(kernels, &Span { gradient: &gradient, master, m, v, parameter: &on_device }, scalars);
-        }
-        for (found, expected) in state.iter().zip([&master, &m, &v]) {
-            assert!(elements::<f32>(found).iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()));
-        }
-        assert!(elements::<P>(&on_device) == parameter.as_slice());
+    /// Masters and moments.
+    fn state(n: usize) -> [Vec<f32>; 3] {
+        [leaf(n, 9), leaf(n, 10), leaf(n, 11).into_iter().map(f32::abs).collect()]
+    }
+
+    fn same(found: &Tensor, expected: &[f32]) -> bool {
+        elements::<f32>(found).iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits())
+    }
+
+    fn whole(kernels: Kernels, sums: &[i64], gradient: &Tensor, scalars: &Scalars) {
+        let [mut master, mut m, mut v] = state(sums.len());
+        let on_device = [&master, &m, &v].map(|values| Tensor::from_slice(values));
+        adamw::update_whole(sums, &mut master, &mut m, &mut v, scalars);
+        let [parameter, first, second] = &on_device;
+        update(kernels, &Span { gradient, parameter, low: None, m: first, v: second }, scalars);
+        assert!(same(parameter, &master) && same(first, &m) && same(second, &v));
+    }
+
+    fn split(kernels: Kernels, sums: &[i64], gradient: &Tensor, scalars: &Scalars) {
+        let [master, mut m, mut v] = state(sums.len());
+        let [first, second] = [&m, &v].map(|values| Tensor::from_slice(values));
+        let (mut parameter, mut low): (Vec<bf16>, Vec<u16>) = master.iter().map(|x| halves(*x)).unzip();
+        let signed = |low: &[u16]| -> Vec<i16> { low.iter().map(|low| *low as i16).collect() };
+        let wide: Vec<f32> = parameter.iter().map(|p| p.to_f32()).collect();
+        let on_device = Tensor::from_slice(&wide).to_kind(Kind::BFloat16);
+        let lower = Tensor::from_slice(&signed(&low));
+        adamw::update_split(sums, &mut parameter, &mut low, &mut m, &mut v, scalars);
+        let span = Span { gradient, parameter: &on_device, low: Some(&lower), m: &first, v: &second };
+        update(kernels, &span, scalars);
+        assert!(same(&first, &m) && same(&second, &v));
+        assert!(elements::<bf16>(&on_device).iter().zip(&parameter).all(|(a, b)| a.to_bits() == b.to_bits()));
+        assert_eq!(elements::<i16>(&lower), signed(&low));
     }
 }

@@ -20,18 +20,19 @@ fn layout() -> Arc<Layout> {
     Arc::new(Layout { buckets })
 }
 
-const SETTINGS: Settings = Settings { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 0.05 };
+const SETTINGS: Settings =
+    Settings { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 0.05, form: Form::Whole, seed: 0 };
 
 fn value(seed: usize, i: usize) -> f32 {
     let x = (i as u32).wrapping_mul(2_654_435_761).wrapping_add((seed as u32).wrapping_mul(40_503_777));
     (x as f32 / u32::MAX as f32 - 0.5) * 0.01
 }
 
-/// Final masters, first moments, parameters (as fp32) and norms of a run of 3 steps with 6 leaves each.
-fn train(world: usize, kind: Kind) -> (Vec<f32>, Vec<f32>, Vec<Tensor>, Vec<f64>) {
+/// Final masters and moments as they are saved, parameters (as fp32) and norms of a run of 3 steps with 6 leaves each.
+fn train(world: usize, form: Form) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
     let ranks: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> =
-            mesh(world).into_iter().map(|mut peers| scope.spawn(move || worker(&mut peers, kind))).collect();
+            mesh(world).into_iter().map(|mut peers| scope.spawn(move || worker(&mut peers, form))).collect();
         threads.into_iter().map(|t| t.join().expect("worker")).collect()
     });
     let (_, parameters, norms) = &ranks[0];
@@ -40,25 +41,53 @@ fn train(world: usize, kind: Kind) -> (Vec<f32>, Vec<f32>, Vec<Tensor>, Vec<f64>
         for (a, b) in parameters.iter().zip(other) {
             assert_eq!(a, b);
         }
-        assert_eq!(optimizer.bytes(), 12 * optimizer.shard().elements() as u64);
+        assert_eq!(optimizer.bytes(), (form.width() * optimizer.shard().elements()) as u64);
     }
-    let whole = |field: fn(&State) -> &Vec<f32>| {
-        (0..2).flat_map(|b| ranks.iter().flat_map(move |(o, _, _)| field(o.state(b)).clone())).collect()
+    let saved = |part: Part| {
+        let mut bytes = vec![];
+        for b in 0..2 {
+            for (optimizer, parameters, _) in &ranks {
+                let source = optimizer.source(parameters);
+                source.held[b].append(part, 0..optimizer.shard().own(b).len(), &mut bytes);
+            }
+        }
+        bytes
     };
     let widened = parameters.iter().map(|p| p.to_kind(Kind::Float)).collect();
-    (whole(|s| &s.master), whole(|s| &s.m), widened, norms.clone())
+    (Part::ALL.map(saved).to_vec(), widened, norms.clone())
 }
 
-fn worker(peers: &mut dyn Collective, kind: Kind) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
-    let layout = layout();
-    let mut optimizer = Optimizer::new(layout.clone(), peers.rank(), peers.world(), SETTINGS, 6);
+/// Parameters of `form`, rounded from what `master` gives for an element of a tensor, and an optimizer that has these
+/// masters.
+fn begin(
+    (rank, world): (usize, usize),
+    form: Form,
+    leaves: usize,
+    master: impl Fn(usize) -> f32,
+) -> (Optimizer, Vec<Tensor>) {
+    let (layout, kind) = (layout(), if form == Form::Whole { Kind::Float } else { Kind::BFloat16 });
+    let mut optimizer = Optimizer::new(layout.clone(), rank, world, Settings { form, ..SETTINGS }, leaves);
     let load = |_: &str, range: Range<usize>, to: &mut [f32]| {
-        to.iter_mut().zip(range).for_each(|(x, i)| *x = value(7, i) * 10.0);
+        to.iter_mut().zip(range).for_each(|(x, i)| *x = master(i));
         Ok::<(), ()>(())
     };
     optimizer.load_masters(load).unwrap();
-    let mut parameters: Vec<_> =
-        layout.buckets.iter().map(|b| Tensor::zeros([b.elements as i64], (kind, tch::Device::Cpu))).collect();
+    let flat = |bucket: &Bucket| {
+        let masters: Vec<f32> = bucket.tensors.iter().flat_map(|slot| (0..slot.elements()).map(&master)).collect();
+        let mut parameters = Tensor::zeros([bucket.elements as i64], (kind, tch::Device::Cpu));
+        match form {
+            Form::Whole => view::elements_mut(&mut parameters).copy_from_slice(&masters),
+            _ => state::round_all(&masters, view::elements_mut(&mut parameters)),
+        }
+        parameters
+    };
+    (optimizer, layout.buckets.iter().map(flat).collect())
+}
+
+fn worker(peers: &mut dyn Collective, form: Form) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
+    let layout = layout();
+    let place = (peers.rank(), peers.world());
+    let (mut optimizer, mut parameters) = begin(place, form, 6, |i| value(7, i) * 10.0);
     let mut norms = vec![];
     for step in 1..=3 {
         for leaf in (0..6).filter(|leaf| leaf % peers.world() == peers.rank()) {
@@ -79,18 +108,18 @@ fn worker(peers: &mut dyn Collective, kind: Kind) -> (Optimizer, Vec<Tensor>, Ve
 #[test]
 #[cfg(not(feature = "float-sum"))]
 fn any_number_of_workers_gives_the_same_bits() {
-    for kind in [Kind::Float, Kind::BFloat16] {
-        let alone = train(1, kind);
-        assert!(alone.3.iter().all(|n| *n > SETTINGS.max_grad_norm), "clipping is at work: {:?}", alone.3);
+    for form in [Form::Whole, Form::Split, Form::Narrow] {
+        let alone = train(1, form);
+        assert!(alone.2.iter().all(|n| *n > SETTINGS.max_grad_norm), "clipping is at work: {:?}", alone.2);
         for world in [2, 3, 5] {
-            assert!(train(world, kind) == alone, "{world} workers, {kind:?}");
+            assert!(train(world, form) == alone, "{world} workers, {form:?}");
         }
     }
 }
 
 #[test]
 fn the_norm_is_the_gradient_s_and_decay_spares_vectors() {
-    let (_, _, _, norms) = train(1, Kind::Float);
+    let (_, _, norms) = train(1, Form::Whole);
     let layout = layout();
     let square = |step: usize, b: usize, i: usize| {
         (0..6).map(|leaf| f64::from(value(leaf + 10 * step, i + b))).sum::<f64>().powi(2)
@@ -101,18 +130,10 @@ fn the_norm_is_the_gradient_s_and_decay_spares_vectors() {
         assert!((norm / expected - 1.0).abs() < 1e-6, "{norm} against {expected}");
     }
     // Without gradient only decay moves a master, and only a matrix's.
-    let mut optimizer = Optimizer::new(layout.clone(), 0, 1, SETTINGS, 1);
-    optimizer
-        .load_masters(|_, _, to| -> Result<(), ()> {
-            to.fill(1.0);
-            Ok(())
-        })
-        .unwrap();
-    let mut parameters: Vec<_> =
-        layout.buckets.iter().map(|b| Tensor::zeros([b.elements as i64], (Kind::Float, tch::Device::Cpu))).collect();
+    let (mut optimizer, mut parameters) = begin((0, 1), Form::Whole, 1, |_| 1.0);
     optimizer.sums.settle();
     optimizer.update(1, 0.5, 0.0, &mut parameters);
-    let block = &optimizer.state(1).master;
+    let block: &[f32] = view::elements(&parameters[1]);
     assert_eq!(block[0], 1.0);
     assert_eq!(block[40], 0.95);
     assert_eq!(block[40 + 75_000], 1.0);

@@ -80,6 +80,7 @@ fn assignment(model: &Path, compute: Compute, joins: &[Join], rank: u32) -> Assi
             eps: 1e-8,
             weight_decay: 0.1,
             max_grad_norm: 1.0,
+            ..OptimizerSettings::default()
         }),
         threads: 1,
         device: "cpu".into(),
@@ -247,8 +248,11 @@ fn any_number_of_workers_gives_one_result() {
             let several = run(dir.path(), compute, world);
             assert!(several.outcome == alone.outcome, "{world} workers, {compute:?}");
             let bytes: Vec<_> = several.memory.iter().map(|m| m.optimizer_bytes).collect();
-            assert_eq!(bytes.iter().sum::<u64>(), 12 * parameters);
-            assert!(bytes.iter().all(|b| b.abs_diff(12 * parameters / u64::from(world)) <= 12 * 65_536), "{bytes:?}");
+            // Of the fp32 master, bf16 parameters lack two bytes, fp32 parameters none.
+            let width = if compute == Compute::Bf16 { 10 } else { 8 };
+            assert_eq!(bytes.iter().sum::<u64>(), width * parameters);
+            let share = width * parameters / u64::from(world);
+            assert!(bytes.iter().all(|b| b.abs_diff(share) <= width * 65_536), "{bytes:?}");
         }
     }
 }

@@ -44,7 +44,7 @@ impl Keeper {
 
     /// Copies the own shard, which is that after `step`, unless the last snapshot is still on its way. Returns once training
     /// may change the shard.
-    pub fn take(&mut self, step: u64, source: Source<'_>) {
+    pub fn take(&mut self, step: u64, source: &Source<'_>) {
         if self.sending.as_ref().is_some_and(|thread| !thread.is_finished()) {
             tracing::info!(step, "no snapshot: the last one is still on its way");
             return;

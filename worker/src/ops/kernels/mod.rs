@@ -42,7 +42,7 @@ const NAMES: [(&str, &[&str]); 17] = [
     ("add_leaf_rows", &[""]),
     ("round_sums", &[""]),
     ("squares_of_chunks_{}", &["i64", "float"]),
-    ("adamw_{}", &["i64_float", "i64_bf16", "float_float", "float_bf16"]),
+    ("adamw_{}", &["whole_i64", "whole_float", "split_i64", "split_float"]),
 ];
 
 /// Bytes that a block may share without asking.

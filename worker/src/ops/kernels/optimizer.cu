@@ -93,21 +93,39 @@ template <class G> __device__ __forceinline__ void squares_of_chunks(const G *gr
     }
 }
 
-template <class G, class P>
-__device__ __forceinline__ void adamw(
-    const G *gradients, float *master, float *m, float *v, P *parameter, i64 count, float clip, float decay, float lerp1,
-    float beta2, float lerp2, float root_correction2, float eps, float negative_step_size
-) {
+struct Scalars {
+    float clip, decay, lerp1, beta2, lerp2, root_correction2, eps, negative_step_size;
+};
+
+// A master and its moments after one update, from those before it.
+__device__ __forceinline__ float advance(const Scalars &s, float gradient, float master, float *m, float *v) {
+    gradient = gradient * s.clip;
+    const float first = *m + s.lerp1 * (gradient - *m);
+    const float second = *v * s.beta2 + s.lerp2 * gradient * gradient;
+    const float denominator = sqrtf(second) / s.root_correction2 + s.eps;
+    *m = first;
+    *v = second;
+    return master * s.decay + s.negative_step_size * first / denominator;
+}
+
+// The parameters are the masters.
+template <class G>
+__device__ __forceinline__ void
+adamw_whole(const G *gradients, float *parameter, float *m, float *v, i64 count, const Scalars &s) {
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x)
+        parameter[i] = advance(s, gradient_of(gradients[i]), parameter[i], m + i, v + i);
+}
+
+// A master is its parameter, rounded with ties away from zero, and its own lower sixteen bits.
+template <class G>
+__device__ __forceinline__ void
+adamw_split(const G *gradients, bf16 *parameter, unsigned short *low, float *m, float *v, i64 count, const Scalars &s) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
-        const float gradient = gradient_of(gradients[i]) * clip;
-        const float first = m[i] + lerp1 * (gradient - m[i]);
-        const float second = v[i] * beta2 + lerp2 * gradient * gradient;
-        const float denominator = sqrtf(second) / root_correction2 + eps;
-        const float next = master[i] * decay + negative_step_size * first / denominator;
-        m[i] = first;
-        v[i] = second;
-        master[i] = next;
-        parameter[i] = Kind<P>::store(next);
+        const u32 joined = ((u32)parameter[i] << 16) + (u32)(int)(short)low[i];
+        const float next = advance(s, gradient_of(gradients[i]), __uint_as_float(joined), m + i, v + i);
+        const u32 bits = __float_as_uint(next);
+        parameter[i] = (bits & 0x7fffffffu) > 0x7f800000u ? (bf16)0x7fc0 : (bf16)((bits + 0x8000u) >> 16);
+        low[i] = (unsigned short)bits;
     }
 }
 
@@ -119,17 +137,21 @@ __device__ __forceinline__ void adamw(
 SQUARES(i64)
 SQUARES(float)
 
-#define ADAMW(G, P)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256) adamw_##G##_##P(                                              \
-        const G *gradients, float *master, float *m, float *v, P *parameter, i64 count, float clip, float decay,    \
-        float lerp1, float beta2, float lerp2, float root_correction2, float eps, float negative_step_size          \
+#define ADAMW(G)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) adamw_whole_##G(                                              \
+        const G *gradients, float *parameter, float *m, float *v, i64 count, float clip, float decay, float lerp1,  \
+        float beta2, float lerp2, float root_correction2, float eps, float negative_step_size                       \
     ) {                                                                                                             \
-        adamw<G, P>(                                                                                                \
-            gradients, master, m, v, parameter, count, clip, decay, lerp1, beta2, lerp2, root_correction2, eps,     \
-            negative_step_size                                                                                      \
-        );                                                                                                          \
+        const Scalars s = {clip, decay, lerp1, beta2, lerp2, root_correction2, eps, negative_step_size};            \
+        adamw_whole<G>(gradients, parameter, m, v, count, s);                                                       \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(256) adamw_split_##G(                                              \
+        const G *gradients, bf16 *parameter, unsigned short *low, float *m, float *v, i64 count, float clip,        \
+        float decay, float lerp1, float beta2, float lerp2, float root_correction2, float eps,                      \
+        float negative_step_size                                                                                    \
+    ) {                                                                                                             \
+        const Scalars s = {clip, decay, lerp1, beta2, lerp2, root_correction2, eps, negative_step_size};            \
+        adamw_split<G>(gradients, parameter, low, m, v, count, s);                                                  \
     }
-ADAMW(i64, float)
-ADAMW(i64, bf16)
-ADAMW(float, float)
-ADAMW(float, bf16)
+ADAMW(i64)
+ADAMW(float)
