@@ -58,6 +58,19 @@ pub fn bucket(scheme: &str, bucket: &str) -> Result<Arc<dyn ObjectStore>, Error>
     Err(Error::Url(format!("needs a program that was built with `make build STORES=1`, as {scheme}://{bucket} is reached over the network; build it so, or name a directory")))
 }
 
+/// A store that does not answer holds nobody up for longer.
+#[cfg(feature = "stores")]
+fn patience() -> object_store::RetryConfig {
+    object_store::RetryConfig { retry_timeout: std::time::Duration::from_secs(60), ..Default::default() }
+}
+
+impl Error {
+    /// What was asked for is not there; everything else may be better next time.
+    pub fn is_absence(&self) -> bool {
+        matches!(self, Error::Store(object_store::Error::NotFound { .. }))
+    }
+}
+
 impl Store {
     /// What lies below `url`. A directory is made where it does not exist.
     pub fn open(url: &str) -> Result<Self, Error> {
@@ -115,28 +128,34 @@ impl Store {
         }
     }
 
-    /// Writes a file of any size in parts; whatever had its name is replaced when the last part is there.
-    pub fn upload(&self, name: &str, file: &mut File) -> Result<u64, Error> {
-        let (mut block, mut bytes) = (vec![0; 1 << 20], 0);
+    /// Writes a file of any size in parts; whatever had its name is replaced when the last part is there. Its bytes and their
+    /// BLAKE3; `progress` hears of each block.
+    pub fn upload(&self, name: &str, file: &mut File, progress: impl Fn(u64)) -> Result<(u64, blake3::Hash), Error> {
+        let (mut block, mut bytes, mut hasher) = (vec![0; 1 << 20], 0, blake3::Hasher::new());
         self.runtime.block_on(async {
             let upload = self.store.put_multipart_opts(&self.key(name), Default::default()).await?;
             let mut parts = WriteMultipart::new_with_chunk_size(upload, PART);
-            loop {
-                let read = match file.read(&mut block) {
-                    Ok(0) => break,
-                    Ok(read) => read,
-                    Err(error) => {
-                        // What was sent is of no use; where it cannot be deleted, the store's own rules do.
-                        parts.abort().await.ok();
-                        return Err(Error::File(error));
+            let problem: Error = loop {
+                match file.read(&mut block) {
+                    Ok(0) => {
+                        parts.finish().await?;
+                        return Ok((bytes, hasher.finalize()));
                     }
-                };
-                parts.wait_for_capacity(PARTS).await?;
-                parts.write(&block[..read]);
-                bytes += read as u64;
-            }
-            parts.finish().await?;
-            Ok(bytes)
+                    Ok(read) => {
+                        if let Err(error) = parts.wait_for_capacity(PARTS).await {
+                            break error.into();
+                        }
+                        parts.write(&block[..read]);
+                        hasher.update(&block[..read]);
+                        bytes += read as u64;
+                        progress(bytes);
+                    }
+                    Err(error) => break error.into(),
+                }
+            };
+            // What was sent is of no use; where it cannot be deleted now, the store's own rules do.
+            parts.abort().await.ok();
+            Err(problem)
         })
     }
 
@@ -194,7 +213,8 @@ mod tests {
             let content: Vec<u8> = (0..PART as u32 + 12_345).map(|i| (i % 251) as u8).collect();
             file.write_all(&content).unwrap();
             file.rewind().unwrap();
-            assert_eq!(store.upload("run/step/big file", &mut file).unwrap(), content.len() as u64);
+            let (bytes, hash) = store.upload("run/step/big file", &mut file, |_| {}).unwrap();
+            assert_eq!((bytes, hash), (content.len() as u64, blake3::hash(&content)));
             assert!(store.create("run/step/MANIFEST", b"first".to_vec()).unwrap());
             assert!(!store.create("run/step/MANIFEST", b"second".to_vec()).unwrap());
             assert_eq!(store.get("run/step/MANIFEST").unwrap(), b"first");
@@ -207,7 +227,7 @@ mod tests {
             store.delete("run/step/MANIFEST").unwrap();
             store.delete("run/step/MANIFEST").unwrap();
             assert_eq!(store.list("run/step").unwrap().len(), 1);
-            assert!(store.get("run/step/MANIFEST").is_err());
+            assert!(store.get("run/step/MANIFEST").unwrap_err().is_absence());
         }
     }
 

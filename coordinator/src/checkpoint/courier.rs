@@ -1,17 +1,22 @@
 //! Copies committed checkpoints to a store behind training, so that a run outlives the machine that holds its directory.
 //!
 //! Below `<store>/<run>/checkpoints/step-…/` go a checkpoint's files, the ledger and the configuration as they were then (their
-//! names hold their hash), and at last the manifest, created if absent: that alone makes the copy one. Only the newest waits:
-//! where the store is slower than the saves come, those between are not copied.
+//! names hold their hash), and at last the manifest, created if absent: that alone makes the copy one. `<store>/<run>/RUN` says
+//! whose copies they are, so that no two runs of one name ever mix. Only the newest waits: where the store is slower than the
+//! saves come, those between are not copied.
 
 use super::commit::is_plain;
-use super::manifest::{self, Kind, Manifest, MANIFEST};
+use super::manifest::{self, Manifest, MANIFEST};
 use crate::store::{Error as StoreError, Store};
+use rustls::crypto::ring;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Who the copies in a store belong to, there and in the run's directory.
+const OWNER: &str = "RUN";
 
 /// Names of the two files of the run that go with each copy.
 const LEDGER: &str = "ledger";
@@ -37,7 +42,8 @@ pub type Snapshot = Box<dyn Fn(&Path) -> Result<(), String> + Send>;
 struct Parcel {
     step: u64,
     manifest: Vec<u8>,
-    files: Vec<(String, File)>,
+    /// Name, content, and its hash as the manifest has it.
+    files: Vec<(String, File, String)>,
 }
 
 #[derive(Default)]
@@ -45,6 +51,19 @@ struct Desk {
     waiting: Option<Parcel>,
     busy: bool,
     closed: bool,
+    /// Grows with every block that is copied.
+    progress: u64,
+}
+
+/// However the courier's thread ends, nobody waits for it any more.
+struct AtItsEnd(Arc<(Mutex<Desk>, Condvar)>);
+
+impl Drop for AtItsEnd {
+    fn drop(&mut self) {
+        let mut desk = self.0 .0.lock().unwrap_or_else(PoisonError::into_inner);
+        (desk.busy, desk.closed, desk.waiting) = (false, true, None);
+        self.0 .1.notify_all();
+    }
 }
 
 /// Takes checkpoints and copies them, one after another, on a thread of its own.
@@ -63,15 +82,16 @@ impl Courier {
         snapshot: Snapshot,
         tell: impl Fn(u64, Result<f64, String>) + Send + 'static,
     ) -> Result<Self, Error> {
-        let name = run_dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let url = format!("{}/{name}", url.trim_end_matches('/'));
+        let url = url_of(url, run_dir);
         let store = Store::open(&url).map_err(|source| Error::Store { url: url.clone(), source })?;
         let desk: Arc<(Mutex<Desk>, Condvar)> = Arc::default();
         let (taken, from) = (desk.clone(), run_dir.to_owned());
         let work = move || {
-            while let Some(mut parcel) = next(&taken) {
+            let at_its_end = AtItsEnd(taken);
+            let progress = |_| at_its_end.0 .0.lock().unwrap_or_else(PoisonError::into_inner).progress += 1;
+            while let Some(mut parcel) = next(&at_its_end.0) {
                 let begun = Instant::now();
-                let copied = copy(&store, &from, &mut parcel, &snapshot, keep);
+                let copied = copy(&store, &from, &mut parcel, &snapshot, keep, &progress);
                 let seconds = begun.elapsed().as_secs_f64();
                 tell(parcel.step, copied.map(|()| seconds).map_err(|problem| format!("{url}: {problem}")));
             }
@@ -92,12 +112,16 @@ impl Courier {
         let content = std::fs::read(&path).map_err(fail(&path))?;
         let parsed = Manifest::parse(&content, &path);
         let parsed = parsed.map_err(|error| fail(&path)(std::io::Error::other(error.to_string())))?;
-        let open = |name: &String| {
-            let path = directory.join(name);
-            File::open(&path).map(|file| (name.clone(), file)).map_err(fail(&path))
+        let open = |entry: &manifest::File| {
+            let path = directory.join(&entry.name);
+            File::open(&path).map(|file| (entry.name.clone(), file, entry.blake3.clone())).map_err(fail(&path))
         };
-        let files = parsed.files.iter().map(|file| open(&file.name)).collect::<Result<_, _>>()?;
+        let files = parsed.files.iter().map(open).collect::<Result<_, _>>()?;
         let mut desk = self.desk.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if desk.closed {
+            let source = std::io::Error::other("the thread that copies is gone");
+            return Err(Error::File { path: directory, source });
+        }
         desk.waiting = Some(Parcel { step, manifest: content, files });
         self.desk.1.notify_all();
         Ok(())
@@ -109,6 +133,24 @@ impl Courier {
         let under_way = |desk: &mut Desk| desk.busy || desk.waiting.is_some();
         let waited = self.desk.1.wait_timeout_while(desk, patience, under_way);
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+}
+
+impl Courier {
+    /// Waits until everything taken is copied, as long as there is progress; whether it is.
+    pub fn finish(&self) -> bool {
+        /// A store in which nothing moves for so long is given up.
+        const STILL: Duration = Duration::from_secs(300);
+        let progress = || self.desk.0.lock().unwrap_or_else(PoisonError::into_inner).progress;
+        loop {
+            let before = progress();
+            if self.wait(STILL) {
+                return true;
+            }
+            if progress() == before {
+                return false;
+            }
+        }
     }
 }
 
@@ -128,6 +170,30 @@ pub fn probe(url: &str) -> Result<(), Error> {
     store.delete(&name).map_err(fail)
 }
 
+/// Where the copies of the run in `run_dir` are.
+fn url_of(url: &str, run_dir: &Path) -> String {
+    let name = run_dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    format!("{}/{name}", url.trim_end_matches('/'))
+}
+
+/// Makes the place of the copies below `url` that of the run in `run_dir`, a new one or one that owns it already; false: it is
+/// another's.
+pub fn claim(url: &str, run_dir: &Path) -> Result<bool, Error> {
+    let url = url_of(url, run_dir);
+    let fail = |source| Error::Store { url: url.clone(), source };
+    let path = run_dir.join(OWNER);
+    let io = |source| Error::File { path: path.clone(), source };
+    if !path.exists() {
+        let mut name = [0; 16];
+        ring::default_provider().secure_random.fill(&mut name).expect("the system has a source of randomness");
+        let name: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
+        std::fs::write(&path, name).map_err(io)?;
+    }
+    let own = std::fs::read(&path).map_err(io)?;
+    let store = Store::open(&url).map_err(fail)?;
+    Ok(store.create(OWNER, own.clone()).map_err(fail)? || store.get(OWNER).map_err(fail)? == own)
+}
+
 /// The next parcel; `None` when nobody brings any more.
 fn next(desk: &(Mutex<Desk>, Condvar)) -> Option<Parcel> {
     let mut inner = desk.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -143,13 +209,19 @@ fn directory(step: u64) -> String {
     format!("checkpoints/step-{step:08}")
 }
 
-fn copy(store: &Store, run_dir: &Path, parcel: &mut Parcel, snapshot: &Snapshot, keep: usize) -> Result<(), String> {
+fn copy(
+    store: &Store,
+    run_dir: &Path,
+    parcel: &mut Parcel,
+    snapshot: &Snapshot,
+    keep: usize,
+    progress: &dyn Fn(u64),
+) -> Result<(), String> {
     let at = directory(parcel.step);
-    for (name, file) in &mut parcel.files {
-        let expected = file.metadata().map_err(|e| e.to_string())?.len();
-        let bytes = store.upload(&format!("{at}/{name}"), file).map_err(|e| format!("{name} {e}"))?;
-        if bytes != expected {
-            return Err(format!("{name} has {expected} bytes, of which {bytes} were copied"));
+    for (name, file, expected) in &mut parcel.files {
+        let (_, hash) = store.upload(&format!("{at}/{name}"), file, progress).map_err(|e| format!("{name} {e}"))?;
+        if hash.to_hex().as_str() != expected {
+            return Err(format!("{name} does not have the hash that the manifest gives; the disk has damaged it"));
         }
     }
     let scratch = tempfile::tempdir().map_err(|e| e.to_string())?;
@@ -162,10 +234,18 @@ fn copy(store: &Store, run_dir: &Path, parcel: &mut Parcel, snapshot: &Snapshot,
         std::io::copy(&mut file, &mut hasher).map_err(fail)?;
         let name = format!("{at}/{kind}-{}", hasher.finalize().to_hex());
         let mut file = File::open(&path).map_err(fail)?;
-        store.upload(&name, &mut file).map_err(|e| format!("{name} {e}"))?;
+        store.upload(&name, &mut file, progress).map_err(|e| format!("{name} {e}"))?;
     }
-    // Who finds another's there has the same bits: a run's state is a function of its step.
-    store.create(&format!("{at}/{MANIFEST}"), parcel.manifest.clone()).map_err(|e| e.to_string())?;
+    let manifest = format!("{at}/{MANIFEST}");
+    let create = || store.create(&manifest, parcel.manifest.clone()).map_err(|e| e.to_string());
+    if !create()? && store.get(&manifest).map_err(|e| e.to_string())? != parcel.manifest {
+        // An earlier attempt's of the same step and run, whose state has the same bits. It went on from an older one, so this
+        // one may be damaged.
+        store.delete(&manifest).map_err(|e| e.to_string())?;
+        if !create()? {
+            return Err("somebody else copies there too; end one of the two runs".into());
+        }
+    }
     retain(store, keep).map_err(|e| e.to_string())
 }
 
@@ -211,6 +291,14 @@ pub fn newest_run(url: &str, name: &str) -> Result<Option<String>, Error> {
     Ok(found.map(|(_, run)| format!("{url}/{run}")))
 }
 
+/// What is wrong with a copy.
+enum Flaw {
+    /// It is not whole.
+    Damaged(String),
+    /// It may be: the store could not be read, or this disk not be written.
+    Unknown(Error),
+}
+
 /// Brings the newest whole copy of the run at `url` into `run_dir`, which must not exist: checkpoint, ledger and
 /// configuration. Its step, and what was wrong with newer ones.
 pub fn bring(url: &str, run_dir: &Path) -> Result<(u64, Vec<String>), Error> {
@@ -219,40 +307,68 @@ pub fn bring(url: &str, run_dir: &Path) -> Result<(u64, Vec<String>), Error> {
     let copies = copies(&store).map_err(fail)?;
     // Under its own name only when it is whole.
     let name = run_dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let partial = run_dir.with_file_name(format!(".{name}.partial-{}", std::process::id()));
-    let io = |source| Error::File { path: partial.clone(), source };
+    let partial = run_dir.with_file_name(format!(".{name}.partial"));
+    let clear = || match std::fs::remove_dir_all(&partial) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::File { path: partial.clone(), source })
+        }
+        _ => Ok(()),
+    };
     let mut problems = Vec::new();
     for (&step, names) in copies.iter().rev().filter(|(_, names)| names.iter().any(|n| n == MANIFEST)) {
-        match bring_one(&store, step, names, &partial) {
+        clear()?;
+        match bring_one(&store, url, step, names, &partial) {
             Ok(()) => {
-                std::fs::rename(&partial, run_dir).map_err(|source| Error::File { path: run_dir.into(), source })?;
+                let moved = std::fs::rename(&partial, run_dir).and_then(|()| sync(run_dir.parent()));
+                moved.map_err(|source| Error::File { path: run_dir.into(), source })?;
                 return Ok((step, problems));
             }
-            Err(problem) => {
-                problems.push(format!("that after step {step}: {problem}"));
-                std::fs::remove_dir_all(&partial).map_err(io)?;
+            Err(Flaw::Damaged(problem)) => problems.push(format!("that after step {step}: {problem}")),
+            Err(Flaw::Unknown(error)) => {
+                clear()?;
+                return Err(error);
             }
         }
     }
+    clear()?;
     match problems.is_empty() {
         true => Err(Error::Nothing { url: url.into() }),
         false => Err(Error::Damaged { url: url.into(), problems: problems.join("; ") }),
     }
 }
 
-fn bring_one(store: &Store, step: u64, names: &[String], run_dir: &Path) -> Result<(), String> {
+/// Makes the names in a directory durable.
+fn sync(directory: Option<&Path>) -> std::io::Result<()> {
+    match directory.filter(|d| !d.as_os_str().is_empty()) {
+        Some(directory) => File::open(directory)?.sync_all(),
+        None => File::open(".")?.sync_all(),
+    }
+}
+
+fn bring_one(store: &Store, url: &str, step: u64, names: &[String], run_dir: &Path) -> Result<(), Flaw> {
     let to = manifest::directory(run_dir, step);
-    std::fs::create_dir_all(&to).map_err(|error| format!("{} cannot be made ({error})", to.display()))?;
     let at = directory(step);
-    let content = store.get(&format!("{at}/{MANIFEST}")).map_err(|e| e.to_string())?;
-    let parsed = Manifest::parse(&content, &to.join(MANIFEST)).map_err(|e| e.to_string())?;
-    for file in parsed.files.iter().filter(|file| matches!(file.kind, Kind::State | Kind::Samples)) {
-        if !is_plain(&file.name) {
-            return Err(format!("names a file {:?} outside of the checkpoint", file.name));
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Flaw::Unknown(Error::File { path, source })
+    };
+    let flaw = |name: &str| {
+        let name = name.to_owned();
+        move |error: StoreError| match error.is_absence() {
+            true => Flaw::Damaged(format!("{name} is missing")),
+            false => Flaw::Unknown(Error::Store { url: url.into(), source: error }),
         }
-        let hash = store.download(&format!("{at}/{}", file.name), &to.join(&file.name)).map_err(|e| e.to_string())?;
+    };
+    std::fs::create_dir_all(&to).map_err(io(&to))?;
+    let content = store.get(&format!("{at}/{MANIFEST}")).map_err(flaw(MANIFEST))?;
+    let parsed = Manifest::parse(&content, &to.join(MANIFEST)).map_err(|e| Flaw::Damaged(e.to_string()))?;
+    for file in &parsed.files {
+        if !is_plain(&file.name) {
+            return Err(Flaw::Damaged(format!("names a file {:?} outside of the checkpoint", file.name)));
+        }
+        let hash = store.download(&format!("{at}/{}", file.name), &to.join(&file.name)).map_err(flaw(&file.name))?;
         if hash.to_hex().as_str() != file.blake3 {
-            return Err(format!("{} does not have the hash that the manifest gives", file.name));
+            return Err(Flaw::Damaged(format!("{} does not have the hash that the manifest gives", file.name)));
         }
     }
     for (kind, path) in [(LEDGER, run_dir.join("ledger.sqlite")), (CONFIG, run_dir.join("config.toml"))] {
@@ -260,18 +376,29 @@ fn bring_one(store: &Store, step: u64, names: &[String], run_dir: &Path) -> Resu
         let found = names.iter().filter_map(|n| Some((n, n.strip_prefix(kind)?.strip_prefix('-')?)));
         let mut brought = false;
         for (name, hash) in found {
-            let is = store.download(&format!("{at}/{name}"), &path).map_err(|e| e.to_string())?;
+            let is = store.download(&format!("{at}/{name}"), &path).map_err(flaw(name))?;
             brought = is.to_hex().as_str() == hash;
             if brought {
                 break;
             }
-            std::fs::remove_file(&path).map_err(|e| e.to_string())?;
+            std::fs::remove_file(&path).map_err(io(&path))?;
         }
         if !brought {
-            return Err(format!("its {kind} is missing or damaged"));
+            return Err(Flaw::Damaged(format!("its {kind} is missing or damaged")));
         }
     }
-    std::fs::write(to.join(MANIFEST), content).map_err(|e| e.to_string())
+    match store.get(OWNER) {
+        Ok(owner) => std::fs::write(run_dir.join(OWNER), owner).map_err(io(run_dir))?,
+        Err(error) if error.is_absence() => {}
+        Err(error) => return Err(flaw(OWNER)(error)),
+    }
+    let write = || {
+        let mut file = File::create_new(to.join(MANIFEST))?;
+        std::io::Write::write_all(&mut file, &content)?;
+        file.sync_all()?;
+        [Some(to.as_path()), to.parent(), Some(run_dir)].into_iter().try_for_each(sync)
+    };
+    write().map_err(io(&to))
 }
 
 #[cfg(test)]

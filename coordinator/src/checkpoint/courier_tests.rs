@@ -62,6 +62,45 @@ fn a_run_comes_back_from_its_newest_copy_and_old_copies_go() {
 }
 
 #[test]
+fn two_runs_of_one_name_never_mix() {
+    let (home, run_dir, url) = run(&[2]);
+    assert!(claim(&url, &run_dir).unwrap());
+    assert!(copy_all(&run_dir, &url, &[2], 2).iter().all(Result::is_ok));
+    assert!(claim(&url, &run_dir).unwrap(), "its own");
+    let other = home.path().join("another-machine/tiny-001");
+    std::fs::create_dir_all(&other).unwrap();
+    assert!(!claim(&url, &other).unwrap());
+    // Brought back, it is the same run.
+    std::fs::remove_dir_all(&other).unwrap();
+    bring(&format!("{url}/tiny-001"), &other).unwrap();
+    assert!(claim(&url, &other).unwrap());
+}
+
+#[test]
+fn what_rotted_on_this_disk_is_no_copy_and_a_better_one_replaces_a_bad_one() {
+    let (home, run_dir, url) = run(&[2, 4]);
+    assert!(copy_all(&run_dir, &url, &[2], 2)[0].is_ok());
+    let directory = manifest::directory(&run_dir, 4);
+    let name = Manifest::read(&directory).unwrap().files[0].name.clone();
+    let good = std::fs::read(directory.join(&name)).unwrap();
+    let mut bad = good.clone();
+    bad[good.len() / 2] ^= 16;
+    std::fs::write(directory.join(&name), &bad).unwrap();
+    let told = copy_all(&run_dir, &url, &[4], 1);
+    assert!(told[0].as_ref().unwrap_err().contains(&name), "{told:?}");
+    assert_eq!(bring(&format!("{url}/tiny-001"), &home.path().join("back")).unwrap().0, 2, "the older one is kept");
+    // Another attempt wrote the same step anew: its manifest takes the place of the one there.
+    std::fs::write(directory.join(&name), &good).unwrap();
+    assert!(copy_all(&run_dir, &url, &[4], 1)[0].is_ok());
+    let mut manifest = Manifest::read(&directory).unwrap();
+    manifest.writer.attempt += 1;
+    std::fs::write(directory.join(MANIFEST), manifest.to_json()).unwrap();
+    assert!(copy_all(&run_dir, &url, &[4], 1)[0].is_ok());
+    bring(&format!("{url}/tiny-001"), &home.path().join("again")).unwrap();
+    same(&directory, &manifest::directory(&home.path().join("again"), 4));
+}
+
+#[test]
 fn a_file_deleted_while_it_waits_is_copied_all_the_same() {
     let (home, run_dir, url) = run(&[2]);
     let hold = Arc::new(Mutex::new(()));

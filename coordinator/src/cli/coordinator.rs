@@ -70,7 +70,8 @@ pub fn run(args: Args) -> Result<()> {
     if resumed.is_none() {
         args.run_dir.as_deref().map_or(Ok(()), run_dir::refuse_existing)?;
     }
-    if let Some(url) = &config.checkpoint.copy_to {
+    // A run that goes on does so without its copies too: a store that is away for a while ends nothing.
+    if let (Some(url), None) = (&config.checkpoint.copy_to, &resumed) {
         courier::probe(url).map_err(|error| Error::BadInput(format!("checkpoint.copy_to: {error}")))?;
     }
     // Locks the run: nobody else serves it while its checkpoints are looked at.
@@ -90,12 +91,23 @@ pub fn run(args: Args) -> Result<()> {
                 eprintln!("{} is finished: {} steps, digest {}", run_dir.display(), done.steps, done.digest);
                 return Ok(());
             }
+            if let Some(url) = &config.checkpoint.copy_to {
+                match courier::claim(url, &run_dir) {
+                    Ok(true) => {}
+                    Ok(false) => return Err(Error::BadInput(taken(url, &run_dir))),
+                    Err(error) => tracing::warn!(%error, "whose copies are in checkpoint.copy_to is not known"),
+                }
+            }
             run_dir::record(&run_dir, &config)?;
             (run_dir, resumed.work, resumed.resumption)
         }
         // Last, so that a refused run leaves no directory.
         _ => {
-            let run_dir = run_dir::create(args.run_dir.as_deref(), &args.config.name())?;
+            let free = |run_dir: &Path| match &config.checkpoint.copy_to {
+                Some(url) => courier::claim(url, run_dir).map_err(Error::bad_input),
+                None => Ok(true),
+            };
+            let run_dir = run_dir::create(args.run_dir.as_deref(), &args.config.name(), &free)?;
             run_dir::record(&run_dir, &config)?;
             let ledger = Ledger::open(&run_dir).inspect_err(|_| run_dir::withdraw(&run_dir));
             (run_dir, work, Resumption { ledger: ledger.map_err(Error::bad_input)?, recorded: Recorded::default() })
@@ -135,6 +147,11 @@ pub fn run(args: Args) -> Result<()> {
         false => print(&text),
     }
     Ok(())
+}
+
+fn taken(url: &str, run_dir: &Path) -> String {
+    let name = run_dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    format!("checkpoint.copy_to: {url}/{name} holds the copies of another run; choose another checkpoint.copy_to")
 }
 
 /// What is told of a run's rows when it is over.

@@ -22,7 +22,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let directory = run_dir::create(args.run_dir.as_deref(), "demo")?;
+    let directory = run_dir::create(args.run_dir.as_deref(), "demo", &|_| Ok(true))?;
     let story = demo::run(&directory, args.seed, args.workers.into()).map_err(|error| match error {
         demo::Error::Command { code, .. } => {
             eprintln!("unisono: {error}; what there is lies in {}", directory.display());

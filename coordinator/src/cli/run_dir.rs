@@ -9,15 +9,23 @@ use unisono_configs::run::RunConfig;
 /// Name of the resolved configuration within a run's directory.
 pub const CONFIG: &str = "config.toml";
 
-/// Makes the run's directory. One that exists is refused: it belongs to another run.
-pub fn create(wanted: Option<&Path>, name: &str) -> Result<PathBuf> {
+/// Makes the run's directory. One that exists is refused: it belongs to another run. So is one that is not `free`, because
+/// elsewhere its name stands for another run; without a wanted one, the next number is taken then.
+pub fn create(wanted: Option<&Path>, name: &str, free: &dyn Fn(&Path) -> Result<bool>) -> Result<PathBuf> {
     match wanted {
         Some(path) => match make(path) {
-            Ok(()) => Ok(path.into()),
+            Ok(()) => match free(path).inspect_err(|_| withdraw(path))? {
+                true => Ok(path.into()),
+                false => {
+                    withdraw(path);
+                    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                    Err(Error::BadInput(format!("checkpoint.copy_to holds the copies of another run called {name}; choose another --run-dir or another place for copies")))
+                }
+            },
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(exists(path)),
             Err(error) => Err(cannot(path, &error)),
         },
-        None => numbered(Path::new("runs"), name),
+        None => numbered(Path::new("runs"), name, free),
     }
 }
 
@@ -46,11 +54,12 @@ fn exists(path: &Path) -> Error {
 }
 
 /// The first free number. Creating a directory is atomic, so two runs that start at once get two numbers.
-fn numbered(runs: &Path, name: &str) -> Result<PathBuf> {
+fn numbered(runs: &Path, name: &str, free: &dyn Fn(&Path) -> Result<bool>) -> Result<PathBuf> {
     for number in 1.. {
         let path = runs.join(format!("{name}-{number:03}"));
         match make(&path) {
-            Ok(()) => return Ok(path),
+            Ok(()) if free(&path).inspect_err(|_| withdraw(&path))? => return Ok(path),
+            Ok(()) => withdraw(&path),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(cannot(&path, &error)),
         }
@@ -97,9 +106,10 @@ mod tests {
     #[test]
     fn numbers_count_up_and_an_existing_directory_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(numbered(dir.path(), "a").unwrap().ends_with("a-001"));
-        assert!(numbered(dir.path(), "a").unwrap().ends_with("a-002"));
-        assert!(numbered(dir.path(), "b").unwrap().ends_with("b-001"));
+        let always = |_: &Path| Ok(true);
+        assert!(numbered(dir.path(), "a", &always).unwrap().ends_with("a-001"));
+        assert!(numbered(dir.path(), "a", &always).unwrap().ends_with("a-002"));
+        assert!(numbered(dir.path(), "b", &always).unwrap().ends_with("b-001"));
         assert!(newest(dir.path(), "a").is_none(), "nothing is recorded");
         for (run, other) in [("a-001", "a-x"), ("a-002", "b-007")] {
             fs::write(dir.path().join(run).join(CONFIG), "").unwrap();
@@ -108,8 +118,8 @@ mod tests {
         }
         assert!(newest(dir.path(), "a").unwrap().ends_with("a-002"));
         let path = dir.path().join("deep/own");
-        create(Some(&path), "a").unwrap();
-        match create(Some(&path), "a") {
+        create(Some(&path), "a", &always).unwrap();
+        match create(Some(&path), "a", &always) {
             Err(Error::BadInput(sentence)) => assert!(sentence.contains("choose another --run-dir"), "{sentence}"),
             other => panic!("{other:?}"),
         }

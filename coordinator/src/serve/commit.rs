@@ -14,7 +14,6 @@ use crate::run::event::{Conclusion, NotCommitted, PendingCheckpoint};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
-use std::time::Duration;
 use unisono_configs::model::Layout;
 use unisono_proto::fail_point;
 use unisono_proto::v1::{CheckpointCommitted, CheckpointFile};
@@ -103,12 +102,6 @@ fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue:
             Job::Discard { step, files } => discard(&Local, &archive.run_dir, step, &files),
             Job::Conclude { step } => {
                 fail_point::reached("conclude");
-                if let Some(courier) = &archive.courier {
-                    // The run is done when its copy is; what cannot be copied is told by the courier.
-                    while !courier.wait(Duration::from_secs(60)) {
-                        tracing::warn!("still copying the last checkpoint to checkpoint.copy_to");
-                    }
-                }
                 let directory = manifest::directory(&archive.run_dir, step);
                 let result = match conclude.take() {
                     Some(conclude) => conclude(&directory),

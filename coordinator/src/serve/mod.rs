@@ -169,8 +169,11 @@ pub async fn serve(
     if let Some(courier) = courier {
         // What was saved last is worth most elsewhere where this machine is about to go away.
         let grace = Duration::from_secs_f64(setup.config.checkpoint.grace);
-        let patience = grace.saturating_sub(interrupted.map_or(Duration::ZERO, |since| since.elapsed()));
-        let copied = tokio::task::spawn_blocking(move || courier.wait(patience)).await;
+        let copying = move || match interrupted {
+            Some(since) => courier.wait(grace.saturating_sub(since.elapsed())),
+            None => courier.finish(),
+        };
+        let copied = tokio::task::spawn_blocking(copying).await;
         if !copied.unwrap_or(false) {
             tracing::warn!(
                 "the newest checkpoint was not copied to checkpoint.copy_to in time; it is in the run directory"
