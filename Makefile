@@ -8,10 +8,10 @@ CARGO ?= cargo
 JOBS ?= $(shell jobs=$$(nproc); room=$$(awk '/MemAvailable/ { print int($$2 / 1572864) }' /proc/meminfo); \
 	[ $$room -lt 1 ] && room=1; echo $$(( jobs < room ? jobs : room )))
 
-.PHONY: help setup build demo test bench chaos scale lint clean
+.PHONY: gpu-programs gpu-check help setup build demo test bench chaos scale lint clean
 
 help: ## Lists these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Finds libtorch 2.11.0, or installs it into ~/.cache/unisono
 	@scripts/setup
@@ -60,6 +60,15 @@ scale: setup ## What a step costs the coordinator with WORKERS="1 10 100 1000" w
 	$(CARGO) build --release --locked -j $(JOBS) -p unisono-tests --bin scale
 	taskset -c $$(( $$(nproc) - 1 )) $(CARGO_TARGET_DIR:%=%/)$(if $(CARGO_TARGET_DIR),,target/)release/scale $(WORKERS)
 	$(CARGO) test --locked -p unisono-coordinator --lib -- --ignored --nocapture crowd
+
+gpu-programs: build ## Puts programs without symbols into target/gpu, to be carried to a machine with a GPU
+	mkdir -p target/gpu
+	for program in unisono unisono-worker; do \
+		strip -o target/gpu/$$program $(CARGO_TARGET_DIR:%=%/)$(if $(CARGO_TARGET_DIR),,target/)release/$$program || exit 1; \
+	done
+
+gpu-check: ## On a machine with a GPU and torch 2.11.0: is every operation right, how fast is it; DEVICE=cpu: the same here
+	python3 scripts/gpu_check.py --device $(or $(DEVICE),cuda)
 
 lint: setup ## Formatting, clippy, and licences with cargo-deny if it is installed
 	$(CARGO) fmt --all --check
