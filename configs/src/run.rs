@@ -334,7 +334,8 @@ pub struct Cluster {
     pub threads_per_worker: usize,
     /// What workers compute on.
     pub device: Device,
-    /// How optimizer state is sharded: "auto" or 1; 2 and 3 are not supported yet. Same bits.
+    /// What is sharded over the workers (ZeRO): 1, the optimizer's state; 2, gradients too, and micro-batches go through the
+    /// layers together; 3, parameters too, gathered block by block. "auto": the fastest that fits. Same bits.
     pub zero_stage: ZeroStage,
     /// What the backward pass computes again to save memory; "auto": the least that fits. Same bits.
     pub recompute: Recompute,

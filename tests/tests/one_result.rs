@@ -97,8 +97,11 @@ fn defaults_shuffled_assignment_stages_recompute_and_a_second_run() {
     same(&defaults, &train(dir.path(), "fp32").succeed(), "a second run");
     let shuffled = train(dir.path(), "fp32").workers(3).set("cluster.assignment", "shuffled").succeed();
     same(&defaults, &shuffled, "micro-batches dealt at random");
-    let one = train(dir.path(), "fp32").workers(2).set("cluster.zero_stage", 1).succeed();
-    same(&defaults, &one, "stage 1");
+    for stage in [1, 2, 3] {
+        let run = train(dir.path(), "fp32").workers(2).set("cluster.zero_stage", stage).succeed();
+        same(&defaults, &run, &format!("stage {stage}"));
+        assert_eq!(run.events("memory")[0]["zero_stage"], stage);
+    }
     let mut peaks = Vec::new();
     for level in ["nothing", "block"] {
         let run = train(dir.path(), "fp32").workers(2).set("cluster.recompute", level).succeed();

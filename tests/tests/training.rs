@@ -44,7 +44,7 @@ fn the_loss_falls_and_every_event_has_its_fields() {
             ],
         ),
         ("eval", vec!["event", "step", "split", "task", "loss", "perplexity", "token_accuracy"]),
-        ("memory", vec!["event", "rank", "planned_bytes", "peak_bytes", "optimizer_bytes"]),
+        ("memory", vec!["event", "rank", "planned_bytes", "peak_bytes", "optimizer_bytes", "zero_stage"]),
         ("checkpoint", vec!["event", "step", "path", "bytes", "digest"]),
         ("membership", vec!["event", "generation", "members"]),
         ("done", vec!["event", "steps", "seconds", "tokens", "digest", "export"]),

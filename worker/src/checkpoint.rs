@@ -171,6 +171,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::ops::view;
     use crate::optim::adamw::Settings;
+    use crate::optim::reduction::Adding;
     use crate::optim::{state, Optimizer};
     use safetensors::SafeTensors;
     use std::collections::BTreeMap;
@@ -188,7 +189,7 @@ pub(crate) mod tests {
     pub(crate) fn shard(rank: usize, world: usize, form: Form) -> (Optimizer, Vec<Tensor>) {
         let settings =
             Settings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0, form, seed: 0 };
-        let mut optimizer = Optimizer::new(layout(), rank, world, settings, 1);
+        let mut optimizer = Optimizer::new(layout(), rank, world, settings, Adding::in_place(1));
         let number = |name: &str, part: Part, i: usize| {
             let x = i as f32 + if name == "norm" { 0.5 } else { 0.25 } + 0.125 * part as usize as f32;
             if form == Form::Narrow {

@@ -4,6 +4,7 @@
 pub mod checkpoint;
 pub mod collective;
 pub mod device;
+pub mod engine;
 pub mod fingerprint;
 pub mod library;
 pub mod lifeline;
@@ -17,4 +18,5 @@ pub mod selftest;
 pub mod session;
 pub mod signals;
 pub mod snapshot;
+pub mod supply;
 pub mod train;

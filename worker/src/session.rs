@@ -1,14 +1,20 @@
 //! A worker's life: joining -> loading -> training -> draining, one struct per state; `run` returns the next.
 
+mod choice;
+
 use crate::checkpoint::saver::Saver;
 use crate::collective;
+use crate::collective::courier::Courier;
 use crate::collective::tcp::{Membership, Mesh};
 use crate::device;
+use crate::engine::{self, Engine};
 use crate::link::{self, Link};
+use crate::memory::order::{Choice, Range};
 use crate::memory::{self, Available, Demand};
 use crate::model::weights::{self, Weights};
-use crate::model::{self, Model, Recompute};
+use crate::model::{self, Model};
 use crate::optim::adamw::Settings;
+use crate::optim::reduction::{Adding, Stage};
 use crate::optim::state::Form;
 use crate::optim::Optimizer;
 use crate::restore::{self, Part, Saved};
@@ -16,6 +22,7 @@ use crate::snapshot::exchange::{self, Circle, Exchange};
 use crate::snapshot::keeper::{Keeper, Means};
 use crate::snapshot::Image;
 use crate::train::{self, Trainer};
+use choice::{agree, form, recompute, stage, try_worst};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +30,7 @@ use std::time::Duration;
 use tch::Kind;
 use unisono_configs::model::{spec, ModelSpec};
 use unisono_proto::v1::worker_message::Body;
-use unisono_proto::v1::{self as wire, directive, Assign, Compute, Epoch, Phase, Ready, SnapshotSource};
+use unisono_proto::v1::{directive, Assign, Compute, Epoch, Phase, Ready, SnapshotSource};
 
 /// Why a worker's life ended early.
 #[derive(Debug, thiserror::Error)]
@@ -167,6 +174,13 @@ impl<'l> Loading<'l> {
         let owned: usize = layout.shard_elements(rank, world).iter().map(|r| r.len()).sum();
         let plan = {
             let sketch = Model::sketch(spec.clone(), compute).ok_or(memory::Error::Beyond)?;
+            let range = Range {
+                stage: stage(assign.zero_stage)?,
+                wave: None,
+                recompute: recompute(assign.recompute()),
+                micro_batches: assign.micro_batches as usize,
+                world,
+            };
             let demand = Demand {
                 sketch: &sketch,
                 owned,
@@ -174,12 +188,12 @@ impl<'l> Loading<'l> {
                 tokens: assign.worst_tokens as usize,
                 document: assign.worst_document as usize,
                 trains: assign.trains,
-                recompute: recompute(assign.recompute()),
+                range,
                 copies: assign.trains,
                 snapshots: assign.neighbour.is_some() && standing.snapshots.is_some(),
                 baseline: standing.baseline,
             };
-            demand.plan(&standing.available, standing.sharing)?
+            agree(&mut peers, demand, |demand| Ok(demand.plan(&standing.available, standing.sharing)?))?
         };
         tracing::info!(planned_bytes = plan.total(), "{plan}");
         let behind = plan.copy > 0;
@@ -202,48 +216,58 @@ impl<'l> Loading<'l> {
             (None, Some(resume)) => Some(Saved::open(Path::new(&resume.path), resume.step)?),
             (None, None) => None,
         };
-        let mut model = match &saved {
-            None => Model::load(&path, spec, compute, device).map_err(failed)?,
+        let Choice { stage, wave, recompute } = plan.choice;
+        let mut model = match stage {
+            Stage::One | Stage::Two => Model::new(spec, compute, device),
+            Stage::Three => Model::sharded(spec, compute, device, &layout.shard_elements(rank, world)),
+        };
+        match &saved {
+            None => model
+                .fill(|name, range, out| weights.read_f32(name, range, out).map_err(model::Error::from))
+                .map_err(failed)?,
             Some(saved) => {
-                let mut model = Model::new(spec, compute, device);
                 let filled = model.fill(|name, range, out| match held {
                     // Peers have the rest.
                     Some(_) => saved.read_masters_here(name, range, out).map_err(Filling::from),
                     None => saved.read(name, Part::Master, range, out).map_err(Filling::from),
                 });
                 filled.map_err(|error| error.named(&path))?;
-                model
             }
         };
-        model.set_plan(plan.recompute, plan.activations as usize);
+        model.set_plan(recompute, plan.activations as usize);
         let mut optimizer = None;
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.
             let leaves = assign.micro_batches as usize * if tied { 2 } else { 1 };
-            let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(form), leaves);
+            let adding = Adding { stage, leaves, one_wave: wave >= assign.micro_batches as usize };
+            let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(form), adding);
             match &saved {
                 None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
                 Some(saved) => new.load_state(|name, part, range, out| saved.read(name, part, range, out))?,
             }
-            if held.is_some() {
-                new.gather(&mut peers, &mut model)?;
-                model.publish().map_err(failed)?;
-            }
             optimizer = Some(new);
         }
         drop((weights, saved));
-        try_worst(assign, &model, optimizer.as_mut()).map_err(failed)?;
+        let mut engine = Engine::new(model, optimizer, Courier::new(Box::new(peers), link.stopper()));
+        let stuck = |error| match error {
+            engine::Error::Micro(fault) => failed(fault.source),
+            error => Error::Train(train::Error::of(error, &[])),
+        };
+        if held.is_some() {
+            engine.spread();
+            engine.settle().map_err(stuck)?;
+        }
+        try_worst(assign, &mut engine, &plan).map_err(stuck)?;
 
         let link = *link;
         let new_saver =
-            |o: &Optimizer| Saver::new(&o.source(&model), o.layout().clone(), behind, link.reporter(), *epoch);
-        let saver = optimizer.as_ref().map(new_saver);
-        let (planned_bytes, peers) = (plan.total(), Box::new(peers));
-        let mut trainer = Trainer { link, model, optimizer, saver, snapshots: None, peers, planned_bytes };
+            |o: &Optimizer| Saver::new(&o.source(&engine.model), o.layout().clone(), behind, link.reporter(), *epoch);
+        let saver = engine.optimizer.as_ref().map(new_saver);
+        let mut trainer = Trainer { link, engine, saver, snapshots: None, wave, planned_bytes: plan.total() };
         link.report(Body::Ready(Ready { memory: Some(trainer.memory()), snapshots: plan.snapshots > 0 }))?;
         let every = link.go()?.snapshot_every;
         if let (Some(exchange), Some(neighbour), 1.., Some(optimizer)) =
-            (&standing.snapshots, &assign.neighbour, every, &trainer.optimizer)
+            (&standing.snapshots, &assign.neighbour, every, &trainer.engine.optimizer)
         {
             let timeline = assign.timeline[..].try_into();
             let timeline = timeline.map_err(|_| link::Error::Protocol("assigned no timeline".into()))?;
@@ -251,7 +275,7 @@ impl<'l> Loading<'l> {
             let mut keeper = Keeper::new(Means { store, every, timeline, neighbour, circle, reporter, epoch: *epoch });
             if let Some(source) = held {
                 // Whoever was lost held a part of it: it is in two places again, cut for those who are here now.
-                keeper.take(source.step, &optimizer.source(&trainer.model));
+                keeper.take(source.step, &optimizer.source(&trainer.engine.model));
             }
             trainer.snapshots = Some(keeper);
         }
@@ -357,30 +381,6 @@ impl Filling {
     }
 }
 
-/// How the state is kept beside parameters of a kind.
-fn form(asked: wire::OptimizerState, compute: Kind) -> Result<Form, Error> {
-    match (asked, compute) {
-        (wire::OptimizerState::Fp32, Kind::Float) => Ok(Form::Whole),
-        (wire::OptimizerState::Fp32, _) => Ok(Form::Split),
-        (wire::OptimizerState::Bf16, Kind::BFloat16) => Ok(Form::Narrow),
-        (wire::OptimizerState::Bf16, _) => {
-            let sentence = "train.optimizer_state = \"bf16\" needs model.compute = \"bf16\"";
-            Err(Error::Unsupported(sentence.into()))
-        }
-    }
-}
-
-/// The level that the coordinator asks for; none: what fits.
-fn recompute(asked: wire::Recompute) -> Option<Recompute> {
-    match asked {
-        wire::Recompute::Auto => None,
-        wire::Recompute::Nothing => Some(Recompute::Nothing),
-        wire::Recompute::Norms => Some(Recompute::Norms),
-        wire::Recompute::UpProjection => Some(Recompute::UpProjection),
-        wire::Recompute::Block => Some(Recompute::Block),
-    }
-}
-
 /// How many workers of a lower rank share `rank`'s machine.
 fn place_on_host(addresses: &[String], rank: usize) -> usize {
     neighbours(&addresses[..=rank], rank) - 1
@@ -397,21 +397,6 @@ fn use_threads(threads: u32) {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| tch::set_num_interop_threads(1));
     tch::set_num_threads(threads.max(1) as i32);
-}
-
-/// Really runs the largest micro-batch of the plan, with a target everywhere, and forgets its gradients: what does not
-/// fit fails here and not in the middle of the night.
-fn try_worst(assign: &Assign, model: &Model, optimizer: Option<&mut Optimizer>) -> Result<(), model::Error> {
-    let batch = memory::worst(assign.worst_tokens, assign.worst_document, model.spec().vocab);
-    let Some(batch) = batch else { return Ok(()) };
-    match optimizer {
-        Some(optimizer) => {
-            model.forward_backward(&batch, 1.0 / batch.tokens.len() as f64, &mut optimizer.sums)?;
-            optimizer.sums.clear();
-        }
-        None => drop(model.evaluate(&batch)?),
-    }
-    Ok(())
 }
 
 /// Carries out directives until the last.
@@ -436,7 +421,9 @@ impl<'l> Training<'l> {
                     link.progress().set_step(None);
                     Body::Step(report)
                 }
-                Some(directive::Body::Evaluate(_)) => Body::Evaluate(self.trainer.evaluate(directive.id, &keys)?),
+                Some(directive::Body::Evaluate(evaluate)) => {
+                    Body::Evaluate(self.trainer.evaluate(&evaluate, directive.id, &keys)?)
+                }
                 Some(directive::Body::Generate(generate)) => {
                     Body::Generate(self.trainer.generate(directive.id, &generate, &keys)?)
                 }

@@ -1,17 +1,19 @@
 //! What a worker does on a directive: above all one optimizer step, top to bottom.
 
 use crate::checkpoint::saver::{BadState, Saver};
-use crate::collective::{self, Collective};
+use crate::collective;
+use crate::engine::{self, Engine};
 use crate::link::{self, Link};
 use crate::memory;
-use crate::model::{self, Loss, Model};
-use crate::optim::{Optimizer, Parameters};
+use crate::model::{self, Batch, Fault, Loss};
+use crate::optim::reduction::Turn;
+use crate::optim::Optimizer;
 use crate::snapshot::keeper::Keeper;
+use crate::supply;
 use std::time::Instant;
-use tch::Tensor;
 use unisono_proto::put_u32s;
 use unisono_proto::v1::{
-    BatchKey, Checkpoint, CheckpointCopied, Continuation, EvaluateReport, Generate, GenerateReport, LossPart,
+    BatchKey, Checkpoint, CheckpointCopied, Continuation, Evaluate, EvaluateReport, Generate, GenerateReport, LossPart,
     MemoryReport, Phase, Step, StepReport, StepSeconds,
 };
 
@@ -50,83 +52,107 @@ impl Error {
     }
 }
 
-impl Parameters for Model {
-    fn bucket(&self, bucket: usize) -> &Tensor {
-        self.host_bucket(bucket)
-    }
-    fn bucket_mut(&mut self, bucket: usize) -> &mut Tensor {
-        Model::bucket_mut(self, bucket)
+impl Error {
+    /// The error of a wave of these micro-batches.
+    pub(crate) fn of(error: engine::Error, keys: &[BatchKey]) -> Self {
+        match error {
+            engine::Error::Collective(error) | engine::Error::Supply(supply::Error::Collective(error)) => error.into(),
+            engine::Error::Supply(supply::Error::Publish(source)) => Error::Publish { source },
+            engine::Error::Micro(Fault { index, source }) => {
+                Error::Model { micro_batch: keys.get(index).map_or(0, |key| key.micro_batch), source }
+            }
+        }
     }
 }
 
 /// Everything that a worker trains with.
 pub struct Trainer<'l> {
     pub link: &'l Link,
-    pub model: Model,
-    /// Absent in a run without steps.
-    pub optimizer: Option<Optimizer>,
+    pub engine: Engine,
     /// There where the optimizer is.
     pub saver: Option<Saver>,
     /// There where snapshots are kept.
     pub snapshots: Option<Keeper>,
-    pub peers: Box<dyn Collective>,
+    /// Micro-batches that go through the model together.
+    pub wave: usize,
     pub planned_bytes: u64,
 }
 
 impl Trainer<'_> {
     /// One optimizer update over one global batch, of which this rank computes the micro-batches `keys`.
     pub fn step(&mut self, step: &Step, keys: &[BatchKey]) -> Result<StepReport, Error> {
-        let (link, peers) = (self.link, self.peers.as_mut());
-        let optimizer = self.optimizer.as_mut().ok_or(Error::NoOptimizer("a step"))?;
+        let link = self.link;
         let mut seconds = StepSeconds::default();
         let mut clock = Clock::start();
 
         link.progress().enter(Phase::Forward);
         let scale = 1.0 / step.target_tokens as f64;
         let mut parts = Vec::with_capacity(keys.len());
-        for key in keys {
-            let batch = link.batch(key)?;
+        for (turn, keys) in self.waves(keys, step.passes) {
+            let batches = self.batches(keys)?;
             seconds.data += clock.lap();
-            let loss = self.model.forward_backward(&batch, scale, &mut optimizer.sums).map_err(at(key))?;
-            parts.push(part(key, loss)?);
+            let losses = self.engine.add(batches, turn, scale).map_err(|error| Error::of(error, keys))?;
+            for (key, loss) in keys.iter().zip(losses) {
+                parts.push(part(key, loss)?);
+            }
             seconds.compute += clock.lap();
         }
 
         link.progress().enter(Phase::Reduce);
-        optimizer.reduce(peers)?;
-        let norm = optimizer.norm(peers)?;
+        let norm = self.engine.norm().map_err(|error| Error::of(error, keys))?;
         if !norm.is_finite() {
             return Err(Error::BadNorm { norm });
         }
         seconds.reduce = clock.lap();
 
         link.progress().enter(Phase::Update);
-        optimizer.update(step.step, step.learning_rate, norm, &mut self.model);
+        self.engine.update(step.step, step.learning_rate, norm);
         seconds.update = clock.lap();
-
+        // Parameters go on travelling while the report does, and while others compute.
         link.progress().enter(Phase::Gather);
-        optimizer.gather(peers, &mut self.model)?;
-        self.model.publish().map_err(|source| Error::Publish { source })?;
-        seconds.gather = clock.lap();
+        let waited = self.engine.take_waited();
+        seconds.compute -= waited;
+        seconds.gather = waited;
 
         if let Some(keeper) = self.snapshots.as_mut().filter(|keeper| keeper.is_due(step.step)) {
-            keeper.take(step.step, &optimizer.source(&self.model));
+            // The parameters hold the masters, or their upper halves.
+            self.engine.settle().map_err(|error| Error::of(error, keys))?;
+            if let Some(optimizer) = &self.engine.optimizer {
+                keeper.take(step.step, &optimizer.source(&self.engine.model));
+            }
             seconds.snapshot = clock.lap();
         }
 
-        let activation_bytes = self.model.activation_bytes();
+        let activation_bytes = self.engine.model.activation_bytes();
         tracing::debug!(step = step.step, ?seconds, activation_bytes, "carried out");
         let memory = Some(self.memory());
         Ok(StepReport { step: step.step, parts, grad_norm: norm, seconds: Some(seconds), memory })
     }
 
-    /// Loss and accuracy of fixed units of work.
-    pub fn evaluate(&mut self, id: u64, keys: &[BatchKey]) -> Result<EvaluateReport, Error> {
+    /// The own micro-batches in waves, as many as the rank with most has.
+    fn waves<'k>(&self, keys: &'k [BatchKey], passes: u32) -> impl Iterator<Item = (Turn, &'k [BatchKey])> + 'k {
+        let (wave, count) = (self.wave, (passes as usize).max(keys.len()).div_ceil(self.wave).max(1));
+        (0..count).map(move |i| {
+            let turn = Turn { first: i == 0, last: i + 1 == count };
+            (turn, &keys[(i * wave).min(keys.len())..((i + 1) * wave).min(keys.len())])
+        })
+    }
+
+    fn batches(&self, keys: &[BatchKey]) -> Result<Vec<Batch>, Error> {
+        Ok(keys.iter().map(|key| self.link.batch(key)).collect::<Result<_, _>>()?)
+    }
+
+    /// Loss and accuracy of fixed units of work. Where parameters come bucket by bucket, all ranks go together.
+    pub fn evaluate(&mut self, evaluate: &Evaluate, id: u64, keys: &[BatchKey]) -> Result<EvaluateReport, Error> {
         self.link.progress().enter(Phase::Evaluate);
+        let (wave, passes) = if self.engine.is_in_step() { (self.wave, evaluate.passes) } else { (1, 0) };
         let mut parts = Vec::with_capacity(keys.len());
-        for key in keys {
-            let batch = self.link.batch(key)?;
-            parts.push(part(key, self.model.evaluate(&batch).map_err(at(key))?)?);
+        for first in (0..keys.len().max(passes as usize)).step_by(wave) {
+            let keys = &keys[first.min(keys.len())..(first + wave).min(keys.len())];
+            let losses = self.engine.evaluate(self.batches(keys)?).map_err(|error| Error::of(error, keys))?;
+            for (key, loss) in keys.iter().zip(losses) {
+                parts.push(part(key, loss)?);
+            }
         }
         Ok(EvaluateReport { id, parts })
     }
@@ -134,6 +160,7 @@ impl Trainer<'_> {
     /// Greedy continuations of the prompts of the micro-batches `keys`.
     pub fn generate(&mut self, id: u64, generate: &Generate, keys: &[BatchKey]) -> Result<GenerateReport, Error> {
         self.link.progress().enter(Phase::Generate);
+        let came = self.engine.assemble().map_err(|error| Error::of(error, keys))?;
         let mut continuations = Vec::new();
         for key in keys {
             let batch = self.link.batch(key)?;
@@ -145,7 +172,7 @@ impl Trainer<'_> {
                 .map(|(&begin, end)| batch.tokens[begin as usize..end as usize].to_vec())
                 .collect();
             let most = generate.max_new_tokens as usize;
-            let answers = self.model.generate(&prompts, most, &generate.end_tokens).map_err(at(key))?;
+            let answers = self.engine.model.generate(&prompts, most, &generate.end_tokens).map_err(at(key))?;
             for (document, (ids, ended)) in (0u32..).zip(answers) {
                 let mut tokens = Vec::with_capacity(4 * ids.len());
                 put_u32s(&mut tokens, &ids);
@@ -153,17 +180,20 @@ impl Trainer<'_> {
                 continuations.push(Continuation { micro_batch, document, tokens: tokens.into(), ended });
             }
         }
+        self.engine.disassemble(came);
         Ok(GenerateReport { id, continuations })
     }
 
     /// Copies the own shard at a barrier; it is written behind training.
     pub fn checkpoint(&mut self, checkpoint: Checkpoint) -> Result<CheckpointCopied, Error> {
         self.link.progress().enter(Phase::Checkpoint);
-        let (Some(optimizer), Some(saver)) = (&self.optimizer, &mut self.saver) else {
+        // The parameters hold the masters, or their upper halves.
+        self.engine.settle().map_err(|error| Error::of(error, &[]))?;
+        let (Some(optimizer), Some(saver)) = (&self.engine.optimizer, &mut self.saver) else {
             return Err(Error::NoOptimizer("a checkpoint"));
         };
         let (step, attempt) = (checkpoint.step, checkpoint.attempt);
-        saver.save(&optimizer.source(&self.model), checkpoint)?;
+        saver.save(&optimizer.source(&self.engine.model), checkpoint)?;
         Ok(CheckpointCopied { step, attempt })
     }
 
@@ -179,7 +209,9 @@ impl Trainer<'_> {
         MemoryReport {
             planned_bytes: self.planned_bytes,
             peak_bytes: memory::peak(),
-            optimizer_bytes: self.optimizer.as_ref().map_or(0, Optimizer::bytes),
+            optimizer_bytes: self.engine.optimizer.as_ref().map_or(0, Optimizer::bytes),
+            zero_stage: self.engine.optimizer.as_ref().map_or(1, |o| o.reduction.stage() as u32),
+            wave: self.wave as u32,
         }
     }
 }

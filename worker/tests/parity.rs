@@ -10,10 +10,13 @@ use support::*;
 use tch::{Device, Kind, Tensor};
 use unisono_configs::model::{Layout, ModelSpec};
 use unisono_proto::NO_TARGET;
+use unisono_worker::collective::courier::Courier;
+use unisono_worker::collective::tcp::Stopper;
 use unisono_worker::collective::{self, Collective};
 use unisono_worker::model::weights::Weights;
 use unisono_worker::model::{BadNumber, Batch, Leaves, Model};
 use unisono_worker::optim::adamw::Settings;
+use unisono_worker::optim::reduction::{Adding, Turn};
 use unisono_worker::optim::state::Form;
 use unisono_worker::optim::Optimizer;
 
@@ -222,13 +225,16 @@ fn twenty_steps_of_adamw_are_torchs() {
     for name in MODELS {
         let golden = Golden::read(name);
         let mut model = golden.model(Kind::Float);
-        let mut optimizer = Optimizer::new(model.layout().clone(), 0, 1, settings, 8);
+        let mut optimizer = Optimizer::new(model.layout().clone(), 0, 1, settings, Adding::in_place(8));
+        let mut courier = Courier::new(Box::new(Alone), &Stopper::default());
         let weights = Weights::open(&golden.dir).unwrap();
         optimizer.load_masters(|name, range, out| weights.read_f32(name, range, out)).unwrap();
         let scale = 1.0 / targets(&golden.batch) as f64;
         for (step, point) in (1..).zip(golden.json["curve"].as_array().unwrap()) {
-            let loss = model.forward_backward(&golden.batch, scale, &mut optimizer.sums).unwrap().sum * scale;
-            let norm = optimizer.norm(&mut Alone).unwrap();
+            let loss = model.forward_backward(&golden.batch, scale, &mut optimizer.reduction).unwrap().sum * scale;
+            let buckets = 0..model.layout().buckets.len();
+            buckets.clone().for_each(|bucket| optimizer.reduction.finish(bucket, Turn::ONLY, &mut courier));
+            let norm = optimizer.reduction.norm(&mut courier).unwrap();
             for (what, found) in [("loss", loss), ("grad_norm", norm)] {
                 let exact = point[what].as_f64().unwrap();
                 assert!(
@@ -236,7 +242,8 @@ fn twenty_steps_of_adamw_are_torchs() {
                     "{name}: step {step}: {what} is {found}, torch has {exact}"
                 );
             }
-            optimizer.update(step, 1e-3, norm, &mut model);
+            let update = optimizer.plan(step, 1e-3, norm);
+            buckets.for_each(|bucket| optimizer.update(bucket, &update, &mut model));
         }
         let at = golden.number("logits_document") as usize;
         let (start, end) = (golden.batch.starts[at], golden.batch.starts[at + 1]);

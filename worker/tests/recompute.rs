@@ -56,13 +56,15 @@ fn a_dry_run_takes_the_very_bytes_of_the_run() {
                 let batch = batch(spec.vocab, lengths, 0.7, 8);
                 let sketch = Model::sketch(spec.clone(), compute).unwrap();
                 for level in Recompute::ALL {
-                    let (planned, real) =
-                        (sketch.dry_run(&batch, level, true).unwrap(), run(&spec, compute, &batch, level).2);
+                    let (planned, real) = (
+                        sketch.dry_run(std::slice::from_ref(&batch), level, true).unwrap(),
+                        run(&spec, compute, &batch, level).2,
+                    );
                     assert_eq!(planned, real, "{name} in {compute:?} at {level:?}, {lengths:?}");
                 }
                 let model = model(&spec, &parameters(&spec, 5), compute);
                 model.evaluate(&batch).unwrap();
-                let planned = sketch.dry_run(&batch, Recompute::Nothing, false).unwrap();
+                let planned = sketch.dry_run(std::slice::from_ref(&batch), Recompute::Nothing, false).unwrap();
                 assert_eq!(planned, model.activation_bytes(), "{name} in {compute:?}, {lengths:?}, evaluated");
             }
         }
@@ -75,7 +77,7 @@ fn micro_batches_of_any_shape_stay_within_the_plan() {
     let spec = ModelSpec { layers: 4, ..tiny() };
     let mut model = model(&spec, &parameters(&spec, 5), Kind::BFloat16);
     let worst = batch(spec.vocab, &[256; 4], 0.9, 1);
-    let planned = model.dry_run(&worst, Recompute::Nothing, true).unwrap();
+    let planned = model.dry_run(std::slice::from_ref(&worst), Recompute::Nothing, true).unwrap();
     model.set_plan(Recompute::Nothing, planned);
     let mut random = Random(7);
     let mut leaves = Collected::new(&Layout::new(&spec));

@@ -340,8 +340,7 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
     let zero_stage = match auto("zero_stage") {
         true => s.choice("zero_stage", d.zero_stage, &[("auto", ZeroStage::Auto)])?,
         false => match s.whole("zero_stage", 1, 1)? {
-            1 => ZeroStage::Stage(1),
-            2 | 3 => return Err(s.fail("zero_stage", "stages 2 and 3 are not supported yet; set \"auto\" or 1")),
+            stage @ 1..=3 => ZeroStage::Stage(stage as u32),
             n => return Err(s.fail("zero_stage", format!("is {n} and must be \"auto\", 1, 2 or 3"))),
         },
     };

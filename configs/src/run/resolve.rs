@@ -1,6 +1,6 @@
 //! "auto" becomes a value, once, before anything is started.
 
-use super::{Compute, Count, Device, Error, OptimizerState, RunConfig, ZeroStage};
+use super::{Compute, Count, Device, Error, OptimizerState, RunConfig};
 
 impl RunConfig {
     /// Replaces every "auto" by its value on a machine with `cores` processor cores, of which `cpu_has_bf16` says
@@ -35,9 +35,6 @@ impl RunConfig {
             );
         }
         cluster.workers = Count::Exactly(workers);
-        if cluster.zero_stage == ZeroStage::Auto {
-            cluster.zero_stage = ZeroStage::Stage(1);
-        }
         if self.model.compute == Compute::Auto {
             self.model.compute = if !on_cpu || cpu_has_bf16 { Compute::Bf16 } else { Compute::Fp32 };
         }

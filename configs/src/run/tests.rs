@@ -106,7 +106,7 @@ fn values_out_of_range_are_refused() {
         ("roles_to_train = \"user\"", "run.toml:5: data.roles_to_train: must be a list of roles; for example [\"assistant\"]"),
         ("on_bad_row = \"skip\"", "run.toml:5: data.on_bad_row: is \"skip\" and must be \"refuse\" or \"drop\""),
         ("[cluster]\nworkers = 0", "run.toml:6: cluster.workers: is 0 and must be a whole number of at least 1"),
-        ("[cluster]\nzero_stage = 3", "run.toml:6: cluster.zero_stage: stages 2 and 3 are not supported yet; set \"auto\" or 1"),
+        ("[cluster]\nzero_stage = 4", "run.toml:6: cluster.zero_stage: is 4 and must be \"auto\", 1, 2 or 3"),
         ("[checkpoint]\nevery = \"30m\"", "run.toml:6: checkpoint.every: is \"30m\", but only a number of steps is supported yet; for example 500"),
         ("[[train]]\nepochs = 1", "run.toml:5: train: is a list and must be a section; write [train]"),
     ] {
@@ -177,7 +177,7 @@ fn auto_becomes_what_the_machine_has() {
     };
     let plain = resolved("", 2, 0, true).unwrap();
     assert_eq!((plain.cluster.workers, plain.cluster.device), (Count::Exactly(2), Device::Cpu));
-    assert_eq!((plain.cluster.zero_stage, plain.model.compute), (ZeroStage::Stage(1), Compute::Bf16));
+    assert_eq!((plain.cluster.zero_stage, plain.model.compute), (ZeroStage::Auto, Compute::Bf16));
     assert_eq!(resolved("", 64, 0, false).unwrap().cluster.workers, Count::Exactly(8));
     assert_eq!(resolved("", 64, 0, false).unwrap().model.compute, Compute::Fp32);
     assert_eq!(resolved("", 64, 4, false).unwrap().model.compute, Compute::Bf16);

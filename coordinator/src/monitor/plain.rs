@@ -88,11 +88,12 @@ pub fn line(event: &Event, state: &RunState) -> Option<String> {
         Body::Eval(e) if e.task.is_empty() && state.tasks(&e.split) == 1 => return None,
         Body::Eval(e) => eval(e),
         Body::Memory(m) => format!(
-            "memory rank {} planned {} peak {} optimizer {}",
+            "memory rank {} planned {} peak {} optimizer {} zero {}",
             m.rank,
             bytes(m.planned_bytes),
             bytes(m.peak_bytes),
-            bytes(m.optimizer_bytes)
+            bytes(m.optimizer_bytes),
+            m.zero_stage
         ),
         Body::Checkpoint(c) => {
             format!(

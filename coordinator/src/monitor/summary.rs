@@ -101,7 +101,13 @@ mod tests {
         let mut state = RunState::default();
         let bodies = [
             started(2),
-            Body::Memory(Memory { rank: 0, planned_bytes: 3 << 20, peak_bytes: 2 << 20, optimizer_bytes: 1 << 20 }),
+            Body::Memory(Memory {
+                rank: 0,
+                planned_bytes: 3 << 20,
+                peak_bytes: 2 << 20,
+                optimizer_bytes: 1 << 20,
+                zero_stage: 1,
+            }),
             step(1, 5.0, 1.0),
             step(2, 4.0, 0.5),
             eval("validation", "", 2.0),

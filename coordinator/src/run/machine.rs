@@ -434,8 +434,10 @@ impl Machine {
     }
 
     pub(super) fn memory(&self, rank: usize) -> Effect {
-        let wire::MemoryReport { planned_bytes, peak_bytes, optimizer_bytes } = self.roster.workers()[rank].memory;
-        Effect::Append(Entry::Memory(Memory { rank: rank as u32, planned_bytes, peak_bytes, optimizer_bytes }))
+        let wire::MemoryReport { planned_bytes, peak_bytes, optimizer_bytes, zero_stage, .. } =
+            self.roster.workers()[rank].memory;
+        let rank = rank as u32;
+        Effect::Append(Entry::Memory(Memory { rank, planned_bytes, peak_bytes, optimizer_bytes, zero_stage }))
     }
 
     pub(super) fn send(&self, to: Connection, body: Order) -> Effect {

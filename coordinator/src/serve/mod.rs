@@ -224,7 +224,8 @@ fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
     };
     let zero_stage = match config.cluster.zero_stage {
         ZeroStage::Stage(stage) => stage,
-        ZeroStage::Auto => return Err(Error::Unresolved { key: "cluster.zero_stage" }),
+        // What fits is for the workers to know.
+        ZeroStage::Auto => 0,
     };
     let recompute = match config.cluster.recompute {
         Recompute::Auto => wire::Recompute::Auto,

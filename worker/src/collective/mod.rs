@@ -2,6 +2,7 @@
 //! associative, so the algorithm and the order of arrival cannot change a bit.
 
 mod bytes;
+pub mod courier;
 pub(crate) mod handshake;
 mod piece;
 pub mod tcp;

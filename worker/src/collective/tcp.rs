@@ -110,6 +110,11 @@ impl Mesh {
         })
     }
 
+    /// Ends this mesh's exchanges.
+    pub fn stopper(&self) -> &Stopper {
+        &self.stopper
+    }
+
     /// Runs one round: `send` to one peer on a thread of its own while `receive` listens to another.
     fn round<S, R>(&self, round: usize, what: Transfer, send: S, receive: R) -> Result<(), Error>
     where

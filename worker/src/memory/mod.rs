@@ -1,11 +1,15 @@
 //! Memory before step 0: what a worker will need, what the machine has, and what was really used.
 
 mod machine;
+pub mod order;
 
 pub use machine::{available, peak, resident, Available};
 
 use crate::model::{self, Batch, Model, Recompute};
+use crate::optim::lending;
+use crate::optim::reduction::Stage;
 use crate::optim::state::Form;
+use order::{Choice, Range};
 use std::fmt;
 use unisono_proto::NO_TARGET;
 
@@ -23,8 +27,8 @@ pub struct Demand<'a> {
     pub document: usize,
     /// False for evaluation and generation only.
     pub trains: bool,
-    /// Absent: the least that fits.
-    pub recompute: Option<Recompute>,
+    /// What of the ways to run a step may be chosen.
+    pub range: Range,
     /// The own shard is copied to be saved behind training, where there is room for that without computing anything again.
     pub copies: bool,
     /// Snapshots of the own shard and of a neighbour's are kept, where there is room for that besides.
@@ -40,15 +44,18 @@ pub struct Plan {
     pub parameters: u64,
     /// Integer accumulators of the exact sum.
     pub sums: u64,
+    /// The own part of the gradient, where it is kept apart from them.
+    pub gradient: u64,
     /// What of masters and moments of the own shard the parameters do not hold.
     pub optimizer: u64,
     /// The own shard again, for the save behind training; 0 where there is no room for it.
     pub copy: u64,
     /// Two snapshots of the own shard and two of a neighbour's; 0 where there is no room for them.
     pub snapshots: u64,
-    /// Saved for the backward pass of the largest micro-batch, and all temporaries, as a dry run takes them.
+    /// Saved for the backward pass of the largest micro-batches that go together, and all temporaries, as a dry run takes
+    /// them.
     pub activations: u64,
-    pub recompute: Recompute,
+    pub choice: Choice,
 }
 
 /// Kernels that oneDNN compiles, buffers of both connections and of the allocator: 45 to 55 MB were measured.
@@ -62,57 +69,76 @@ const MOST_TOKENS: usize = 120_000;
 
 impl Plan {
     pub fn total(&self) -> u64 {
-        self.baseline + self.parameters + self.sums + self.optimizer + self.copy + self.snapshots + self.activations
+        let state = self.optimizer + self.copy + self.snapshots;
+        self.baseline + self.parameters + self.sums + self.gradient + state + self.activations
     }
 }
 
 impl Demand<'_> {
-    /// What the worker needs at a level.
-    fn at(&self, recompute: Recompute) -> Result<Plan, model::Error> {
+    /// What the worker needs where it runs a step like this.
+    fn at(&self, choice: Choice) -> Result<Plan, model::Error> {
         let activations = match worst(self.tokens as u32, self.document as u32, self.sketch.spec().vocab) {
-            Some(batch) => self.sketch.dry_run(&batch, recompute, self.trains)?,
+            Some(batch) => self.sketch.dry_run(&vec![batch; choice.wave], choice.recompute, self.trains)?,
             None => 0,
         };
-        Ok(Plan { activations: activations as u64, recompute, ..self.least() })
+        Ok(Plan { activations: activations as u64, ..self.least(choice) })
     }
 
-    /// Less than any level needs, known at once: of all activations only the residual stream before each block.
-    fn least(&self) -> Plan {
-        let (spec, parameters) = (self.sketch.spec(), self.sketch.layout().parameters());
-        let (trains, width) = (u64::from(self.trains), self.sketch.compute().elt_size_in_bytes());
+    /// Less than a choice needs, known at once: of all activations only the residual stream before each block.
+    fn least(&self, choice: Choice) -> Plan {
+        let (spec, layout) = (self.sketch.spec(), self.sketch.layout());
+        let (parameters, trains) = (layout.parameters(), u64::from(self.trains));
+        let width = self.sketch.compute().elt_size_in_bytes();
+        let lent = |lots: usize| lending::lots(layout, lots).iter().map(|(_, elements)| elements).sum::<usize>();
+        let present = if choice.stage == Stage::Three { self.owned + lent(2) } else { parameters };
+        let one_wave = choice.wave >= self.range.micro_batches;
+        let (sums, gradient) = match (choice.stage, one_wave, self.form) {
+            (Stage::One, ..) => (parameters, 0),
+            (_, false, _) => (lent(lending::accumulators(self.range.world)), 8),
+            (_, true, Form::Narrow) => (lent(lending::accumulators(self.range.world)), 2),
+            (_, true, _) => (lent(lending::accumulators(self.range.world)), 4),
+        };
         let streams = if self.trains { spec.layers } else { 1 };
         Plan {
             baseline: self.baseline + WORKING,
-            parameters: (parameters * width) as u64,
-            sums: trains * 8 * parameters as u64,
+            parameters: (present * width) as u64,
+            sums: trains * 8 * sums as u64,
+            gradient: trains * (gradient * self.owned) as u64,
             optimizer: trains * (self.form.width() * self.owned) as u64,
             copy: 0,
             snapshots: 0,
-            activations: (4 * self.tokens * spec.hidden * streams) as u64,
-            recompute: Recompute::Block,
+            activations: (4 * self.tokens * spec.hidden * streams * choice.wave) as u64,
+            choice,
         }
     }
 
-    /// The plan with the least to compute again that fits into `most` bytes, else one that does not fit either.
+    /// The cheapest plan in time that fits into `most` bytes, else the smallest.
     fn best(&self, most: u64) -> Result<Plan, model::Error> {
-        let levels = match self.recompute {
-            Some(level) => vec![level],
-            None if self.trains => Recompute::ALL.to_vec(),
-            None => vec![Recompute::Nothing],
+        let groups = match self.trains {
+            true => self.range.groups(),
+            false => vec![vec![Choice { stage: Stage::One, wave: 1, recompute: Recompute::Nothing }]],
         };
-        let least = self.least();
-        if least.total() > most {
-            return Ok(least);
-        }
-        let mut least: Option<Plan> = None;
-        for level in levels {
-            let plan = self.at(level)?;
-            if plan.total() <= most {
+        let mut smallest: Option<Plan> = None;
+        let smaller = |a: Option<Plan>, b: Plan| Some(a.filter(|a| a.total() <= b.total()).unwrap_or(b));
+        for group in groups {
+            let mut fitting: Option<Plan> = None;
+            for choice in group {
+                let least = self.least(choice);
+                if least.total() > most {
+                    smallest = smaller(smallest, least);
+                    continue;
+                }
+                let plan = self.at(choice)?;
+                match plan.total() <= most {
+                    true => fitting = smaller(fitting, plan),
+                    false => smallest = smaller(smallest, plan),
+                }
+            }
+            if let Some(plan) = fitting {
                 return Ok(plan);
             }
-            least = Some(least.filter(|l| l.total() <= plan.total()).unwrap_or(plan));
         }
-        Ok(least.expect("there is at least one level"))
+        Ok(smallest.expect("there is at least one choice"))
     }
 
     /// The plan, if `workers` such workers fit into what the machine has; else the numbers and the cheapest change.
@@ -122,19 +148,21 @@ impl Demand<'_> {
         let plan = self.best(each)?;
         if plan.total() <= each {
             let fitting = |plan: &Plan, bytes: u64| if plan.total() + bytes <= each { bytes } else { 0 };
-            let shard = (self.form.saved_width() * self.owned) as u64;
-            let copy = if self.copies { shard } else { 0 };
+            let copy = if self.copies { (self.form.saved_width() * self.owned) as u64 } else { 0 };
             let plan = Plan { copy: fitting(&plan, copy), ..plan };
             let after_copy = plan.copy == copy && self.snapshots;
-            let snapshots = if after_copy { 4 * shard + SNAPSHOT_HEADERS } else { 0 };
+            let snapshots = if after_copy { 4 * copy + SNAPSHOT_HEADERS } else { 0 };
             return Ok(Plan { snapshots: fitting(&plan, snapshots), ..plan });
         }
         // Computing again costs little speed, shorter micro-batches a little more, fewer workers much, another model
         // everything.
-        let less = Demand { recompute: None, ..*self };
+        let less = Demand { range: Range { recompute: None, ..self.range }, ..*self };
+        let sharded = Demand { range: Range { stage: None, ..less.range }, ..*self };
         let shorter = |tokens| Demand { tokens, document: self.document.min(tokens), ..less };
-        let remedy = if self.recompute.is_some() && less.best(each)?.total() <= each {
+        let remedy = if self.range.recompute.is_some() && less.best(each)?.total() <= each {
             "set cluster.recompute = \"auto\"".to_owned()
+        } else if self.range.stage.is_some() && sharded.best(each)?.total() <= each {
+            "set cluster.zero_stage = \"auto\"".to_owned()
         } else {
             let (mut fitting, mut beyond) = (0, self.tokens.min(MOST_TOKENS).div_ceil(QUANTUM));
             while beyond - fitting > 1 {
@@ -191,14 +219,17 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "each: parameters {}, gradient sums {}, optimizer {}, its copy to save {}, snapshots {}, activations {} ({}), program {}",
+            "each: parameters {}, gradient sums {}, gradient {}, optimizer {}, its copy to save {}, snapshots {}, activations {} ({}, {} together, {}), program {}",
             Bytes(self.parameters),
             Bytes(self.sums),
+            Bytes(self.gradient),
             Bytes(self.optimizer),
             Bytes(self.copy),
             Bytes(self.snapshots),
             Bytes(self.activations),
-            self.recompute,
+            self.choice.stage,
+            self.choice.wave,
+            self.choice.recompute,
             Bytes(self.baseline)
         )
     }
@@ -234,19 +265,19 @@ mod tests {
     }
 
     fn demand(sketch: &Model) -> Demand<'_> {
-        let (recompute, copies) = (Some(Recompute::Nothing), false);
-        Demand {
-            sketch,
-            owned: 100_000,
-            form: Form::Split,
-            tokens: 4096,
-            document: 256,
-            trains: true,
-            recompute,
-            copies,
-            snapshots: false,
-            baseline: 1000,
-        }
+        let (stage, wave, recompute) = (Some(Stage::One), None, Some(Recompute::Nothing));
+        let range = Range { stage, wave, recompute, micro_batches: 8, world: 2 };
+        let (owned, form, trains, copies, snapshots) = (100_000, Form::Split, true, false, false);
+        Demand { sketch, owned, form, tokens: 4096, document: 256, trains, range, copies, snapshots, baseline: 1000 }
+    }
+
+    fn at(recompute: Recompute) -> Choice {
+        Choice { stage: Stage::One, wave: 1, recompute }
+    }
+
+    /// Any level may be chosen.
+    fn free(demand: Demand<'_>) -> Demand<'_> {
+        Demand { range: Range { recompute: None, ..demand.range }, ..demand }
     }
 
     fn left(bytes: u64) -> Available {
@@ -257,7 +288,7 @@ mod tests {
     fn a_plan_that_fits_passes_and_one_byte_less_does_not() {
         let sketch = sketch();
         let demand = demand(&sketch);
-        let plan = demand.at(Recompute::Nothing).unwrap();
+        let plan = demand.at(at(Recompute::Nothing)).unwrap();
         for workers in [1, 2] {
             let total = plan.total() * workers;
             assert_eq!(demand.plan(&left(total), workers as usize).unwrap(), plan);
@@ -266,29 +297,58 @@ mod tests {
         // The copy is made where there is room, and is no reason to refuse or to compute anything again.
         let copies = Demand { copies: true, ..demand };
         let copy = |bytes| copies.plan(&left(bytes), 1).unwrap().copy;
-        let (whole, shard) = (plan.total() + 1_200_000, 1_200_000);
-        assert_eq!((copy(whole - 1), copy(whole)), (0, shard));
+        let whole = plan.total() + 1_200_000;
+        assert_eq!((copy(whole - 1), copy(whole)), (0, 1_200_000));
         // So are snapshots, after that.
         let held = Demand { snapshots: true, ..copies };
         let snapshots = |bytes| held.plan(&left(bytes), 1).unwrap().snapshots;
-        let all = 4 * shard + SNAPSHOT_HEADERS;
+        let all = 4 * 1_200_000 + SNAPSHOT_HEADERS;
         assert_eq!((snapshots(whole + all - 1), snapshots(whole + all)), (0, all));
         let parameters = sketch.layout().parameters() as u64;
         assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2 * parameters, 8 * parameters, 1_000_000));
-        let idle = Demand { trains: false, recompute: None, ..demand }.plan(&left(1 << 40), 1).unwrap();
+        let idle = Demand { trains: false, ..demand }.plan(&left(1 << 40), 1).unwrap();
         assert_eq!((idle.sums, idle.optimizer), (0, 0));
         assert!(idle.activations < plan.activations);
     }
 
     #[test]
+    fn more_is_sharded_and_fewer_go_together_before_a_run_is_refused() {
+        let sketch = sketch();
+        let fixed = demand(&sketch);
+        let any = Demand { range: Range { stage: None, recompute: None, ..fixed.range }, ..fixed };
+        let parameters = sketch.layout().parameters() as u64;
+        let mut bytes = u64::MAX / 4;
+        let mut seen = Vec::new();
+        // Ever less memory, until nothing fits.
+        while let Ok(plan) = any.plan(&left(bytes), 1) {
+            let Choice { stage, wave, .. } = plan.choice;
+            let (sums, present) =
+                if stage == Stage::One { (8, 2) } else { (0, if stage == Stage::Two { 2 } else { 0 }) };
+            assert!(plan.sums >= sums * parameters && plan.parameters >= present * parameters, "{plan}");
+            let kept = match (stage, wave) {
+                (Stage::One, _) => 0,
+                (_, 8) => 4 * 100_000,
+                _ => 8 * 100_000,
+            };
+            assert_eq!(plan.gradient, kept);
+            seen.push(plan.choice);
+            bytes = plan.total() - 1;
+        }
+        assert_eq!(seen.last().unwrap().recompute, Recompute::Block);
+        assert!(seen.iter().any(|c| c.stage == Stage::Two) && seen.last().unwrap().stage == Stage::Three, "{seen:?}");
+        let remedy = fixed.plan(&left(bytes + 1), 1).unwrap_err().to_string();
+        assert!(remedy.contains("set cluster.recompute") || remedy.contains("set cluster.zero_stage"), "{remedy}");
+    }
+
+    #[test]
     fn what_does_not_fit_is_computed_again() {
         let sketch = sketch();
-        let demand = Demand { recompute: None, ..demand(&sketch) };
+        let demand = free(demand(&sketch));
         for level in Recompute::ALL {
-            let exact = demand.at(level).unwrap();
+            let exact = demand.at(at(level)).unwrap();
             assert_eq!(demand.plan(&left(exact.total()), 1).unwrap(), exact);
         }
-        assert!(demand.plan(&left(demand.at(Recompute::Block).unwrap().total() - 1), 1).is_err());
+        assert!(demand.plan(&left(demand.at(at(Recompute::Block)).unwrap().total() - 1), 1).is_err());
     }
 
     #[test]
@@ -297,11 +357,11 @@ mod tests {
         let fixed = demand(&sketch);
         let sentence =
             |demand: &Demand<'_>, bytes, workers| demand.plan(&left(bytes), workers).unwrap_err().to_string();
-        let less = fixed.at(Recompute::UpProjection).unwrap().total();
+        let less = fixed.at(at(Recompute::UpProjection)).unwrap().total();
         assert!(sentence(&fixed, less, 1).contains("set cluster.recompute = \"auto\""));
-        let demand = Demand { recompute: None, ..fixed };
+        let demand = free(fixed);
         let total = |tokens: usize| {
-            Demand { tokens, document: demand.document.min(tokens), ..demand }.at(Recompute::Block).unwrap().total()
+            Demand { tokens, document: demand.document.min(tokens), ..demand }.at(at(Recompute::Block)).unwrap().total()
         };
         assert!(sentence(&demand, total(1024), 1).contains("set train.max_tokens_per_micro_batch = 1024"));
         assert!(sentence(&demand, 2 * total(1024), 2).contains("set train.max_tokens_per_micro_batch = 1024"));

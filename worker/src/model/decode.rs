@@ -3,13 +3,13 @@
 //! A prompt's result must not depend on its neighbours: every prompt is read alone, and steps always compute
 //! [`ROWS`] rows, whose products do not depend on one another.
 
-use super::block::{Block, Scene, Stream};
+use super::block::{Block, Stream};
 use super::head::Last;
-use super::saved::Recompute;
+use super::wave::Passage;
 use super::{Batch, Error, Model};
 use crate::ops::buffer::Buffer;
 use crate::ops::cross_entropy::first_choices;
-use crate::ops::documents::{Documents, LENGTH};
+use crate::ops::documents::LENGTH;
 use crate::ops::form::wide;
 use crate::ops::heads::Heads;
 use crate::ops::norm::{self, Addend, Normed};
@@ -52,7 +52,7 @@ impl Model {
         for group in prompts.chunks(ROWS) {
             let longest = group.iter().map(Vec::len).max().unwrap_or(0);
             let rotation = self.rotation((longest + max_new).next_multiple_of(LENGTH));
-            let mut slots = group.iter().map(|p| self.read(p, &rotation)).collect::<Result<Vec<_>, _>>()?;
+            let mut slots = group.iter().map(|p| self.read(p)).collect::<Result<Vec<_>, _>>()?;
             for _ in 0..max_new {
                 slots.iter_mut().for_each(|slot| slot.accept(ends));
                 if slots.iter().all(|slot| slot.done) {
@@ -68,26 +68,26 @@ impl Model {
     }
 
     /// Reads a prompt alone.
-    fn read(&self, prompt: &[u32], rotation: &Rotation) -> Result<Slot, Error> {
+    fn read(&self, prompt: &[u32]) -> Result<Slot, Error> {
         let batch = Batch { tokens: prompt.to_vec(), targets: Vec::new(), starts: vec![0] };
         self.check(&batch)?;
-        let documents = Documents::new(&batch.starts, prompt.len());
-        let (wide, pool, recompute) = (wide(self.compute()), &self.pool, Recompute::Nothing);
-        let scene = Scene { documents: &documents, rotation, wide, pool, recompute };
         let mut caches = Vec::new();
         let (kv_heads, dim) = (self.spec().kv_heads, self.spec().head_dim);
-        let last = [prompt.len() as u32 - 1];
-        let passed = self.run_blocks(prompt, &last, scene, false, |_, saved| {
-            let (keys, values) = saved.keys_and_values();
+        let last = vec![prompt.len() as u32 - 1];
+        let mut passage = Passage::new(self, batch.tokens, &batch.starts, last, Vec::new());
+        passage.forward(self, 0, false)?;
+        for bucket in 1..=self.spec().layers {
+            passage.forward(self, bucket, false)?;
+            let (keys, values) = passage.newest().keys_and_values();
             // [kv heads, padded, D] -> [positions, kv heads * D]
             let by_position = |flat: &Tensor| -> Vec<f32> {
-                let planes = flat.view([kv_heads as i64, documents.padded as i64, dim as i64]);
+                let planes = flat.view([kv_heads as i64, -1, dim as i64]);
                 let rows = planes.transpose(0, 1).narrow(0, 0, prompt.len() as i64).to_kind(Kind::Float).contiguous();
                 elements(&rows).to_vec()
             };
             caches.push(Cache { keys: by_position(keys), values: by_position(values) });
-        })?;
-        let mut logits = self.head().logits_of(&self.last(&passed), &self.pool)?;
+        }
+        let mut logits = self.head().logits_of(&passage.last(), &self.pool)?;
         let next = first_choices(&mut logits)[0];
         Ok(Slot { caches, position: prompt.len(), next, result: Vec::new(), ended: false, done: false })
     }

@@ -5,22 +5,26 @@ mod block;
 mod decode;
 mod head;
 mod linear;
+mod parameters;
 mod pass;
 mod saved;
+mod wave;
 pub mod weights;
 
 use crate::ops::buffer::Pool;
+use crate::ops::dispatcher;
 use crate::ops::rotation::Rotation;
-use crate::ops::{dispatcher, phantom, view};
-use crate::optim::state;
+use crate::optim;
+use parameters::Parameters;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
-use unisono_configs::model::{Layout, ModelSpec, CHUNK};
+use unisono_configs::model::{Layout, ModelSpec};
 use weights::Weights;
 
 pub use saved::Recompute;
+pub use wave::{Fault, Station, Wave};
 
 /// A packed row of documents, without padding between them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,10 +101,7 @@ pub struct Model {
     layout: Arc<Layout>,
     compute: Kind,
     device: Device,
-    /// One flat tensor per bucket: `[elements]`, of kind `compute`.
-    buckets: Vec<Tensor>,
-    /// The same on the host, where the device is another: what the optimizer writes and workers exchange.
-    mirrors: Option<Vec<Tensor>>,
+    parameters: Parameters,
     pool: Pool,
     recompute: Recompute,
     rotation: Mutex<Option<Rotation>>,
@@ -110,19 +111,27 @@ impl Model {
     /// A model with all parameters zero.
     pub fn new(spec: ModelSpec, compute: Kind, device: Device) -> Self {
         let layout = Arc::new(Layout::new(&spec));
-        let zeros = |device| layout.buckets.iter().map(move |b| Tensor::zeros([b.elements as i64], (compute, device)));
-        let (buckets, mirrors) =
-            (zeros(device).collect(), (device != Device::Cpu).then(|| zeros(Device::Cpu).collect()));
+        let parameters = Parameters::whole(&layout, compute, device);
+        Model::over(spec, layout, compute, device, parameters)
+    }
+
+    /// A model that keeps only the elements `own` of each bucket, all zero; buckets come with [`Model::put_bucket`].
+    pub fn sharded(spec: ModelSpec, compute: Kind, device: Device, own: &[Range<usize>]) -> Self {
+        let layout = Arc::new(Layout::new(&spec));
+        let parameters = Parameters::sharded(&layout, compute, device, own);
+        Model::over(spec, layout, compute, device, parameters)
+    }
+
+    fn over(spec: ModelSpec, layout: Arc<Layout>, compute: Kind, device: Device, parameters: Parameters) -> Self {
         let (pool, recompute, rotation) = (Pool::new(device), Recompute::default(), Mutex::default());
-        Model { spec, layout, compute, device, buckets, mirrors, pool, recompute, rotation }
+        Model { spec, layout, compute, device, parameters, pool, recompute, rotation }
     }
 
     /// A model for dry runs: no memory stands behind its parameters. None where they exceed every address space.
     pub fn sketch(spec: ModelSpec, compute: Kind) -> Option<Self> {
         let (layout, device) = (Arc::new(Layout::new(&spec)), Device::Cpu);
-        let buckets: Option<_> = layout.buckets.iter().map(|b| phantom::flat(compute, b.elements)).collect();
-        let (pool, recompute, rotation) = (Pool::phantom(), Recompute::default(), Mutex::default());
-        Some(Model { spec, layout, compute, device, buckets: buckets?, mirrors: None, pool, recompute, rotation })
+        let parameters = Parameters::phantom(&layout, compute)?;
+        Some(Model { pool: Pool::phantom(), ..Model::over(spec, layout, compute, device, parameters) })
     }
 
     /// A model with the weights of a Hugging Face directory, rounded to `compute`.
@@ -134,34 +143,14 @@ impl Model {
         Ok(model)
     }
 
-    /// Replaces all parameters by what `read(tensor name, its elements, destination)` gives, rounded to the compute kind as
-    /// the optimizer rounds masters.
+    /// Replaces all parameters that are kept by what `read(tensor name, its elements, destination)` gives, rounded to the
+    /// compute kind as the optimizer rounds masters.
     pub fn fill<E: From<Error>>(
         &mut self,
-        mut read: impl FnMut(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
+        read: impl FnMut(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let (layout, compute) = (self.layout.clone(), self.compute);
-        let mut values = vec![0.0; CHUNK];
-        for (index, bucket) in layout.buckets.iter().enumerate() {
-            let parameters = self.bucket_mut(index);
-            for slot in &bucket.tensors {
-                for begin in (0..slot.elements()).step_by(CHUNK) {
-                    let range = begin..slot.elements().min(begin + CHUNK);
-                    let values = &mut values[..range.len()];
-                    let at = slot.offset + range.start..slot.offset + range.end;
-                    read(&slot.name, range, values)?;
-                    match compute {
-                        Kind::Float => view::elements_mut::<f32>(parameters)[at].copy_from_slice(values),
-                        Kind::BFloat16 => state::round_all(values, &mut view::elements_mut(parameters)[at]),
-                        _ => {
-                            let wide = view::elements_mut::<f64>(parameters)[at].iter_mut();
-                            wide.zip(values).for_each(|(to, x)| *to = f64::from(*x));
-                        }
-                    }
-                }
-            }
-        }
-        Ok(self.publish()?)
+        let layout = self.layout.clone();
+        self.parameters.fill(&layout, read)
     }
 
     pub fn layout(&self) -> &Arc<Layout> {
@@ -188,10 +177,10 @@ impl Model {
         self.pool.limit(activation_bytes);
     }
 
-    /// Bytes of activations and temporaries that `batch` would take at a level, with its gradient or without. Nothing is
-    /// computed, and parameters are not read: those of [`Model::sketch`] will do.
-    pub fn dry_run(&self, batch: &Batch, level: Recompute, trains: bool) -> Result<usize, Error> {
-        tch::no_grad(|| self.dry_pass(batch, level, trains))
+    /// Bytes of activations and temporaries that a wave of `batches` would take at a level, with their gradient or without.
+    /// Nothing is computed, and parameters are not read: those of [`Model::sketch`] will do.
+    pub fn dry_run(&self, batches: &[Batch], level: Recompute, trains: bool) -> Result<usize, Error> {
+        tch::no_grad(|| self.dry_pass(batches.to_vec(), level, trains)).map_err(|fault| fault.source)
     }
 
     /// Bytes of all activations and temporaries that existed at one time, since the model was made.
@@ -201,39 +190,50 @@ impl Model {
 
     /// The flat parameters of a bucket: `[elements]`, of the compute kind.
     pub fn bucket(&self, index: usize) -> &Tensor {
-        &self.buckets[index]
+        self.parameters.bucket(index)
     }
 
-    /// The flat parameters of a bucket on the host.
-    pub fn host_bucket(&self, index: usize) -> &Tensor {
-        self.mirrors.as_ref().map_or(&self.buckets[index], |mirrors| &mirrors[index])
-    }
-
-    /// The flat parameters of a bucket on the host, for the optimizer to write; [`Model::publish`] makes them those that the
-    /// model computes with. It must not be replaced by another tensor.
+    /// The flat parameters of a bucket on the host; [`Model::publish`] makes them those that the model computes with. It
+    /// must not be replaced by another tensor.
     pub fn bucket_mut(&mut self, index: usize) -> &mut Tensor {
-        match &mut self.mirrors {
-            Some(mirrors) => &mut mirrors[index],
-            None => &mut self.buckets[index],
-        }
+        self.parameters.host_mut(index)
+    }
+
+    /// Whether only a shard of the parameters is kept, and buckets come to be computed with.
+    pub fn is_sharded(&self) -> bool {
+        self.parameters.is_sharded()
+    }
+
+    /// Whether a bucket is here.
+    pub fn has_bucket(&self, index: usize) -> bool {
+        self.parameters.has(index)
+    }
+
+    /// Takes a bucket away, as it is on the host: nothing can be computed with it until it is put back.
+    pub fn take_bucket(&mut self, index: usize) -> Tensor {
+        self.parameters.take(index)
+    }
+
+    /// Brings a bucket: a host tensor of at least its length.
+    pub fn put_bucket(&mut self, index: usize, parameters: Tensor) -> Result<(), Error> {
+        self.parameters.put(index, parameters)
     }
 
     /// Copies the host's parameters to the device; nothing to do where the device is the host.
     pub fn publish(&mut self) -> Result<(), Error> {
-        let mirrors = self.mirrors.iter().flatten();
-        self.buckets.iter_mut().zip(mirrors).try_for_each(|(bucket, mirror)| Ok(bucket.f_copy_(mirror).map(drop)?))
+        self.parameters.publish()
     }
 
     /// Loss and gradient of one micro-batch. `scale` (1 / the step's target tokens) multiplies the gradient of every
     /// logit, so that leaves add up to the gradient of the step's mean loss. Leaves come in the order in which they are
     /// found: head, blocks from last to first, embedding. A batch without targets has none.
     pub fn forward_backward(&self, batch: &Batch, scale: f64, leaves: &mut dyn Leaves) -> Result<Loss, Error> {
-        tch::no_grad(|| self.forward_backward_pass(batch, scale, leaves))
+        alone(self.whole_pass(vec![batch.clone()], true, scale, leaves))
     }
 
     /// Loss and first choices (lowest id wins a tie) of a batch.
     pub fn evaluate(&self, batch: &Batch) -> Result<Loss, Error> {
-        tch::no_grad(|| self.evaluate_pass(batch))
+        alone(self.whole_pass(vec![batch.clone()], false, 1.0, &mut Nowhere))
     }
 
     /// Logits after each of the tokens `at` of a batch: `[at.len(), V]`, of the compute kind.
@@ -251,6 +251,22 @@ impl Model {
     }
 }
 
+impl optim::Parameters for Model {
+    fn own(&self, bucket: usize, begin: usize) -> (&Tensor, usize) {
+        self.parameters.own(bucket, begin)
+    }
+    fn own_mut(&mut self, bucket: usize, begin: usize) -> (&mut Tensor, usize) {
+        self.parameters.own_mut(bucket, begin)
+    }
+}
+
+/// The loss of a wave of one.
+fn alone(passed: Result<Wave, Fault>) -> Result<Loss, Error> {
+    let wave = passed.map_err(|fault| fault.source)?;
+    let loss = wave.losses().next();
+    Ok(loss.expect("a wave of one has one loss"))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -265,7 +281,7 @@ mod tests {
         });
         let spec = ModelSpec::from_json(&config, Path::new("config.json")).unwrap();
         let mut model = Model::new(spec, Kind::BFloat16, Device::Cpu);
-        model.mirrors = Some(model.buckets.iter().map(|b| b.zeros_like()).collect());
+        model.parameters.pretend_another_device();
         let ones = |_: &str, _: Range<usize>, out: &mut [f32]| -> Result<(), Error> {
             out.fill(1.0);
             Ok(())

@@ -1,27 +1,19 @@
-//! The passes of a whole model over one packed row: forward, forward with backward, evaluation.
+//! What a pass is made of, and passes through the whole model.
 
-use super::block::{Block, Scene, Stream};
-use super::head::{Head, Last};
+use super::block::Block;
+use super::head::Head;
 use super::linear::view;
-use super::saved::{Recompute, Saved};
-use super::{Batch, Error, Leaves, Loss, Model, Nowhere};
-use crate::ops::buffer::{Buffer, Pool};
-use crate::ops::documents::Documents;
+use super::parameters::Parameters;
+use super::saved::Recompute;
+use super::wave::{Fault, Passage, Wave};
+use super::{Batch, Error, Leaves, Model, Nowhere};
+use crate::ops::buffer::Pool;
 use crate::ops::form::wide;
-use crate::ops::operation::{operation, DryRun};
+use crate::ops::operation::DryRun;
 use crate::ops::rotation::Rotation;
-use crate::ops::rows;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 use tch::Tensor;
 use unisono_proto::NO_TARGET;
-
-/// What a forward pass over all blocks gives.
-pub(super) struct Passed {
-    /// Of every block if they were to be kept, else of the last one.
-    pub blocks: Vec<Saved>,
-    /// What the last block's MLP adds.
-    pub mlp: Buffer,
-}
 
 impl Model {
     /// A batch is refused before anything is computed.
@@ -84,124 +76,49 @@ impl Model {
         }
     }
 
-    /// Runs all blocks, the last one to the end only for the rows `chosen`; `visit` sees each block's intermediate results
-    /// before they are dropped or kept.
-    pub(super) fn run_blocks(
-        &self,
-        tokens: &[u32],
-        chosen: &[u32],
-        scene: Scene<'_>,
-        keep: bool,
-        mut visit: impl FnMut(usize, &Saved),
-    ) -> Result<Passed, Error> {
-        let mut embedded = scene.pool.take(scene.wide, &[scene.documents.rows, self.spec().hidden]);
-        operation("embedding", || rows::look_up(&self.embedding(), tokens, &mut embedded));
-        let choice = |layer: usize| (layer + 1 == self.spec().layers).then_some(chosen);
-        let (saved, mut mlp) = self.block(0).forward(scene, Stream::Embedded(embedded), choice(0))?;
-        visit(0, &saved);
-        let mut blocks = vec![saved];
-        for layer in 1..self.spec().layers {
-            let residual = blocks[blocks.len() - 1].middle();
-            let stream = Stream::Within { residual, mlp, bias: self.block(layer - 1).down_bias() };
-            let (saved, next) = self.block(layer).forward(scene, stream, choice(layer))?;
-            visit(layer, &saved);
-            mlp = next;
-            match (keep, scene.recompute) {
-                (false, _) => blocks.clear(),
-                (true, Recompute::Block) => blocks.last_mut().into_iter().for_each(Saved::forget),
-                (true, _) => (),
-            }
-            blocks.push(saved);
-        }
-        Ok(Passed { blocks, mlp })
-    }
-
-    pub(super) fn last<'a>(&self, passed: &'a Passed) -> Last<'a> {
-        let block = &passed.blocks[passed.blocks.len() - 1];
-        Last { residual: block.middle(), mlp: &passed.mlp, bias: self.block(self.spec().layers - 1).down_bias() }
-    }
-
-    pub(super) fn forward_backward_pass(
-        &self,
-        batch: &Batch,
-        scale: f64,
-        leaves: &mut dyn Leaves,
-    ) -> Result<Loss, Error> {
-        self.check(batch)?;
-        let selected = Selected::of(batch);
-        if selected.rows.is_empty() {
-            return Ok(Loss { sum: 0.0, targets: 0, correct: 0 });
-        }
-        let documents = Documents::new(&batch.starts, batch.tokens.len());
-        let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
-        let wide = wide(self.compute());
-        let (pool, recompute) = (&self.pool, self.recompute);
-        let scene = Scene { documents: &documents, rotation: &rotation, wide, pool, recompute };
-        let mut passed = self.run_blocks(&batch.tokens, &selected.rows, scene, true, |_, _| ())?;
-        let (sum, mut grad) =
-            self.head().forward_backward(&self.last(&passed), &selected.targets, scale, leaves, &self.pool)?;
-        while let Some(saved) = passed.blocks.pop() {
-            self.block(passed.blocks.len()).backward(scene, saved, &mut grad, leaves)?;
-        }
-        let ids = rows::distinct(&batch.tokens);
-        let mut sums = self.pool.take(wide, &[ids.len(), self.spec().hidden]);
-        operation("embedding backward", || rows::sum_by_id(&grad.wide, &batch.tokens, &mut sums));
-        operation("leaves", || leaves.rows(0, 0, &ids, &sums))?;
-        Ok(Loss { sum: sum.sum(), targets: selected.rows.len() as u64, correct: 0 })
-    }
-
-    /// The bytes of activations and temporaries that a batch takes at a level, with its gradient or without: the same code
+    /// The bytes of activations and temporaries that batches take at a level, with their gradient or without: the same code
     /// walks through the same buffers, no operation is carried out and no page is touched.
-    pub(super) fn dry_pass(&self, batch: &Batch, level: Recompute, trains: bool) -> Result<usize, Error> {
+    pub(super) fn dry_pass(&self, batches: Vec<Batch>, level: Recompute, trains: bool) -> Result<usize, Fault> {
         let _dry = DryRun::begin();
-        let buckets = self.buckets.iter().map(Tensor::shallow_clone).collect();
-        let (spec, layout, pool) = (self.spec.clone(), self.layout.clone(), Pool::phantom());
-        let (compute, device, rotation) = (self.compute, self.device, Mutex::default());
-        let model = Model { spec, layout, compute, device, buckets, mirrors: None, pool, recompute: level, rotation };
-        match trains {
-            true => model.forward_backward_pass(batch, 1.0, &mut Nowhere)?,
-            false => model.evaluate_pass(batch)?,
-        };
+        let (spec, layout) = (self.spec.clone(), self.layout.clone());
+        let parameters = Parameters::phantom(&layout, self.compute);
+        let parameters = parameters.expect("a model that exists fits an address space");
+        let model = Model::over(spec, layout, self.compute, self.device, parameters);
+        let model = Model { pool: Pool::phantom(), recompute: level, ..model };
+        model.whole_pass(batches, trains, 1.0, &mut Nowhere)?;
         Ok(model.pool.bytes())
     }
 
-    pub(super) fn evaluate_pass(&self, batch: &Batch) -> Result<Loss, Error> {
-        self.check(batch)?;
-        let selected = Selected::of(batch);
-        if selected.rows.is_empty() {
-            return Ok(Loss { sum: 0.0, targets: 0, correct: 0 });
-        }
-        let documents = Documents::new(&batch.starts, batch.tokens.len());
-        let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
-        let (wide, pool, recompute) = (wide(self.compute()), &self.pool, Recompute::Nothing);
-        let scene = Scene { documents: &documents, rotation: &rotation, wide, pool, recompute };
-        let passed = self.run_blocks(&batch.tokens, &selected.rows, scene, false, |_, _| ())?;
-        let (sum, correct) = self.head().evaluate(&self.last(&passed), &selected.targets, &self.pool)?;
-        Ok(Loss { sum, targets: selected.rows.len() as u64, correct })
+    /// Takes batches all the way, with their gradient or without.
+    pub(super) fn whole_pass(
+        &self,
+        batches: Vec<Batch>,
+        trains: bool,
+        scale: f64,
+        leaves: &mut dyn Leaves,
+    ) -> Result<Wave, Fault> {
+        let mut wave = self.wave(batches)?;
+        self.way(trains).into_iter().try_for_each(|station| wave.pass(self, station, scale, leaves))?;
+        Ok(wave)
     }
-}
 
-impl Model {
     pub(super) fn logits_pass(&self, batch: &Batch, at: &[u32]) -> Result<Tensor, Error> {
         self.check(batch)?;
-        let documents = Documents::new(&batch.starts, batch.tokens.len());
-        let rotation = self.rotation(documents.longest.next_multiple_of(crate::ops::documents::LENGTH));
-        let (wide, pool, recompute) = (wide(self.compute()), &self.pool, Recompute::Nothing);
-        let scene = Scene { documents: &documents, rotation: &rotation, wide, pool, recompute };
-        let passed = self.run_blocks(&batch.tokens, at, scene, false, |_, _| ())?;
-        let logits = self.head().logits_of(&self.last(&passed), &self.pool)?;
+        let mut passage = Passage::new(self, batch.tokens.clone(), &batch.starts, at.to_vec(), Vec::new());
+        (0..=self.spec().layers).try_for_each(|bucket| passage.forward(self, bucket, false))?;
+        let logits = self.head().logits_of(&passage.last(), &self.pool)?;
         Ok(logits.narrow(0, 0, at.len() as i64).copy())
     }
 }
 
 /// Rows with targets.
-struct Selected {
-    rows: Vec<u32>,
-    targets: Vec<u32>,
+pub(super) struct Selected {
+    pub rows: Vec<u32>,
+    pub targets: Vec<u32>,
 }
 
 impl Selected {
-    fn of(batch: &Batch) -> Self {
+    pub fn of(batch: &Batch) -> Self {
         let chosen = batch.targets.iter().enumerate().filter(|(_, &target)| target != NO_TARGET);
         let (rows, targets) = chosen.map(|(row, &target)| (row as u32, target)).unzip();
         Selected { rows, targets }

@@ -78,70 +78,118 @@ vectorised! {
     }
 }
 
+vectorised! {
+    /// The same to bf16.
+    pub fn round_narrow(sums: &[i64], gradients: &mut [bf16]) {
+        assert_eq!(sums.len(), gradients.len(), "a gradient for each sum");
+        gradients.iter_mut().zip(sums).for_each(|(g, q)| *g = <bf16 as simd::Narrow>::store(q.gradient()));
+    }
+}
+
 /// Every leaf must stay below this magnitude, so that `leaves` of them cannot overflow 63 bits.
 pub fn bound(leaves: usize) -> f64 {
     f64::from(1u32 << 15) / leaves.max(1) as f64
 }
 
-/// Full-length integer accumulators for every bucket, on the host.
+/// Integer accumulators, on the host: of the buckets that are open.
 #[derive(Debug)]
 pub struct ExactSum {
     layout: Arc<Layout>,
-    /// For each bucket its sums in units of [`UNIT`]: `[elements]` i64.
-    buckets: Vec<Tensor>,
-    /// For each tensor of each bucket: no leaf of this step has come yet, and the sums are those of some earlier step.
-    /// The first leaf then overwrites them, which spares zeroing them and reading them back.
-    stale: Vec<Vec<bool>>,
+    buckets: Vec<Option<Sums>>,
     bound: f64,
 }
 
+/// Accumulators of one bucket.
+#[derive(Debug)]
+struct Sums {
+    /// In units of [`UNIT`]: i64, at least as many as the bucket has elements.
+    memory: Tensor,
+    /// For each tensor of the bucket: no leaf of this step has come yet, and the sums are something else's. The first leaf
+    /// then overwrites them, which spares zeroing them and reading them back.
+    stale: Vec<bool>,
+}
+
+/// Memory for `elements` sums.
+pub fn memory(elements: usize) -> Tensor {
+    Tensor::zeros([elements as i64], (Kind::Int64, Device::Cpu))
+}
+
 impl ExactSum {
-    /// `leaves` is the largest number of leaves that any element receives in one step.
+    /// All buckets are open. `leaves` is the largest number of leaves that any element receives in one step.
     pub fn new(layout: Arc<Layout>, leaves: usize) -> Self {
-        let zeros = |elements: usize| Tensor::zeros([elements as i64], (Kind::Int64, Device::Cpu));
-        let buckets = layout.buckets.iter().map(|b| zeros(b.elements)).collect();
-        let stale = layout.buckets.iter().map(|b| vec![true; b.tensors.len()]).collect();
-        ExactSum { layout, buckets, stale, bound: bound(leaves) }
+        let mut sums = ExactSum::closed(layout, leaves);
+        for bucket in 0..sums.buckets.len() {
+            sums.open(bucket, memory(sums.layout.buckets[bucket].elements));
+        }
+        sums
     }
 
-    /// The sums of a bucket, once [`ExactSum::settle`] has been called.
+    /// No bucket is open.
+    pub fn closed(layout: Arc<Layout>, leaves: usize) -> Self {
+        let buckets = layout.buckets.iter().map(|_| None).collect();
+        ExactSum { layout, buckets, bound: bound(leaves) }
+    }
+
+    /// From now on `bucket` takes leaves, in `memory` of at least its length, whatever that holds.
+    pub fn open(&mut self, bucket: usize, memory: Tensor) {
+        let stale = vec![true; self.layout.buckets[bucket].tensors.len()];
+        self.buckets[bucket] = Some(Sums { memory, stale });
+    }
+
+    pub fn is_open(&self, bucket: usize) -> bool {
+        self.buckets[bucket].is_some()
+    }
+
+    /// Ends the leaves of `bucket`, if it is open: its sums, in memory that may be longer.
+    pub fn close(&mut self, bucket: usize) -> Option<Tensor> {
+        self.settle_bucket(bucket);
+        self.buckets[bucket].take().map(|sums| sums.memory)
+    }
+
+    /// The sums of an open bucket, once [`ExactSum::settle`] has been called.
     pub fn bucket(&self, bucket: usize) -> &[i64] {
-        debug_assert!(!self.stale[bucket].contains(&true), "settled before it is read");
-        view::elements(&self.buckets[bucket])
+        let sums = self.buckets[bucket].as_ref().expect("open while it is looked at");
+        debug_assert!(!sums.stale.contains(&true), "settled before it is read");
+        &view::elements(&sums.memory)[..self.layout.buckets[bucket].elements]
     }
 
     /// As [`ExactSum::bucket`], for exchanging.
     pub fn bucket_mut(&mut self, bucket: usize) -> &mut [i64] {
-        debug_assert!(!self.stale[bucket].contains(&true), "settled before it is exchanged");
-        view::elements_mut(&mut self.buckets[bucket])
+        let sums = self.buckets[bucket].as_mut().expect("open while it is exchanged");
+        debug_assert!(!sums.stale.contains(&true), "settled before it is exchanged");
+        &mut view::elements_mut(&mut sums.memory)[..self.layout.buckets[bucket].elements]
     }
 
-    /// Ends the leaves of a step: what received none is zero.
+    /// Ends the leaves of all open buckets: what received none is zero.
     pub fn settle(&mut self) {
-        for (bucket, stale) in self.stale.iter_mut().enumerate() {
-            for (slot, stale) in self.layout.buckets[bucket].tensors.iter().zip(stale) {
-                if std::mem::take(stale) {
-                    view::elements_mut::<i64>(&mut self.buckets[bucket])[slot.range()].fill(0);
-                }
+        (0..self.buckets.len()).for_each(|bucket| self.settle_bucket(bucket));
+    }
+
+    fn settle_bucket(&mut self, bucket: usize) {
+        let Some(Sums { memory, stale }) = &mut self.buckets[bucket] else { return };
+        for (slot, stale) in self.layout.buckets[bucket].tensors.iter().zip(stale) {
+            if std::mem::take(stale) {
+                view::elements_mut::<i64>(memory)[slot.range()].fill(0);
             }
         }
     }
 
     /// Forgets all leaves.
     pub fn clear(&mut self) {
-        self.stale.iter_mut().for_each(|stale| stale.fill(true));
+        self.buckets.iter_mut().flatten().for_each(|sums| sums.stale.fill(true));
     }
 
     /// Adds elements `part` of `gradient` to those of the bucket from `offset` on.
     fn add(&mut self, bucket: usize, offset: usize, gradient: &Tensor, part: Range<usize>) -> Result<(), BadNumber> {
         let whole = offset..offset + part.len();
-        for (slot, stale) in self.layout.buckets[bucket].tensors.iter().zip(&mut self.stale[bucket]) {
+        let Sums { memory, stale } = self.buckets[bucket].as_mut().expect("open before its leaves come");
+        for (slot, stale) in self.layout.buckets[bucket].tensors.iter().zip(stale) {
             let range = slot.range();
             let (begin, end) = (range.start.max(whole.start), range.end.min(whole.end));
             if begin >= end {
                 continue;
             }
-            let sums = view::elements_mut::<i64>(&mut self.buckets[bucket]);
+            let sums = view::elements_mut::<i64>(memory);
             let fresh = std::mem::take(stale);
             let first = fresh && (begin, end) == (range.start, range.end);
             if fresh && !first {

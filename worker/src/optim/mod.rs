@@ -1,40 +1,47 @@
 //! The sharded optimizer: the exact sum over all leaves ([`exact`]), who owns what ([`shard`]), the gradient norm
-//! ([`norm`]) and AdamW on the own shard ([`adamw`]), in named phases: reduce -> norm -> update -> gather.
+//! ([`norm`]) and AdamW on the own shard ([`adamw`]), in named phases: reduce -> norm -> update.
+//! [`reduction`] brings leaves to their owners, [`gradient`] is what the owner has of them.
 
 pub mod adamw;
 pub mod exact;
+pub mod gradient;
+pub mod lending;
 pub mod noise;
 pub mod norm;
 pub mod on_device;
+pub mod reduction;
 pub mod shard;
 pub mod state;
 
 use crate::checkpoint::Source;
-use crate::collective::{self, Collective};
 use crate::ops::view;
 use crate::restore::Part;
 use adamw::{Scalars, Settings};
-use exact::{ExactSum, Exactly, Nearest, Reduced};
+use exact::Reduced;
+use gradient::View;
 use noise::Noise;
+use reduction::{Adding, Reduction};
 use shard::Shard;
-use state::{Form, Held, State, Values};
+use state::{Held, State, Values};
 use std::ops::Range;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 use unisono_configs::model::{Layout, CHUNK};
 
-/// The parameters that an optimizer updates: one flat tensor for each bucket, fp32 or bf16.
+/// The parameters that an optimizer updates, fp32 or bf16.
 pub trait Parameters {
-    fn bucket(&self, bucket: usize) -> &Tensor;
-    fn bucket_mut(&mut self, bucket: usize) -> &mut Tensor;
+    /// A flat tensor with the own part of a bucket, and where that begins in it; `begin`: where it begins in the bucket.
+    fn own(&self, bucket: usize, begin: usize) -> (&Tensor, usize);
+    fn own_mut(&mut self, bucket: usize, begin: usize) -> (&mut Tensor, usize);
 }
 
+/// Whole buckets.
 impl Parameters for Vec<Tensor> {
-    fn bucket(&self, bucket: usize) -> &Tensor {
-        &self[bucket]
+    fn own(&self, bucket: usize, begin: usize) -> (&Tensor, usize) {
+        (&self[bucket], begin)
     }
-    fn bucket_mut(&mut self, bucket: usize) -> &mut Tensor {
-        &mut self[bucket]
+    fn own_mut(&mut self, bucket: usize, begin: usize) -> (&mut Tensor, usize) {
+        (&mut self[bucket], begin)
     }
 }
 
@@ -42,21 +49,21 @@ impl Parameters for Vec<Tensor> {
 #[derive(Debug)]
 pub struct Optimizer {
     layout: Arc<Layout>,
-    shard: Shard,
+    shard: Arc<Shard>,
     settings: Settings,
     /// Takes the leaves of the step under way.
-    pub sums: ExactSum,
+    pub reduction: Reduction,
     /// One for each bucket.
     states: Vec<State>,
 }
 
 impl Optimizer {
-    /// `leaves`: the most leaves that any element receives in a step, over all ranks. Masters are the parameters, rounded:
-    /// see [`Optimizer::load_masters`].
-    pub fn new(layout: Arc<Layout>, rank: usize, world: usize, settings: Settings, leaves: usize) -> Self {
-        let shard = Shard::new(&layout, rank, world);
+    /// Masters are the parameters, rounded: see [`Optimizer::load_masters`].
+    pub fn new(layout: Arc<Layout>, rank: usize, world: usize, settings: Settings, adding: Adding) -> Self {
+        let shard = Arc::new(Shard::new(&layout, rank, world));
         let states = (0..shard.buckets()).map(|b| State::new(settings.form, shard.own(b).len())).collect();
-        Optimizer { sums: ExactSum::new(layout.clone(), leaves), layout, shard, settings, states }
+        let reduction = Reduction::new(layout.clone(), shard.clone(), settings.form, adding);
+        Optimizer { layout, shard, settings, reduction, states }
     }
 
     /// Takes the own masters: `read(tensor name, its elements, destination)`. What of them the parameters hold already is
@@ -99,7 +106,7 @@ impl Optimizer {
         Ok(())
     }
 
-    pub fn shard(&self) -> &Shard {
+    pub fn shard(&self) -> &Arc<Shard> {
         &self.shard
     }
 
@@ -115,7 +122,9 @@ impl Optimizer {
     /// The own shard, to be written or copied: with the parameters, which hold the masters or their upper halves.
     pub fn source<'a>(&'a self, parameters: &'a dyn Parameters) -> Source<'a> {
         let held = self.states.iter().enumerate().map(|(b, state)| {
-            let (bucket, own) = (parameters.bucket(b), self.shard.own(b));
+            let own = self.shard.own(b);
+            let (bucket, begin) = parameters.own(b, own.start);
+            let own = begin..begin + own.len();
             let parameters = match bucket.kind() {
                 Kind::Float => Values::Wide(&view::elements(bucket)[own]),
                 _ => Values::Narrow(&view::elements(bucket)[own]),
@@ -130,89 +139,71 @@ impl Optimizer {
         self.states.iter().map(State::bytes).sum()
     }
 
-    /// Adds up all ranks' sums: afterwards the own range holds the step's gradient.
-    pub fn reduce(&mut self, collective: &mut dyn Collective) -> Result<(), collective::Error> {
-        self.sums.settle();
-        (0..self.shard.buckets())
-            .try_for_each(|b| collective.reduce_scatter(self.sums.bucket_mut(b), self.shard.owners(b)))
-    }
-
-    /// Norm of the whole gradient: the same bits on every rank, whatever their number.
-    pub fn norm(&self, collective: &mut dyn Collective) -> Result<f64, collective::Error> {
-        let mut mine = Vec::new();
-        for b in 0..self.shard.buckets() {
-            for chunk in self.sums.bucket(b)[self.shard.own(b)].chunks(CHUNK) {
-                let partial = match self.settings.form {
-                    Form::Whole | Form::Split => norm::partial(chunk, Exactly),
-                    Form::Narrow => norm::partial(chunk, Nearest),
-                };
-                mine.extend_from_slice(&partial.to_le_bytes());
-            }
-        }
-        let all = collective.all_gather_bytes(&mine)?;
-        let mut cursors: Vec<_> = all.iter().map(|bytes| bytes.chunks_exact(8)).collect();
-        let mut partials = Vec::new();
-        for b in 0..self.shard.buckets() {
-            // Ranks own ascending chunk ranges of a bucket, so rank order is chunk order.
-            for (owned, cursor) in self.shard.owners(b).iter().zip(&mut cursors) {
-                let chunks = cursor.take(owned.len().div_ceil(CHUNK));
-                partials.extend(chunks.map(|c| f64::from_le_bytes(c.try_into().expect("chunks_exact(8)"))));
-            }
-        }
-        Ok(norm::norm(partials.into_iter()))
-    }
-
-    /// Applies update number `step` (from 1) to the own range of every bucket and forgets the sums.
-    pub fn update(&mut self, step: u64, learning_rate: f64, norm: f64, parameters: &mut dyn Parameters) {
+    /// What update number `step` (from 1) does to a gradient of norm `norm`.
+    pub fn plan(&self, step: u64, learning_rate: f64, norm: f64) -> Update {
         let decaying = self.settings.scalars(step, learning_rate, norm::clip(norm, self.settings.max_grad_norm));
-        let plain = decaying.without_decay();
-        for piece in self.shard.pieces(&self.layout) {
-            let scalars = if piece.tensor.decays() { &decaying } else { &plain };
-            let state = &mut self.states[piece.bucket];
-            let begin = self.shard.own(piece.bucket).start;
-            let of_bucket = begin + piece.of_shard.start..begin + piece.of_shard.end;
-            let sums = &self.sums.bucket(piece.bucket)[of_bucket.clone()];
-            let noise = Noise { seed: self.settings.seed, step, bucket: piece.bucket };
-            state.update(sums, piece.of_shard, parameters.bucket_mut(piece.bucket), of_bucket, scalars, &noise);
-        }
-        self.sums.clear();
+        Update { step, decaying, plain: decaying.without_decay() }
     }
 
-    /// Hands every rank's updated parameters to all.
-    pub fn gather(
-        &self,
-        collective: &mut dyn Collective,
-        parameters: &mut dyn Parameters,
-    ) -> Result<(), collective::Error> {
-        (0..self.shard.buckets())
-            .try_for_each(|b| collective.all_gather(parameters.bucket_mut(b), self.shard.owners(b)))
+    /// Applies an update to the own part of `bucket`, whose gradient is then of no more use.
+    pub fn update(&mut self, bucket: usize, update: &Update, parameters: &mut dyn Parameters) {
+        let own = self.shard.own(bucket);
+        let (tensor, begin) = parameters.own_mut(bucket, own.start);
+        let noise = Noise { seed: self.settings.seed, step: update.step, bucket };
+        let gradient = self.reduction.gradient(bucket);
+        for piece in self.shard.pieces_of(&self.layout, bucket) {
+            let scalars = if piece.tensor.decays() { &update.decaying } else { &update.plain };
+            let place = Place { at: begin + piece.of_shard.start, first: own.start + piece.of_shard.start };
+            let (state, range) = (&mut self.states[bucket], piece.of_shard);
+            match &gradient {
+                View::Sums(sums) => state.update(&sums[range.clone()], range, tensor, place, scalars, &noise),
+                View::Wide(wide) => state.update(&wide[range.clone()], range, tensor, place, scalars, &noise),
+                View::Narrow(narrow) => state.update(&narrow[range.clone()], range, tensor, place, scalars, &noise),
+            }
+        }
+        self.reduction.forget(bucket);
     }
+}
+
+/// The scalars of one update: of tensors that decay, and of others.
+#[derive(Debug, Clone, Copy)]
+pub struct Update {
+    step: u64,
+    decaying: Scalars,
+    plain: Scalars,
+}
+
+/// Where elements are: in the tensor that holds their parameters, and in their bucket.
+#[derive(Clone, Copy)]
+struct Place {
+    at: usize,
+    first: usize,
 }
 
 impl State {
     fn update<G: Reduced>(
         &mut self,
         gradient: &[G],
-        of_shard: Range<usize>,
-        bucket: &mut Tensor,
-        of_bucket: Range<usize>,
+        own: Range<usize>,
+        parameters: &mut Tensor,
+        place: Place,
         scalars: &Scalars,
         noise: &Noise,
     ) {
-        let (own, at) = (of_shard, of_bucket);
+        let at = place.at..place.at + own.len();
         match self {
             State::Whole { m, v } => {
-                let parameter = &mut view::elements_mut(bucket)[at];
+                let parameter = &mut view::elements_mut(parameters)[at];
                 adamw::update_whole(gradient, parameter, &mut m[own.clone()], &mut v[own], scalars);
             }
             State::Split { low, m, v } => {
-                let (parameter, low) = (&mut view::elements_mut(bucket)[at], &mut low[own.clone()]);
+                let (parameter, low) = (&mut view::elements_mut(parameters)[at], &mut low[own.clone()]);
                 adamw::update_split(gradient, parameter, low, &mut m[own.clone()], &mut v[own], scalars);
             }
             State::Narrow { m, v } => {
-                let parameter = &mut view::elements_mut(bucket)[at.clone()];
+                let parameter = &mut view::elements_mut(parameters)[at.clone()];
                 let (m, v) = (&mut m[own.clone()], &mut v[own]);
-                adamw::update_narrow(gradient, parameter, m, v, scalars, noise, at.start);
+                adamw::update_narrow(gradient, parameter, m, v, scalars, noise, place.first);
             }
         }
     }

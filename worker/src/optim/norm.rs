@@ -2,7 +2,9 @@
 //! nothing but the chunk, so the norm does not depend on who owns it.
 
 use super::exact::{Reduced, Rounding};
+use super::shard::Shard;
 use crate::ops::simd::vectorised;
+use unisono_configs::model::CHUNK;
 
 const LANES: usize = 16;
 
@@ -29,6 +31,19 @@ fn sum_of_squares<G: Reduced, R: Rounding>(chunk: &[G], rounding: R) -> f64 {
         *lane += x * x;
     }
     lanes.iter().fold(0.0, |sum, lane| sum + lane)
+}
+
+/// All ranks' partials in (bucket, chunk) order, from what each has sent: the fp64 partials of its own chunks.
+pub fn in_order(all: &[Vec<u8>], shard: &Shard) -> Vec<f64> {
+    let mut cursors: Vec<_> = all.iter().map(|bytes| bytes.as_chunks::<8>().0.iter()).collect();
+    let mut partials = Vec::new();
+    for bucket in 0..shard.buckets() {
+        // Ranks own ascending chunk ranges of a bucket, so rank order is chunk order.
+        for (owned, cursor) in shard.owners(bucket).iter().zip(&mut cursors) {
+            partials.extend(cursor.take(owned.len().div_ceil(CHUNK)).map(|bytes| f64::from_le_bytes(*bytes)));
+        }
+    }
+    partials
 }
 
 /// Euclidean norm from all partials in (bucket, chunk) order.

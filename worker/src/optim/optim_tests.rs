@@ -1,8 +1,13 @@
 //! Reduce, norm, update and gather over real sockets: any number of workers, any share of the leaves, the same bits.
 
 use super::*;
+use crate::collective::courier::Courier;
 use crate::collective::tcp::tests::mesh;
+use crate::collective::tcp::{Mesh, Stopper};
+use crate::collective::Collective;
 use crate::model::Leaves;
+use crate::optim::reduction::{Stage, Turn};
+use crate::optim::state::Form;
 use unisono_configs::model::{Bucket, TensorSlot};
 
 /// Two buckets; the first spans three chunks and mixes a matrix with a norm's weight.
@@ -29,10 +34,10 @@ fn value(seed: usize, i: usize) -> f32 {
 }
 
 /// Final masters and moments as they are saved, parameters (as fp32) and norms of a run of 3 steps with 6 leaves each.
-fn train(world: usize, form: Form) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
+fn train(world: usize, form: Form, adding: Adding) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
     let ranks: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> =
-            mesh(world).into_iter().map(|mut peers| scope.spawn(move || worker(&mut peers, form))).collect();
+            mesh(world).into_iter().map(|peers| scope.spawn(move || worker(peers, form, adding))).collect();
         threads.into_iter().map(|t| t.join().expect("worker")).collect()
     });
     let (_, parameters, norms) = &ranks[0];
@@ -62,11 +67,11 @@ fn train(world: usize, form: Form) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
 fn begin(
     (rank, world): (usize, usize),
     form: Form,
-    leaves: usize,
+    adding: Adding,
     master: impl Fn(usize) -> f32,
 ) -> (Optimizer, Vec<Tensor>) {
     let (layout, kind) = (layout(), if form == Form::Whole { Kind::Float } else { Kind::BFloat16 });
-    let mut optimizer = Optimizer::new(layout.clone(), rank, world, Settings { form, ..SETTINGS }, leaves);
+    let mut optimizer = Optimizer::new(layout.clone(), rank, world, Settings { form, ..SETTINGS }, adding);
     let load = |_: &str, range: Range<usize>, to: &mut [f32]| {
         to.iter_mut().zip(range).for_each(|(x, i)| *x = master(i));
         Ok::<(), ()>(())
@@ -84,22 +89,34 @@ fn begin(
     (optimizer, layout.buckets.iter().map(flat).collect())
 }
 
-fn worker(peers: &mut dyn Collective, form: Form) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
-    let layout = layout();
-    let place = (peers.rank(), peers.world());
-    let (mut optimizer, mut parameters) = begin(place, form, 6, |i| value(7, i) * 10.0);
+/// Leaves come in one wave, or in three.
+fn worker(peers: Mesh, form: Form, adding: Adding) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
+    let (layout, stopper) = (layout(), peers.stopper().clone());
+    let mut courier = Courier::new(Box::new(peers), &stopper);
+    let (rank, world) = (courier.rank(), courier.world());
+    let (mut optimizer, mut parameters) = begin((rank, world), form, adding, |i| value(7, i) * 10.0);
+    let waves = if adding.one_wave { 1 } else { 3 };
     let mut norms = vec![];
     for step in 1..=3 {
-        for leaf in (0..6).filter(|leaf| leaf % peers.world() == peers.rank()) {
-            for (b, bucket) in layout.buckets.iter().enumerate() {
-                let values: Vec<f32> = (0..bucket.elements).map(|i| value(leaf + 10 * step, i + b)).collect();
-                optimizer.sums.dense(b, 0, &Tensor::from_slice(&values)).unwrap();
+        for wave in 0..waves {
+            let turn = Turn { first: wave == 0, last: wave + 1 == waves };
+            for (b, bucket) in layout.buckets.iter().enumerate().rev() {
+                optimizer.reduction.open(b).unwrap();
+                for leaf in (0..6).filter(|leaf| leaf % world == rank && leaf % waves == wave) {
+                    let values: Vec<f32> = (0..bucket.elements).map(|i| value(leaf + 10 * step, i + b)).collect();
+                    optimizer.reduction.dense(b, 0, &Tensor::from_slice(&values)).unwrap();
+                }
+                optimizer.reduction.finish(b, turn, &mut courier);
             }
         }
-        optimizer.reduce(peers).unwrap();
-        let norm = optimizer.norm(peers).unwrap();
-        optimizer.update(step as u64, 1e-3, norm, &mut parameters);
-        optimizer.gather(peers, &mut parameters).unwrap();
+        let norm = optimizer.reduction.norm(&mut courier).unwrap();
+        let update = optimizer.plan(step as u64, 1e-3, norm);
+        for (b, parameter) in parameters.iter_mut().enumerate() {
+            let mut only: Vec<_> = (0..layout.buckets.len()).map(|_| parameter.shallow_clone()).collect();
+            optimizer.update(b, &update, &mut only);
+            let (mut tensor, shard) = (parameter.shallow_clone(), optimizer.shard().clone());
+            courier.send(move |c: &mut dyn Collective| c.all_gather(&mut tensor, shard.owners(b))).wait().unwrap();
+        }
         norms.push(norm);
     }
     (optimizer, parameters, norms)
@@ -109,17 +126,20 @@ fn worker(peers: &mut dyn Collective, form: Form) -> (Optimizer, Vec<Tensor>, Ve
 #[cfg(not(feature = "float-sum"))]
 fn any_number_of_workers_gives_the_same_bits() {
     for form in [Form::Whole, Form::Split, Form::Narrow] {
-        let alone = train(1, form);
+        let alone = train(1, form, Adding::in_place(6));
         assert!(alone.2.iter().all(|n| *n > SETTINGS.max_grad_norm), "clipping is at work: {:?}", alone.2);
-        for world in [2, 3, 5] {
-            assert!(train(world, form) == alone, "{world} workers, {form:?}");
+        for (stage, one_wave) in [(Stage::One, false), (Stage::Two, false), (Stage::Two, true)] {
+            for world in [1, 2, 3, 5] {
+                let adding = Adding { stage, leaves: 6, one_wave };
+                assert!(train(world, form, adding) == alone, "{world} workers, {form:?}, {adding:?}");
+            }
         }
     }
 }
 
 #[test]
 fn the_norm_is_the_gradient_s_and_decay_spares_vectors() {
-    let (_, _, norms) = train(1, Form::Whole);
+    let (_, _, norms) = train(1, Form::Whole, Adding::in_place(6));
     let layout = layout();
     let square = |step: usize, b: usize, i: usize| {
         (0..6).map(|leaf| f64::from(value(leaf + 10 * step, i + b))).sum::<f64>().powi(2)
@@ -130,9 +150,12 @@ fn the_norm_is_the_gradient_s_and_decay_spares_vectors() {
         assert!((norm / expected - 1.0).abs() < 1e-6, "{norm} against {expected}");
     }
     // Without gradient only decay moves a master, and only a matrix's.
-    let (mut optimizer, mut parameters) = begin((0, 1), Form::Whole, 1, |_| 1.0);
-    optimizer.sums.settle();
-    optimizer.update(1, 0.5, 0.0, &mut parameters);
+    let (mut optimizer, mut parameters) = begin((0, 1), Form::Whole, Adding::in_place(1), |_| 1.0);
+    let mut courier = Courier::new(Box::new(mesh(1).remove(0)), &Stopper::default());
+    (0..2).for_each(|bucket| optimizer.reduction.finish(bucket, Turn::ONLY, &mut courier));
+    assert_eq!(optimizer.reduction.norm(&mut courier).unwrap(), 0.0);
+    let update = optimizer.plan(1, 0.5, 0.0);
+    (0..2).for_each(|bucket| optimizer.update(bucket, &update, &mut parameters));
     let block: &[f32] = view::elements(&parameters[1]);
     assert_eq!(block[0], 1.0);
     assert_eq!(block[40], 0.95);

@@ -51,7 +51,12 @@ impl Shard {
 
     /// Every tensor that the own shard touches, in (bucket, offset) order.
     pub fn pieces<'a>(&'a self, layout: &'a Layout) -> impl Iterator<Item = Piece<'a>> {
-        layout.tensors().filter_map(|(bucket, tensor)| {
+        (0..self.buckets()).flat_map(|bucket| self.pieces_of(layout, bucket))
+    }
+
+    /// The same of one bucket.
+    pub fn pieces_of<'a>(&'a self, layout: &'a Layout, bucket: usize) -> impl Iterator<Item = Piece<'a>> {
+        layout.buckets[bucket].tensors.iter().filter_map(move |tensor| {
             let (own, whole) = (self.own(bucket), tensor.range());
             let (begin, end) = (own.start.max(whole.start), own.end.min(whole.end));
             (begin < end).then(|| Piece {

@@ -84,7 +84,7 @@ vectorised! {
 }
 
 /// Numbers whose pages exist already: memory that a run will need is taken before its first step, not found missing in it.
-fn resident<T: Copy>(n: usize, other: T, zero: T) -> Vec<T> {
+pub(super) fn resident<T: Copy>(n: usize, other: T, zero: T) -> Vec<T> {
     let mut zeros = vec![other; n];
     // Without this the compiler asks for pages that the kernel zeroes on first use.
     std::hint::black_box(&mut zeros).fill(zero);

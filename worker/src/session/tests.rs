@@ -67,7 +67,7 @@ fn share(rank: u32, world: u32) -> Vec<u32> {
     (rank..MICRO_BATCHES).step_by(world as usize).collect()
 }
 
-fn assignment(model: &Path, compute: Compute, joins: &[Join], rank: u32) -> Assign {
+fn assignment(model: &Path, compute: Compute, joins: &[Join], rank: u32, zero_stage: u32) -> Assign {
     Assign {
         rank,
         world: joins.len() as u32,
@@ -87,7 +87,7 @@ fn assignment(model: &Path, compute: Compute, joins: &[Join], rank: u32) -> Assi
         worst_tokens: 50,
         worst_document: 25,
         micro_batches: MICRO_BATCHES,
-        zero_stage: 1,
+        zero_stage,
         peer_timeout: 30.0,
         trains: true,
         ..Default::default()
@@ -110,7 +110,7 @@ struct Run {
 }
 
 /// Trains with `world` workers, each on a thread of its own.
-fn run(model: &Path, compute: Compute, world: u32) -> Run {
+fn run(model: &Path, compute: Compute, world: u32, zero_stage: u32) -> Run {
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::start(batch);
     std::thread::scope(|scope| {
@@ -122,7 +122,7 @@ fn run(model: &Path, compute: Compute, world: u32) -> Run {
             })
             .collect();
         let (attendants, joins): (Vec<_>, Vec<_>) = (0..world).map(|_| fake.welcome()).unzip();
-        let memory = prepare(&attendants, &joins, |rank| assignment(model, compute, &joins, rank));
+        let memory = prepare(&attendants, &joins, |rank| assignment(model, compute, &joins, rank, zero_stage));
         let outcome = conduct(&attendants, dir.path(), world);
         drop(attendants);
         workers.into_iter().for_each(|worker| worker.join().unwrap().unwrap());
@@ -238,15 +238,15 @@ fn any_number_of_workers_gives_one_result() {
     let spec = ModelSpec::read(dir.path()).unwrap();
     let parameters = Layout::new(&spec).parameters() as u64;
     for compute in [Compute::Fp32, Compute::Bf16] {
-        let alone = run(dir.path(), compute, 1);
+        let alone = run(dir.path(), compute, 1, 1);
         let loss = |evaluation: &Vec<(u32, u64, u64, u64)>| evaluation.iter().map(|e| f64::from_bits(e.1)).sum::<f64>();
         let [before, after] = &alone.outcome.evaluations[..] else { panic!("two evaluations") };
         assert!(loss(after) < 0.9 * loss(before), "{} then {}", loss(before), loss(after));
         assert_eq!(alone.outcome.continuations.len(), 2 * MICRO_BATCHES as usize);
         assert_eq!(alone.outcome.norms.len(), STEPS as usize);
-        for world in [2, 3] {
-            let several = run(dir.path(), compute, world);
-            assert!(several.outcome == alone.outcome, "{world} workers, {compute:?}");
+        for (world, zero_stage) in [(2, 0), (3, 1), (1, 2), (2, 2), (3, 2), (1, 3), (2, 3), (3, 3)] {
+            let several = run(dir.path(), compute, world, zero_stage);
+            assert!(several.outcome == alone.outcome, "{world} workers, ZeRO-{zero_stage}, {compute:?}");
             let bytes: Vec<_> = several.memory.iter().map(|m| m.optimizer_bytes).collect();
             // Of the fp32 master, bf16 parameters lack two bytes, fp32 parameters none.
             let width = if compute == Compute::Bf16 { 10 } else { 8 };
@@ -266,7 +266,7 @@ fn refusal(change: impl Fn(&mut Assign), spoil: impl Fn(&Path)) -> Error {
     let (listener, listen) = tcp::listen("127.0.0.1").unwrap();
     let link = fake.link(Join { listen, ..Default::default() }, |_, _| {});
     let (attendant, join) = fake.welcome();
-    let mut assign = assignment(dir.path(), Compute::Fp32, &[join], 0);
+    let mut assign = assignment(dir.path(), Compute::Fp32, &[join], 0, 0);
     change(&mut assign);
     attendant.tell(1, Told::Assign(assign));
     super::run(&link, &mut Standing::new(listener)).unwrap_err()

@@ -1,0 +1,185 @@
+//! Carries exchanges out behind computing, on a thread of its own, one after another in the order in which they were
+//! handed over. Every rank hands over the same ones in the same order, so no exchange can wait for one behind it.
+
+use super::tcp::Stopper;
+use super::{Collective, Error};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+type Job = Box<dyn FnOnce(&mut dyn Collective) -> Result<(), Error> + Send>;
+
+/// What an exchange brings when it is done.
+#[must_use]
+#[derive(Debug)]
+pub struct Ticket<T> {
+    result: Receiver<T>,
+    failure: Failure,
+}
+
+impl<T> Ticket<T> {
+    /// Waits for the exchange. The first failure is told once, to whoever waits next; nothing after it is carried out.
+    pub fn wait(self) -> Result<T, Error> {
+        self.result.recv().map_err(|_| self.failure.take().unwrap_or(Error::Stopped))
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct Failure(Arc<Mutex<Option<Error>>>);
+
+impl Failure {
+    fn set(&self, error: Error) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+
+    fn take(&self) -> Option<Error> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Who carries exchanges out.
+enum Hands {
+    /// A world of one has nothing to wait for: at once, by whoever hands over.
+    Own(Box<dyn Collective + Send>),
+    Thread(Option<Sender<Job>>, Option<JoinHandle<()>>),
+}
+
+pub struct Courier {
+    rank: usize,
+    world: usize,
+    hands: Hands,
+    failure: Failure,
+    stopper: Stopper,
+}
+
+impl Courier {
+    /// `stopper` ends what `collective` does when the courier is given up.
+    pub fn new(collective: Box<dyn Collective + Send>, stopper: &Stopper) -> Self {
+        let (rank, world) = (collective.rank(), collective.world());
+        let failure = Failure::default();
+        let hands = match world {
+            1 => Hands::Own(collective),
+            _ => {
+                let (jobs, queue) = channel();
+                let failure = failure.clone();
+                let carry = move || carry(collective, &queue, &failure);
+                let thread = std::thread::Builder::new().name("courier".into()).spawn(carry);
+                Hands::Thread(Some(jobs), Some(thread.expect("a machine that runs a worker has a thread for it")))
+            }
+        };
+        Courier { rank, world, hands, failure, stopper: stopper.clone() }
+    }
+
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub fn world(&self) -> usize {
+        self.world
+    }
+
+    /// Hands an exchange over.
+    pub fn send<T: Send + 'static>(
+        &mut self,
+        exchange: impl FnOnce(&mut dyn Collective) -> Result<T, Error> + Send + 'static,
+    ) -> Ticket<T> {
+        let (answer, result) = channel();
+        let job = move |collective: &mut dyn Collective| {
+            // Nobody waits any more where the step has ended already.
+            exchange(collective).map(|value| drop(answer.send(value)))
+        };
+        match &mut self.hands {
+            Hands::Own(collective) => {
+                if let Err(error) = job(collective.as_mut()) {
+                    self.failure.set(error);
+                }
+            }
+            // The thread is gone after a failure; then the ticket says so.
+            Hands::Thread(jobs, _) => drop(jobs.as_ref().map(|jobs| jobs.send(Box::new(job)))),
+        }
+        Ticket { result, failure: self.failure.clone() }
+    }
+}
+
+fn carry(mut collective: Box<dyn Collective + Send>, queue: &Receiver<Job>, failure: &Failure) {
+    for job in queue {
+        if let Err(error) = job(collective.as_mut()) {
+            failure.set(error);
+            return;
+        }
+    }
+}
+
+impl Drop for Courier {
+    fn drop(&mut self) {
+        let Hands::Thread(jobs, thread) = &mut self.hands else { return };
+        drop(jobs.take());
+        if let Some(thread) = thread.take() {
+            if !thread.is_finished() {
+                // What is under way belongs to a step that nobody will finish.
+                self.stopper.stop();
+            }
+            // A panic in it was told by the ticket that nobody answered.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tcp::tests::mesh;
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    fn couriers(world: usize) -> Vec<Courier> {
+        let with = |mesh: super::super::tcp::Mesh| {
+            let stopper = mesh.stopper().clone();
+            Courier::new(Box::new(mesh), &stopper)
+        };
+        mesh(world).into_iter().map(with).collect()
+    }
+
+    #[test]
+    fn exchanges_are_carried_out_in_order_and_behind_their_ticket() {
+        for world in [1, 2, 3] {
+            let mut couriers = couriers(world);
+            let tickets: Vec<Vec<_>> = couriers
+                .iter_mut()
+                .map(|courier| {
+                    let rank = courier.rank() as u8;
+                    let one = |i: u8| courier.send(move |c: &mut dyn Collective| c.all_gather_bytes(&[i, rank]));
+                    [1, 2, 3].map(one).into_iter().collect()
+                })
+                .collect();
+            for tickets in tickets {
+                for (i, ticket) in (1..).zip(tickets) {
+                    let expected: Vec<Vec<u8>> = (0..world as u8).map(|rank| vec![i, rank]).collect();
+                    assert_eq!(ticket.wait().unwrap(), expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_failure_is_told_once_and_nothing_follows_it() {
+        let mut couriers = couriers(2);
+        drop(couriers.pop());
+        let mut left = couriers.pop().unwrap();
+        let first = left.send(|c: &mut dyn Collective| c.all_gather_bytes(b"x"));
+        let second = left.send(|c: &mut dyn Collective| c.all_gather_bytes(b"y"));
+        // Whoever waits first learns it.
+        assert!(matches!(second.wait(), Err(Error::Lost { peer: 1, operation: "exchange", .. })));
+        assert!(matches!(first.wait(), Err(Error::Stopped)));
+        assert!(matches!(left.send(|_| Ok(())).wait(), Err(Error::Stopped)));
+    }
+
+    #[test]
+    fn giving_up_does_not_wait_for_a_silent_peer() {
+        let mut couriers = couriers(2);
+        let begun = Instant::now();
+        let blocked = couriers[0].send(|c: &mut dyn Collective| c.all_gather_bytes(b"x"));
+        drop(couriers.remove(0));
+        assert!(blocked.wait().is_err());
+        assert!(begun.elapsed() < Duration::from_secs(5));
+    }
+}

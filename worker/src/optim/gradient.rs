@@ -1,0 +1,88 @@
+//! The own part of a step's gradient, from the sums of its waves to the update.
+
+use super::exact::{self, Exactly, Nearest, Reduced};
+use super::norm;
+use super::state::Form;
+use crate::ops::simd::vectorised;
+use crate::ops::view;
+use half::bf16;
+use std::ops::Range;
+use tch::Tensor;
+use unisono_configs::model::CHUNK;
+
+/// Of one bucket. All forms stand for the same fp32 numbers.
+#[derive(Debug)]
+pub enum Gradient {
+    /// The totals stay where the leaves were added: of the own range, in accumulators of the whole bucket, which are absent
+    /// while leaves are still added elsewhere.
+    InPlace(Option<Tensor>),
+    /// Sums of the waves so far: `[own elements]`.
+    Sums(Vec<i64>),
+    /// Rounded from the only wave: `[own elements]`.
+    Wide(Vec<f32>),
+    /// The same where the state is narrow and uses no more of it.
+    Narrow(Vec<bf16>),
+}
+
+/// The same for reading.
+pub enum View<'a> {
+    Sums(&'a [i64]),
+    Wide(&'a [f32]),
+    Narrow(&'a [bf16]),
+}
+
+impl Gradient {
+    /// Takes the totals of one more wave (the `first` of a step replaces what an earlier step left) from the range `own` of
+    /// a bucket's accumulators; gives the accumulators back if they are free for other leaves.
+    pub fn take(&mut self, sums: Tensor, own: Range<usize>, first: bool) -> Option<Tensor> {
+        let total = &view::elements::<i64>(&sums)[own];
+        match self {
+            Gradient::InPlace(place) => {
+                *place = Some(sums);
+                return None;
+            }
+            Gradient::Sums(so_far) if first => so_far.copy_from_slice(total),
+            Gradient::Sums(so_far) => add(so_far, total),
+            Gradient::Wide(gradient) => exact::round(total, gradient),
+            Gradient::Narrow(gradient) => exact::round_narrow(total, gradient),
+        }
+        Some(sums)
+    }
+
+    /// Of the range `own` of the bucket.
+    pub fn view(&self, own: Range<usize>) -> View<'_> {
+        match self {
+            Gradient::InPlace(sums) => {
+                let sums = sums.as_ref().expect("looked at once all leaves are in");
+                View::Sums(&view::elements(sums)[own])
+            }
+            Gradient::Sums(sums) => View::Sums(sums),
+            Gradient::Wide(gradient) => View::Wide(gradient),
+            Gradient::Narrow(gradient) => View::Narrow(gradient),
+        }
+    }
+}
+
+impl View<'_> {
+    /// Sums of squares of all chunks, as a state of `form` uses the gradient.
+    pub fn partials(&self, form: Form) -> Vec<f64> {
+        fn of<G: Reduced>(gradient: &[G], form: Form) -> Vec<f64> {
+            let partial = |chunk| match form {
+                Form::Whole | Form::Split => norm::partial(chunk, Exactly),
+                Form::Narrow => norm::partial(chunk, Nearest),
+            };
+            gradient.chunks(CHUNK).map(partial).collect()
+        }
+        match self {
+            View::Sums(sums) => of(sums, form),
+            View::Wide(gradient) => of(gradient, form),
+            View::Narrow(gradient) => of(gradient, form),
+        }
+    }
+}
+
+vectorised! {
+    fn add(sums: &mut [i64], more: &[i64]) {
+        sums.iter_mut().zip(more).for_each(|(q, more)| *q = q.wrapping_add(*more));
+    }
+}

@@ -1,0 +1,211 @@
+//! From leaves to the own part of the gradient: accumulators, and their way to the owners behind computing.
+//!
+//! With accumulators for the whole model ([`Stage::One`]) leaves of all waves are added where they are, and a bucket
+//! travels once in a step. Else accumulators are lent to the few buckets that the backward pass is at, a bucket travels
+//! after every wave, and its owner alone keeps what comes of it. Integer sums make that the same number.
+
+use super::exact::{self, ExactSum};
+use super::gradient::Gradient;
+use super::lending::{self, Kind};
+use super::norm;
+use super::shard::Shard;
+use super::state::{resident, Form};
+use crate::collective::courier::{Courier, Ticket};
+use crate::collective::{self, Collective};
+use crate::model::{BadNumber, Leaves};
+use crate::ops::view;
+use half::bf16;
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use tch::Tensor;
+use unisono_configs::model::Layout;
+
+/// What is sharded beside the optimizer's state (Rajbhandari et al. 2020). No stage changes a bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Nothing.
+    One = 1,
+    /// Gradients.
+    Two = 2,
+    /// Gradients and parameters.
+    Three = 3,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stage::One => "ZeRO-1",
+            Stage::Two => "ZeRO-2",
+            Stage::Three => "ZeRO-3",
+        })
+    }
+}
+
+/// How a step's leaves are added up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Adding {
+    pub stage: Stage,
+    /// The most leaves that any element receives in a step, over all ranks.
+    pub leaves: usize,
+    /// Every step has one wave: no sums are kept between waves.
+    pub one_wave: bool,
+}
+
+impl Adding {
+    /// In accumulators of the whole model.
+    pub fn in_place(leaves: usize) -> Self {
+        Adding { stage: Stage::One, leaves, one_wave: false }
+    }
+}
+
+/// Where in a step a wave is.
+#[derive(Debug, Clone, Copy)]
+pub struct Turn {
+    pub first: bool,
+    pub last: bool,
+}
+
+impl Turn {
+    pub const ONLY: Turn = Turn { first: true, last: true };
+}
+
+/// What comes back from a bucket's journey.
+#[derive(Debug)]
+struct Reduced {
+    gradient: Gradient,
+    /// Accumulators that are free again.
+    free: Option<Tensor>,
+    partials: Vec<f64>,
+}
+
+#[derive(Debug)]
+pub struct Reduction {
+    layout: Arc<Layout>,
+    shard: Arc<Shard>,
+    form: Form,
+    stage: Stage,
+    sums: ExactSum,
+    /// Accumulators that nobody has borrowed.
+    free: Vec<(Kind, Tensor)>,
+    /// Of each bucket; absent while it travels.
+    gradients: Vec<Option<Gradient>>,
+    /// Buckets on their way, in order.
+    travelling: VecDeque<(usize, Ticket<Reduced>)>,
+    /// Of each bucket of this step: sums of squares of the own chunks.
+    partials: Vec<Vec<f64>>,
+}
+
+impl Reduction {
+    pub fn new(layout: Arc<Layout>, shard: Arc<Shard>, form: Form, adding: Adding) -> Self {
+        let Adding { stage, leaves, one_wave } = adding;
+        let own = |bucket| shard.own(bucket).len();
+        let gradient = |bucket| match stage {
+            Stage::One => Gradient::InPlace(None),
+            _ if !one_wave => Gradient::Sums(resident(own(bucket), 1, 0)),
+            _ if form == Form::Narrow => Gradient::Narrow(resident(own(bucket), bf16::ONE, bf16::ZERO)),
+            _ => Gradient::Wide(resident(own(bucket), 1.0, 0.0)),
+        };
+        let gradients = (0..shard.buckets()).map(|bucket| Some(gradient(bucket))).collect();
+        let (sums, free) = match stage {
+            Stage::One => (ExactSum::new(layout.clone(), leaves), Vec::new()),
+            Stage::Two | Stage::Three => {
+                let lots = lending::lots(&layout, lending::accumulators(shard.world)).into_iter();
+                let free = lots.map(|(kind, elements)| (kind, exact::memory(elements))).collect();
+                (ExactSum::closed(layout.clone(), leaves), free)
+            }
+        };
+        let partials = vec![Vec::new(); shard.buckets()];
+        Reduction { layout, shard, form, stage, sums, free, gradients, travelling: VecDeque::new(), partials }
+    }
+
+    pub fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// Leaves for `bucket` may come.
+    pub fn open(&mut self, bucket: usize) -> Result<(), collective::Error> {
+        if self.sums.is_open(bucket) {
+            return Ok(());
+        }
+        let kind = lending::kind(&self.layout, bucket);
+        loop {
+            if let Some(lot) = self.free.iter().position(|(k, _)| *k == kind) {
+                self.sums.open(bucket, self.free.swap_remove(lot).1);
+                return Ok(());
+            }
+            self.receive()?;
+        }
+    }
+
+    /// No leaf of this wave comes to `bucket` any more: off it goes, unless more waves are added to it here.
+    pub fn finish(&mut self, bucket: usize, turn: Turn, courier: &mut Courier) {
+        if self.stage == Stage::One && !turn.last {
+            return;
+        }
+        let sums = self.sums.close(bucket).expect("opened before it is finished");
+        let mut gradient = self.gradients[bucket].take().expect("one journey at a time");
+        let (shard, form, elements) = (self.shard.clone(), self.form, self.layout.buckets[bucket].elements);
+        let ticket = courier.send(move |collective: &mut dyn Collective| {
+            let (mut sums, own) = (sums, shard.own(bucket));
+            collective.reduce_scatter(&mut view::elements_mut(&mut sums)[..elements], shard.owners(bucket))?;
+            let free = gradient.take(sums, own.clone(), turn.first);
+            let partials = if turn.last { gradient.view(own).partials(form) } else { Vec::new() };
+            Ok(Reduced { gradient, free, partials })
+        });
+        self.travelling.push_back((bucket, ticket));
+    }
+
+    /// Waits for the bucket that left first.
+    fn receive(&mut self) -> Result<(), collective::Error> {
+        let (bucket, ticket) = self.travelling.pop_front().expect("what is not free is on its way");
+        let Reduced { gradient, free, partials } = ticket.wait()?;
+        self.gradients[bucket] = Some(gradient);
+        self.partials[bucket] = partials;
+        self.free.extend(free.map(|memory| (lending::kind(&self.layout, bucket), memory)));
+        Ok(())
+    }
+
+    /// Waits for all buckets. Then the norm of the whole gradient: the same bits on every rank, whatever their number.
+    pub fn norm(&mut self, courier: &mut Courier) -> Result<f64, collective::Error> {
+        while !self.travelling.is_empty() {
+            self.receive()?;
+        }
+        let mine: Vec<u8> = self.partials.iter().flatten().flat_map(|partial| partial.to_le_bytes()).collect();
+        let all = courier.send(move |collective: &mut dyn Collective| collective.all_gather_bytes(&mine)).wait()?;
+        Ok(norm::norm(norm::in_order(&all, &self.shard).into_iter()))
+    }
+
+    /// Waits for all buckets and forgets the step.
+    pub fn abandon(&mut self) -> Result<(), collective::Error> {
+        while !self.travelling.is_empty() {
+            self.receive()?;
+        }
+        (0..self.gradients.len()).for_each(|bucket| self.forget(bucket));
+        Ok(())
+    }
+
+    /// The own part of `bucket`'s gradient, after [`Reduction::norm`].
+    pub fn gradient(&self, bucket: usize) -> super::gradient::View<'_> {
+        self.gradients[bucket].as_ref().expect("it has arrived").view(self.shard.own(bucket))
+    }
+
+    /// The gradient of `bucket` is of no more use.
+    pub fn forget(&mut self, bucket: usize) {
+        if let Some(Gradient::InPlace(place)) = &mut self.gradients[bucket] {
+            if let Some(memory) = place.take() {
+                self.sums.open(bucket, memory);
+            }
+        }
+    }
+}
+
+impl Leaves for Reduction {
+    fn dense(&mut self, bucket: usize, offset: usize, gradient: &Tensor) -> Result<(), BadNumber> {
+        self.sums.dense(bucket, offset, gradient)
+    }
+
+    fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber> {
+        self.sums.rows(bucket, offset, rows, gradient)
+    }
+}
