@@ -233,33 +233,39 @@ impl Saved {
     /// The masters of `range` of the flat parameter `tensor`, with zeros where they are not here.
     pub fn read_masters_here(&self, tensor: &str, range: Range<usize>, out: &mut [f32]) -> Result<(), Error> {
         out.fill(0.0);
-        for place in self.places.get(tensor).into_iter().flatten() {
-            let (begin, end) = (place.elements.start.max(range.start), place.elements.end.min(range.end));
-            if begin < end {
-                self.read(tensor, Part::Master, begin..end, &mut out[begin - range.start..end - range.start])?;
-            }
-        }
-        Ok(())
+        self.fill(tensor, Part::Master, range, out).map(drop)
     }
 
     /// Elements `range` of one part of the flat parameter `tensor`; `out` has `range.len()` elements.
     pub fn read(&self, tensor: &str, part: Part, range: Range<usize>, out: &mut [f32]) -> Result<(), Error> {
-        let mut filled = 0;
+        match self.fill(tensor, part, range, out)?.into_iter().next() {
+            None => Ok(()),
+            Some(Range { start: begin, end }) => {
+                Err(Error::Missing { path: self.directory.clone(), tensor: tensor.to_owned(), begin, end })
+            }
+        }
+    }
+
+    /// Copies what is here of `range`, and returns what is not. Places may overlap: images of two cuts of one step hold the
+    /// same elements, and each is copied once.
+    fn fill(&self, tensor: &str, part: Part, range: Range<usize>, out: &mut [f32]) -> Result<Vec<Range<usize>>, Error> {
+        let mut missing = if range.is_empty() { Vec::new() } else { vec![range.clone()] };
         for place in self.places.get(tensor).into_iter().flatten() {
-            let (begin, end) = (place.elements.start.max(range.start), place.elements.end.min(range.end));
-            if begin < end {
+            let mut left = Vec::new();
+            for gap in missing {
+                let (begin, end) = (place.elements.start.max(gap.start), place.elements.end.min(gap.end));
+                if begin >= end {
+                    left.push(gap);
+                    continue;
+                }
                 let (first, kind) = place.parts[part as usize];
                 let offset = first + (kind.width() * (begin - place.elements.start)) as u64;
                 self.copy(place.file, offset, kind, &mut out[begin - range.start..end - range.start])?;
-                filled += end - begin;
+                left.extend([gap.start..begin, end..gap.end].into_iter().filter(|rest| !rest.is_empty()));
             }
+            missing = left;
         }
-        // Ranges do not overlap (the coordinator has checked that they tile), so the count tells.
-        if filled != range.len() {
-            let (path, tensor) = (self.directory.clone(), tensor.to_owned());
-            return Err(Error::Missing { path, tensor, begin: range.start, end: range.end });
-        }
-        Ok(())
+        Ok(missing)
     }
 
     fn copy(&self, file: usize, mut offset: u64, kind: Type, out: &mut [f32]) -> Result<(), Error> {
@@ -289,6 +295,9 @@ mod tests {
     use super::*;
     use crate::checkpoint::tests::{shard, write_shard};
     use crate::optim::state::Form;
+    use crate::snapshot::{Image, Name};
+    use proptest::prelude::*;
+    use std::sync::LazyLock;
     use unisono_proto::v1::Epoch;
 
     /// What `world` workers wrote as the checkpoint after step 7.
@@ -347,10 +356,72 @@ mod tests {
         assert!(refused(Saved::open(dir.path(), 8).err()).contains("step 7"));
         let saved = Saved::open(dir.path(), 7).unwrap();
         let beyond = saved.read("norm", Part::M, 90..110, &mut [0.0; 20]);
-        assert!(refused(beyond.err()).contains("90..110"));
+        assert!(refused(beyond.err()).contains("100..110"));
         let path = dir.path().join("shard-1of2-1-1-1.safetensors");
         let whole = std::fs::read(&path).unwrap();
         std::fs::write(&path, &whole[..whole.len() - 4]).unwrap();
         assert!(refused(Saved::open(dir.path(), 7).err()).contains("shard-1of2"));
+    }
+
+    /// Every rank's image of one step, cut for one to four workers.
+    static CUTS: LazyLock<Vec<Arc<Image>>> = LazyLock::new(|| {
+        let image = |rank: usize, world: usize| {
+            let (optimizer, parameters) = shard(rank, world, Form::Split);
+            let mut bytes = Vec::new();
+            crate::checkpoint::encode(&optimizer.source(&parameters), &mut bytes);
+            let name = Name { timeline: [0; 32], step: 7, rank: rank as u32, world: world as u32 };
+            Arc::new(Image { name, hash: *blake3::hash(&bytes).as_bytes(), bytes })
+        };
+        (1..=4).flat_map(|world| (0..world).map(move |rank| image(rank, world))).collect()
+    });
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        /// Two losses before the next snapshot leave images of one step in several cuts, which overlap.
+        #[test]
+        fn whatever_cuts_of_one_step_are_held_each_element_is_read_once_and_none_is_made_up(
+            chosen in prop::collection::vec(0usize..10, 1..7), begin in 0usize..200_000, length in 0usize..200_000,
+            part in prop::sample::select(Part::ALL.to_vec()),
+        ) {
+            let images: Vec<_> = chosen.iter().map(|&i| CUTS[i].clone()).collect();
+            let (saved, whole) = (Saved::over(&images).unwrap(), Saved::over(&CUTS[..1]).unwrap());
+            let range = begin..(begin + length).min(200_000);
+            let holds = |i: usize| saved.places.get("matrix").into_iter().flatten().any(|p| p.elements.contains(&i));
+            let (mut expected, mut read) = (vec![0.0; range.len()], vec![f32::NAN; range.len()]);
+            whole.read("matrix", part, range.clone(), &mut expected).unwrap();
+            match saved.read("matrix", part, range.clone(), &mut read) {
+                Ok(()) => prop_assert!(read == expected),
+                Err(Error::Missing { begin, end, .. }) => {
+                    prop_assert!(range.start <= begin && begin < end && end <= range.end);
+                    prop_assert!(!holds(begin) && !holds(end - 1));
+                }
+                Err(other) => prop_assert!(false, "{}", other),
+            }
+            if part == Part::Master {
+                saved.read_masters_here("matrix", range.clone(), &mut read).unwrap();
+                let here = |(i, x): (usize, &f32)| if holds(i + range.start) { *x } else { 0.0 };
+                prop_assert!(read.iter().copied().eq(expected.iter().enumerate().map(here)));
+            }
+        }
+    }
+
+    #[test]
+    fn four_then_three_then_two_workers_read_one_snapshot() {
+        // What two of four and one of three held, which is more than all: 0 and 1 of 4, 1 and 2 of 3.
+        let find = |rank, world| CUTS.iter().find(|i| (i.name.rank, i.name.world) == (rank, world)).unwrap().clone();
+        let saved = Saved::over(&[find(0, 4), find(1, 4), find(1, 3), find(2, 3)]).unwrap();
+        for rank in 0..2 {
+            let (expected, parameters) = shard(rank, 2, Form::Split);
+            let (mut read, _) = shard(rank, 2, Form::Split);
+            read.load_state(|_, _, _, out| {
+                out.fill(f32::NAN);
+                Ok::<_, Error>(())
+            })
+            .unwrap();
+            read.load_state(|name, part, range, out| saved.read(name, part, range, out)).unwrap();
+            let (read, expected) = (read.source(&parameters), expected.source(&parameters));
+            assert!(read.held.iter().zip(&expected.held).all(|(read, expected)| read.state == expected.state));
+        }
     }
 }
