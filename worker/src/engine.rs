@@ -10,6 +10,7 @@ use crate::optim::reduction::Turn;
 use crate::optim::shard::Shard;
 use crate::optim::Optimizer;
 use crate::supply::{self, Supply};
+use crate::trace::{self, Track};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -51,6 +52,10 @@ impl Engine {
         Engine { model, optimizer, courier, supply, waited: 0.0 }
     }
 
+    pub fn rank(&self) -> usize {
+        self.courier.rank()
+    }
+
     /// Whether all ranks must take the same number of waves, in training and in evaluation.
     pub fn is_in_step(&self) -> bool {
         self.model.is_sharded()
@@ -70,17 +75,26 @@ impl Engine {
 
     fn travel(&mut self, mut wave: Wave, trains: bool, turn: Turn, scale: f64) -> Result<Vec<Loss>, Error> {
         let Engine { model, optimizer, courier, supply, waited } = self;
-        let way = model.way(trains);
+        let (way, layout) = (model.way(trains), model.layout().clone());
         let needs: Vec<_> = way.iter().map(|&station| model.needs(station)).collect();
         for (i, &station) in way.iter().enumerate() {
             let next = needs.get(i + 1).map_or(&[][..], Vec::as_slice);
+            let (what, bucket) = match station {
+                Station::Forward(bucket) => ("forward", bucket),
+                Station::Backward(bucket) => ("backward", bucket),
+                Station::Evaluate(bucket) => ("evaluate", bucket),
+            };
+            let named = || format!("{what} {}", layout.buckets[bucket].name);
             let begun = Instant::now();
+            let waiting = trace::span(Track::Compute, || format!("wait for {}", named()));
             supply.reach(&needs[i], next, model, courier)?;
             if let (Station::Backward(bucket), Some(optimizer)) = (station, optimizer.as_mut()) {
                 optimizer.reduction.open(bucket)?;
                 needs[i].iter().try_for_each(|&bucket| optimizer.reduction.open(bucket))?;
             }
+            drop(waiting);
             *waited += begun.elapsed().as_secs_f64();
+            let _computing = trace::span(Track::Compute, named);
             match (station, optimizer.as_mut().map(|o| &mut o.reduction)) {
                 (Station::Backward(bucket), Some(reduction)) => {
                     wave.pass(model, station, scale, reduction)?;
@@ -94,6 +108,7 @@ impl Engine {
 
     /// The norm of the step's gradient, once every rank has added its waves.
     pub fn norm(&mut self) -> Result<f64, Error> {
+        let _waiting = trace::span(Track::Compute, || "wait for the norm".into());
         let reduction = self.optimizer.as_mut().map(|o| &mut o.reduction);
         Ok(reduction.expect("a run with steps has an optimizer").norm(&mut self.courier)?)
     }
@@ -105,6 +120,7 @@ impl Engine {
         let optimizer = optimizer.as_mut().expect("a run with steps has an optimizer");
         let update = optimizer.plan(step, learning_rate, norm);
         for bucket in 0..optimizer.shard().buckets() {
+            let _updating = trace::span(Track::Compute, || format!("update {}", model.layout().buckets[bucket].name));
             optimizer.update(bucket, &update, model);
             supply.spread(bucket, model, courier);
         }

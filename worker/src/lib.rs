@@ -19,4 +19,5 @@ pub mod session;
 pub mod signals;
 pub mod snapshot;
 pub mod supply;
+pub mod trace;
 pub mod train;

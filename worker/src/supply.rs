@@ -10,6 +10,7 @@ use crate::model::{self, Model};
 use crate::optim::lending::{self, Kind};
 use crate::optim::shard::Shard;
 use crate::optim::Parameters;
+use crate::trace::{self, Track};
 use std::sync::Arc;
 use tch::{Device, Tensor};
 
@@ -42,14 +43,15 @@ impl Supply {
     pub fn spread(&mut self, bucket: usize, model: &mut Model, courier: &mut Courier) {
         if !model.is_sharded() {
             let parameters = model.take_bucket(bucket);
-            self.send(bucket, parameters, courier);
+            self.send(bucket, parameters, model, courier);
         }
     }
 
-    fn send(&mut self, bucket: usize, parameters: Tensor, courier: &mut Courier) {
-        let shard = self.shard.clone();
+    fn send(&mut self, bucket: usize, parameters: Tensor, model: &Model, courier: &mut Courier) {
+        let (shard, name) = (self.shard.clone(), model.layout().buckets[bucket].name.clone());
         let elements = shard.owners(bucket).last().map_or(0, |last| last.end) as i64;
         let ticket = courier.send(move |collective: &mut dyn Collective| {
+            let _gathering = trace::span(Track::Communication, || format!("gather {name}"));
             collective.all_gather(&mut parameters.narrow(0, 0, elements), shard.owners(bucket))?;
             Ok(parameters)
         });
@@ -93,7 +95,7 @@ impl Supply {
     fn fill(&mut self, bucket: usize, parameters: Tensor, model: &Model, courier: &mut Courier) {
         let own = self.shard.own(bucket);
         parameters.narrow(0, own.start as i64, own.len() as i64).copy_(model.own(bucket, own.start).0);
-        self.send(bucket, parameters, courier);
+        self.send(bucket, parameters, model, courier);
     }
 
     /// Waits for a bucket, if it is on its way.

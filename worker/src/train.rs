@@ -10,6 +10,7 @@ use crate::optim::reduction::Turn;
 use crate::optim::Optimizer;
 use crate::snapshot::keeper::Keeper;
 use crate::supply;
+use crate::trace::{self, Track};
 use std::time::Instant;
 use unisono_proto::put_u32s;
 use unisono_proto::v1::{
@@ -89,7 +90,9 @@ impl Trainer<'_> {
         let scale = 1.0 / step.target_tokens as f64;
         let mut parts = Vec::with_capacity(keys.len());
         for (turn, keys) in self.waves(keys, step.passes) {
+            let waiting = trace::span(Track::Compute, || "wait for data".into());
             let batches = self.batches(keys)?;
+            drop(waiting);
             seconds.data += clock.lap();
             let losses = self.engine.add(batches, turn, scale).map_err(|error| Error::of(error, keys))?;
             for (key, loss) in keys.iter().zip(losses) {
@@ -123,6 +126,7 @@ impl Trainer<'_> {
             seconds.snapshot = clock.lap();
         }
 
+        trace::end_step(self.engine.rank(), step.step);
         let activation_bytes = self.engine.model.activation_bytes();
         tracing::debug!(step = step.step, ?seconds, activation_bytes, "carried out");
         let memory = Some(self.memory());

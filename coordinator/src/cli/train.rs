@@ -10,7 +10,7 @@ use crate::monitor::plain::grouped;
 use crate::run::composition::Composition;
 use crate::serve::work::Work;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 #[derive(Debug, clap::Args)]
@@ -19,6 +19,7 @@ Example:
   unisono train --model models/tiny --data rows.jsonl
   unisono train recipe.toml --workers 2 --set train.epochs=3 --set train.learning_rate=1e-4
   unisono train recipe.toml --json > events.jsonl
+  unisono train recipe.toml --trace trace.json
   unisono train --resume runs/recipe-001 --workers 3
   unisono train recipe.toml --resume auto
 
@@ -38,6 +39,10 @@ pub struct Args {
     /// One JSON object per event on standard output
     #[arg(long)]
     json: bool,
+    /// Write a timeline of each worker's first ten steps, communication apart from computing, for ui.perfetto.dev. A worker
+    /// on another machine writes its own where UNISONO_TRACE names a file
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Read the data, say what would be done, and stop
     #[arg(long)]
     dry_run: bool,
@@ -46,6 +51,9 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     if args.dry_run {
         return dry_run(&args);
+    }
+    if let Some(trace) = &args.trace {
+        begin_trace(trace)?;
     }
     let mut arguments: Vec<OsString> = vec!["coordinator".into()];
     let mut again = arguments.clone();
@@ -61,6 +69,16 @@ pub fn run(args: Args) -> Result<()> {
     }
     arguments.extend(args.config.arguments());
     supervise(arguments, again)
+}
+
+/// Begins the file to which workers append, and lets them know of it.
+fn begin_trace(path: &Path) -> Result<()> {
+    let begun = std::fs::write(path, "[\n").and_then(|()| path.canonicalize());
+    let path = begun.map_err(|problem| {
+        Error::bad_input(format!("{}: the trace cannot be written ({problem}); name another file", path.display()))
+    })?;
+    std::env::set_var("UNISONO_TRACE", path);
+    Ok(())
 }
 
 /// Runs this program again as a coordinator with `arguments`, and the workers it asks for, to their end. `again` are the

@@ -14,6 +14,7 @@ use crate::collective::courier::{Courier, Ticket};
 use crate::collective::{self, Collective};
 use crate::model::{BadNumber, Leaves};
 use crate::ops::view;
+use crate::trace::{self, Track};
 use half::bf16;
 use std::collections::VecDeque;
 use std::fmt;
@@ -146,7 +147,9 @@ impl Reduction {
         let sums = self.sums.close(bucket).expect("opened before it is finished");
         let mut gradient = self.gradients[bucket].take().expect("one journey at a time");
         let (shard, form, elements) = (self.shard.clone(), self.form, self.layout.buckets[bucket].elements);
+        let name = self.layout.buckets[bucket].name.clone();
         let ticket = courier.send(move |collective: &mut dyn Collective| {
+            let _reducing = trace::span(Track::Communication, || format!("reduce {name}"));
             let (mut sums, own) = (sums, shard.own(bucket));
             collective.reduce_scatter(&mut view::elements_mut(&mut sums)[..elements], shard.owners(bucket))?;
             let free = gradient.take(sums, own.clone(), turn.first);
