@@ -85,6 +85,8 @@ impl Engine {
                 Station::Evaluate(bucket) => ("evaluate", bucket),
             };
             let named = || format!("{what} {}", layout.buckets[bucket].name);
+            // Whoever waits for this worker should not wait for a wave that comes to nothing.
+            courier.check()?;
             let begun = Instant::now();
             let waiting = trace::span(Track::Compute, || format!("wait for {}", named()));
             supply.reach(&needs[i], next, model, courier)?;

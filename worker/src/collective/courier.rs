@@ -78,6 +78,15 @@ impl Courier {
         self.world
     }
 
+    /// An error where computing on would be in vain: an exchange has failed, or all were stopped.
+    pub fn check(&self) -> Result<(), Error> {
+        match self.failure.take() {
+            Some(error) => Err(error),
+            None if self.stopper.stopped() => Err(Error::Stopped),
+            None => Ok(()),
+        }
+    }
+
     /// Hands an exchange over.
     pub fn send<T: Send + 'static>(
         &mut self,
@@ -164,6 +173,7 @@ mod tests {
     fn the_first_failure_is_told_once_and_nothing_follows_it() {
         let mut couriers = couriers(2);
         drop(couriers.pop());
+        couriers[0].check().unwrap();
         let mut left = couriers.pop().unwrap();
         let first = left.send(|c: &mut dyn Collective| c.all_gather_bytes(b"x"));
         let second = left.send(|c: &mut dyn Collective| c.all_gather_bytes(b"y"));
@@ -171,6 +181,12 @@ mod tests {
         assert!(matches!(second.wait(), Err(Error::Lost { peer: 1, operation: "exchange", .. })));
         assert!(matches!(first.wait(), Err(Error::Stopped)));
         assert!(matches!(left.send(|_| Ok(())).wait(), Err(Error::Stopped)));
+        // Who computes meanwhile learns it too.
+        left.failure.set(Error::Stopped);
+        assert!(left.check().is_err());
+        left.check().unwrap();
+        left.stopper.stop();
+        assert!(left.check().is_err());
     }
 
     #[test]
@@ -178,6 +194,7 @@ mod tests {
         let mut couriers = couriers(2);
         let begun = Instant::now();
         let blocked = couriers[0].send(|c: &mut dyn Collective| c.all_gather_bytes(b"x"));
+        couriers[0].check().unwrap();
         drop(couriers.remove(0));
         assert!(blocked.wait().is_err());
         assert!(begun.elapsed() < Duration::from_secs(5));

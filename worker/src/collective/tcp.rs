@@ -47,7 +47,7 @@ impl Stopper {
         }
     }
 
-    fn stopped(&self) -> bool {
+    pub fn stopped(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).stopped
     }
 
