@@ -113,16 +113,18 @@ vectorised! {
     ) {
         let n = gradient.len();
         let (parameter, m, v) = (&mut parameter[..n], &mut m[..n], &mut v[..n]);
-        let (mut bits, mut begin) = (Bits::default(), 0);
+        let (mut bits, mut gradients, mut begin) = (Bits::default(), [0f32; BLOCK], 0);
         while begin < n {
             let end = n.min((first + begin) / BLOCK * BLOCK + BLOCK - first);
             let at = noise.fill(&(first + begin..first + end), &mut bits);
             let (ones, twos) = (&bits.first[at..at + end - begin], &bits.second[at..at + end - begin]);
-            let (gradient, parameter) = (&gradient[begin..end], &mut parameter[begin..end]);
+            // Apart from what follows: widths from 8 bytes to 2 in one loop fit no register.
+            let gradients = &mut gradients[..end - begin];
+            gradients.iter_mut().zip(&gradient[begin..end]).for_each(|(to, g)| *to = Nearest.round(g.gradient()));
+            let parameter = &mut parameter[begin..end];
             let (m, v) = (&mut m[begin..end], &mut v[begin..end]);
             for i in 0..end - begin {
-                let gradient = Nearest.round(gradient[i].gradient());
-                let (master, first, second) = advance(s, gradient, parameter[i].load(), m[i].load(), v[i].load());
+                let (master, first, second) = advance(s, gradients[i], parameter[i].load(), m[i].load(), v[i].load());
                 parameter[i] = noise::round(master, ones[i]);
                 m[i] = noise::round(first, ones[i] >> 16);
                 v[i] = noise::round(second, twos[i]);

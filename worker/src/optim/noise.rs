@@ -1,4 +1,4 @@
-//! Random bits for stochastic rounding: Philox4x32-10 (Salmon et al. 2011), a function of seed, step and element. No
+//! Random bits for stochastic rounding: Philox4x32-7 (Salmon et al. 2011), a function of seed, step and element. No
 //! stream exists that somebody could read out of order: whoever owns an element rounds it alike.
 
 use half::bf16;
@@ -11,24 +11,27 @@ pub const GROUP: usize = 2 * LANES;
 /// Elements served at once.
 pub const BLOCK: usize = 1024;
 
-const MULTIPLIERS: [u32; 2] = [0xd251_1f53, 0xcd9e_8d57];
+const MULTIPLIERS: [u64; 2] = [0xd251_1f53, 0xcd9e_8d57];
 const WEYL: [u32; 2] = [0x9e37_79b9, 0xbb67_ae85];
-const ROUNDS: usize = 10;
+/// The fewest that pass every test of its authors.
+const ROUNDS: usize = 7;
 
-type Words = [u32; LANES];
+/// Words of 32 bits in places of 64, whatever stands above them: so that a product needs neither widening nor narrowing.
+type Words = [u64; LANES];
 
-/// Ten rounds over sixteen counters.
+/// All rounds over sixteen counters.
 #[inline(always)]
 fn philox(counters: [Words; 4], key: [u32; 2]) -> [Words; 4] {
     let [mut c0, mut c1, mut c2, mut c3] = counters;
     let [mut k0, mut k1] = key;
     for _ in 0..ROUNDS {
         for l in 0..LANES {
-            let (p0, p1) = (u64::from(c0[l]) * u64::from(MULTIPLIERS[0]), u64::from(c2[l]) * u64::from(MULTIPLIERS[1]));
-            c0[l] = (p1 >> 32) as u32 ^ c1[l] ^ k0;
-            c2[l] = (p0 >> 32) as u32 ^ c3[l] ^ k1;
-            c1[l] = p1 as u32;
-            c3[l] = p0 as u32;
+            let p0 = (c0[l] & 0xffff_ffff) * MULTIPLIERS[0];
+            let p1 = (c2[l] & 0xffff_ffff) * MULTIPLIERS[1];
+            c0[l] = p1 >> 32 ^ c1[l] ^ u64::from(k0);
+            c2[l] = p0 >> 32 ^ c3[l] ^ u64::from(k1);
+            c1[l] = p1;
+            c3[l] = p0;
         }
         (k0, k1) = (k0.wrapping_add(WEYL[0]), k1.wrapping_add(WEYL[1]));
     }
@@ -72,15 +75,14 @@ impl Noise {
             for l in 0..LANES {
                 // A bucket's counters fill 40 bits; its number the rest.
                 let counter = start + l as u64;
-                low[l] = counter as u32;
-                high[l] = (counter >> 32) as u32 | (self.bucket as u32) << 8;
+                low[l] = counter;
+                high[l] = counter >> 32 | (self.bucket as u64) << 8;
             }
-            let step = [[self.step as u32; LANES], [(self.step >> 32) as u32; LANES]];
-            let [a, b, c, d] = philox([low, high, step[0], step[1]], key);
-            first[..LANES].copy_from_slice(&a);
-            second[..LANES].copy_from_slice(&b);
-            first[LANES..].copy_from_slice(&c);
-            second[LANES..].copy_from_slice(&d);
+            let [a, b, c, d] = philox([low, high, [self.step; LANES], [self.step >> 32; LANES]], key);
+            for l in 0..LANES {
+                (first[l], second[l]) = (a[l] as u32, b[l] as u32);
+                (first[LANES + l], second[LANES + l]) = (c[l] as u32, d[l] as u32);
+            }
         }
         range.start - begin * GROUP
     }
@@ -89,23 +91,25 @@ impl Noise {
 /// `value` rounded to one of its two neighbours in bf16, to each as often as it is near: `bits` are sixteen random ones.
 #[inline(always)]
 pub fn round(value: f32, bits: u32) -> bf16 {
-    let exact = value.to_bits();
-    let rounded = exact.wrapping_add(bits & 0xffff) >> 16;
-    bf16::from_bits(if value.is_nan() { 0x7fc0 } else { rounded as u16 })
+    // A NaN of arithmetic has zeros below, so it stays one, as infinity stays infinity.
+    bf16::from_bits((value.to_bits().wrapping_add(bits & 0xffff) >> 16) as u16)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Random123's known answers for philox4x32-10.
+    /// Random123's known answers for philox4x32-7.
     #[test]
     fn known_answers_come_out() {
-        let run = |counter: [u32; 4], key| philox(counter.map(|c| [c; LANES]), key).map(|words| words[3]);
-        assert_eq!(run([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(run([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        let run = |counter: [u32; 4], key| {
+            // What stands above a word does not count.
+            philox(counter.map(|c| [u64::from(c) | 77 << 32; LANES]), key).map(|words| words[3] as u32)
+        };
+        assert_eq!(run([0; 4], [0; 2]), [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]);
+        assert_eq!(run([u32::MAX; 4], [u32::MAX; 2]), [0x5207_ddc2, 0x4516_5e59, 0x4d8e_e751, 0x8c52_f662]);
         let pi = [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344];
-        assert_eq!(run(pi, [0xa409_3822, 0x299f_31d0]), [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
+        assert_eq!(run(pi, [0xa409_3822, 0x299f_31d0]), [0x4dfc_caba, 0x190a_87f0, 0xc473_62ba, 0xb6b5_242a]);
     }
 
     #[test]
