@@ -133,6 +133,14 @@ impl Gpu {
     }
 }
 
+/// Whether a GPU has `bytes` free besides what libtorch's own working memory may take.
+pub fn has_room(device: Device, bytes: u64) -> bool {
+    match device {
+        Device::Cuda(index) => Gpu::describe(index).is_ok_and(|gpu| gpu.free >= bytes + (2 << 30)),
+        _ => false,
+    }
+}
+
 /// Who holds memory of GPUs, as nvidia-smi tells; empty where it tells nothing.
 fn holders() -> String {
     let query = ["--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"];

@@ -105,6 +105,9 @@ impl Engine {
                 _ => wave.pass(model, station, scale, &mut Nowhere)?,
             }
         }
+        if let (true, Some(optimizer)) = (trains, optimizer.as_ref()) {
+            optimizer.reduction.check().map_err(|bad| Fault { index: 0, source: bad.into() })?;
+        }
         Ok(wave.losses().collect())
     }
 

@@ -245,6 +245,9 @@ impl<'l> Loading<'l> {
                 None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
                 Some(saved) => new.load_state(|name, part, range, out| saved.read(name, part, range, out))?,
             }
+            if device::has_room(device, 8 * model.layout().parameters() as u64 + plan.activations) {
+                new.reduction.move_to(device);
+            }
             optimizer = Some(new);
         }
         drop((weights, saved));

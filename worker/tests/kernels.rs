@@ -5,9 +5,10 @@
 
 mod support;
 
-use support::{distance, one_thread, Random};
+use support::{distance, one_thread, Collected, Random};
 use tch::{Device, Kind, Tensor};
-use unisono_configs::model::{Rope, RopeScaling};
+use unisono_configs::model::{Layout, Rope, RopeScaling};
+use unisono_worker::model::Model;
 use unisono_worker::ops::documents::Documents;
 use unisono_worker::ops::heads::{self, Columns, HeadNorm, Heads, NormGradient};
 use unisono_worker::ops::kernels::emulator::Emulated;
@@ -174,6 +175,37 @@ fn heads_and_back() {
                     }
                     results
                 });
+            }
+        }
+    }
+}
+
+/// Documents that lie flat, for FlashAttention, against documents in tiles: by loops, and by the kernels of a GPU.
+#[test]
+fn models_over_documents_that_lie_flat() {
+    one_thread();
+    for (compute, limit) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.03)] {
+        for (name, spec) in support::specs() {
+            let mut model = support::model(&spec, &support::parameters(&spec, 3), compute);
+            let batch = support::batch(spec.vocab, &[40, 3, 64, 65, 1, 20], 0.7, 8);
+            let run = |model: &Model| {
+                let mut leaves = Collected::new(&Layout::new(&spec));
+                (model.forward_backward(&batch, 0.01, &mut leaves).unwrap().sum, leaves)
+            };
+            let (loss, tiles) = run(&model);
+            model.lay_flat(true);
+            let mut ways = vec![run(&model)];
+            // One of them is enough for fibers.
+            if name.starts_with("qwen3 with") {
+                let _emulated = Emulated::begin().unwrap();
+                ways.push(run(&model));
+            }
+            for (flat_loss, flat) in ways {
+                assert!((flat_loss / loss - 1.0).abs() < limit, "{name} in {compute:?}: {loss} and {flat_loss}");
+                for (index, (a, b)) in tiles.buckets.iter().zip(&flat.buckets).enumerate() {
+                    let off = distance(b, a);
+                    assert!(off < limit, "{name} in {compute:?}: bucket {index} is off by {off:.2e}");
+                }
             }
         }
     }

@@ -7,10 +7,19 @@ use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::norm::{self, Addend, Normed};
 use crate::ops::operation::operation;
 use crate::ops::{cross_entropy, matmul, rows};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-/// Rows of logits at a time. Fixed, because it decides how the weight's gradient is added up.
+/// Rows of logits at a time on a processor. Fixed for a kind of device, because it decides how the weight's gradient is
+/// added up.
 pub const CHUNK: usize = 512;
+
+/// On a GPU more: each chunk's gradient of the weight is written and added up, which takes as long as its product.
+fn chunk(device: Device) -> usize {
+    match device {
+        Device::Cpu => CHUNK,
+        _ => 8 * CHUNK,
+    }
+}
 
 /// The head's parameters and their places.
 pub struct Head {
@@ -65,9 +74,10 @@ impl Head {
     /// Sum of the loss, and how many targets are the first choice.
     pub fn evaluate(&self, last: &Last<'_>, targets: &[u32], pool: &Pool) -> Result<(f64, u64), Error> {
         let last = self.norm(last, pool);
+        let chunk = chunk(self.weight.device());
         let (mut loss, mut correct) = (cross_entropy::Loss::default(), 0);
-        for first in (0..last.rows).step_by(CHUNK) {
-            let length = CHUNK.min(last.rows - first);
+        for first in (0..last.rows).step_by(chunk) {
+            let length = chunk.min(last.rows - first);
             let mut logits = self.logits(&last.normed.narrow(0, first as i64, length as i64), pool)?;
             let targets = &targets[first..(first + length).min(targets.len())];
             let (sum, right) = operation("cross-entropy", || cross_entropy::loss_and_correct(&mut logits, targets));
@@ -91,9 +101,9 @@ impl Head {
         let (wide, compute, hidden) = (last.residual.kind(), self.weight.kind(), self.norm.numel());
         let grad_normed = pool.take(compute, &[last.rows, hidden]);
         let mut sum: Option<Buffer> = None;
-        let mut loss = cross_entropy::Loss::default();
-        for first in (0..last.rows).step_by(CHUNK) {
-            let length = CHUNK.min(last.rows - first);
+        let (mut loss, chunk) = (cross_entropy::Loss::default(), chunk(self.weight.device()));
+        for first in (0..last.rows).step_by(chunk) {
+            let length = chunk.min(last.rows - first);
             let normed = last.normed.narrow(0, first as i64, length as i64);
             let mut logits = self.logits(&normed, pool)?;
             let targets = &targets[first..(first + length).min(targets.len())];
@@ -106,7 +116,7 @@ impl Head {
             operation("head gemm", || matmul::product(&grad_logits.tr(), &normed, &part))?;
             sum = Some(match sum {
                 // One chunk is a leaf as it stands; more are added up wide.
-                None if last.rows <= CHUNK => part,
+                None if last.rows <= chunk => part,
                 sum => {
                     let mut sum = sum.unwrap_or_else(|| pool.take_zero(wide, &[part.size()[0] as usize, hidden]));
                     operation("head sum", || rows::accumulate(&mut sum, &part));

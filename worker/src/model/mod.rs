@@ -12,8 +12,8 @@ mod wave;
 pub mod weights;
 
 use crate::ops::buffer::Pool;
-use crate::ops::dispatcher;
 use crate::ops::rotation::Rotation;
+use crate::ops::{dispatcher, flash};
 use crate::optim;
 use parameters::Parameters;
 use std::ops::Range;
@@ -105,6 +105,8 @@ pub struct Model {
     pool: Pool,
     recompute: Recompute,
     rotation: Mutex<Option<Rotation>>,
+    /// Documents lie flat, for FlashAttention, instead of in tiles.
+    flat: bool,
 }
 
 impl Model {
@@ -124,7 +126,8 @@ impl Model {
 
     fn over(spec: ModelSpec, layout: Arc<Layout>, compute: Kind, device: Device, parameters: Parameters) -> Self {
         let (pool, recompute, rotation) = (Pool::new(device), Recompute::default(), Mutex::default());
-        Model { spec, layout, compute, device, parameters, pool, recompute, rotation }
+        let flat = flash::serves(device, compute, spec.head_dim);
+        Model { spec, layout, compute, device, parameters, pool, recompute, rotation, flat }
     }
 
     /// A model for dry runs: no memory stands behind its parameters. None where they exceed every address space.
@@ -175,6 +178,11 @@ impl Model {
     pub fn set_plan(&mut self, level: Recompute, activation_bytes: usize) {
         self.recompute = level;
         self.pool.limit(activation_bytes);
+    }
+
+    /// Documents lie flat, for FlashAttention, or in tiles, for matrix products: in general as the device has it.
+    pub fn lay_flat(&mut self, flat: bool) {
+        self.flat = flat;
     }
 
     /// Bytes of activations and temporaries that a wave of `batches` would take at a level, with their gradient or without.
@@ -245,7 +253,10 @@ impl Model {
     /// not part of the result). What a prompt yields does not depend on the other prompts.
     pub fn generate(&self, prompts: &[Vec<u32>], max_new: usize, ends: &[u32]) -> Result<Vec<(Vec<u32>, bool)>, Error> {
         if self.device != Device::Cpu {
-            return Err(Error::HostOnly("generation"));
+            // Few tokens at a time leave a GPU idle; the host has the parameters too, unless they are sharded.
+            let here = self.parameters.on_host().ok_or(Error::HostOnly("generation with sharded parameters"))?;
+            let model = Model::over(self.spec.clone(), self.layout.clone(), self.compute, Device::Cpu, here);
+            return tch::no_grad(|| model.generate_pass(prompts, max_new, ends));
         }
         tch::no_grad(|| self.generate_pass(prompts, max_new, ends))
     }

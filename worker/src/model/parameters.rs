@@ -46,6 +46,13 @@ impl Parameters {
         Some(Parameters { compute, device: Device::Cpu, present: present?, mirrors: None, own: None })
     }
 
+    /// The same where the host has them all, for computing there.
+    pub fn on_host(&self) -> Option<Self> {
+        let mirrors = self.mirrors.as_ref()?;
+        let present: Option<_> = mirrors.iter().map(|b| b.as_ref().map(|b| Some(b.shallow_clone()))).collect();
+        Some(Parameters { compute: self.compute, device: Device::Cpu, present: present?, mirrors: None, own: None })
+    }
+
     #[cfg(test)]
     pub fn pretend_another_device(&mut self) {
         self.mirrors = Some(self.present.iter().map(|b| b.as_ref().map(Tensor::zeros_like)).collect());

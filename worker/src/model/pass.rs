@@ -8,6 +8,7 @@ use super::saved::Recompute;
 use super::wave::{Fault, Passage, Wave};
 use super::{Batch, Error, Leaves, Model, Nowhere};
 use crate::ops::buffer::Pool;
+use crate::ops::documents::Documents;
 use crate::ops::form::wide;
 use crate::ops::operation::DryRun;
 use crate::ops::rotation::Rotation;
@@ -63,6 +64,14 @@ impl Model {
         found.expect("the first bucket is the embedding").0
     }
 
+    /// The documents of a packed row, as attention is computed here.
+    pub(super) fn documents(&self, starts: &[u32], tokens: usize) -> Documents {
+        match self.flat {
+            true => Documents::flat(starts, tokens, self.device),
+            false => Documents::new(starts, tokens),
+        }
+    }
+
     /// Tables for at least `positions`, kept from one batch to the next.
     pub(super) fn rotation(&self, positions: usize) -> Rotation {
         let mut kept = self.rotation.lock().unwrap_or_else(PoisonError::into_inner);
@@ -84,7 +93,7 @@ impl Model {
         let parameters = Parameters::phantom(&layout, self.compute);
         let parameters = parameters.expect("a model that exists fits an address space");
         let model = Model::over(spec, layout, self.compute, self.device, parameters);
-        let model = Model { pool: Pool::phantom(), recompute: level, ..model };
+        let model = Model { pool: Pool::phantom(), recompute: level, flat: self.flat, ..model };
         model.whole_pass(batches, trains, 1.0, &mut Nowhere)?;
         Ok(model.pool.bytes())
     }

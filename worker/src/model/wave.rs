@@ -136,7 +136,7 @@ enum Flow {
 
 impl Passage {
     pub(super) fn new(model: &Model, tokens: Vec<u32>, starts: &[u32], rows: Vec<u32>, targets: Vec<u32>) -> Self {
-        let documents = Documents::new(starts, tokens.len());
+        let documents = model.documents(starts, tokens.len());
         let rotation = model.rotation(documents.longest.next_multiple_of(LENGTH));
         let (stream, blocks, loss) = (Flow::Start, Vec::new(), cross_entropy::Loss::default());
         Passage { tokens, rows, targets, documents, rotation, stream, blocks, grad: None, loss, correct: 0 }

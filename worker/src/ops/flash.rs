@@ -7,6 +7,11 @@ use super::dispatcher::{self, Value};
 use super::documents::Flat;
 use tch::{Device, Kind, Tensor};
 
+/// Whether attention is computed by FlashAttention: on a GPU, where its kernels take such heads.
+pub fn serves(device: Device, compute: Kind, head_dim: usize) -> bool {
+    device != Device::Cpu && compute == Kind::BFloat16 && head_dim.is_multiple_of(8) && head_dim <= 256
+}
+
 /// What attention is over.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {

@@ -1,7 +1,9 @@
 //! The exact sum: gradients of micro-batches ("leaves") are added as integers, so that neither order, nor ownership, nor
 //! the number of workers can change a bit of the result. A leaf `x` counts as `round_ties_even(x * 2^48)`.
 
+use super::on_device;
 use crate::model::{BadNumber, Leaves};
+use crate::ops::kernels::Kernels;
 use crate::ops::simd::{self, integer, vectorised};
 use crate::ops::view;
 use half::bf16;
@@ -91,12 +93,22 @@ pub fn bound(leaves: usize) -> f64 {
     f64::from(1u32 << 15) / leaves.max(1) as f64
 }
 
-/// Integer accumulators, on the host: of the buckets that are open.
+/// Integer accumulators of the buckets that are open: on the host, or where the model computes.
 #[derive(Debug)]
 pub struct ExactSum {
     layout: Arc<Layout>,
     buckets: Vec<Option<Sums>>,
     bound: f64,
+    away: Option<Away>,
+}
+
+/// Accumulators on a device: leaves need not leave it, and nobody waits for them.
+#[derive(Debug)]
+struct Away {
+    /// Of each bucket the bits of the largest magnitude so far: `[buckets]` i32.
+    peaks: Tensor,
+    /// Of each bucket what it takes its leaves in, while it is closed.
+    memory: Vec<Option<Tensor>>,
 }
 
 /// Accumulators of one bucket.
@@ -127,12 +139,46 @@ impl ExactSum {
     /// No bucket is open.
     pub fn closed(layout: Arc<Layout>, leaves: usize) -> Self {
         let buckets = layout.buckets.iter().map(|_| None).collect();
-        ExactSum { layout, buckets, bound: bound(leaves) }
+        ExactSum { layout, buckets, bound: bound(leaves), away: None }
+    }
+
+    /// From now on leaves are added on `device`, by its kernels. The same bits as on the host.
+    pub fn move_to(&mut self, device: Device) -> Result<(), tch::TchError> {
+        let count = self.layout.buckets.len();
+        let peaks = Tensor::f_zeros([count as i64], (Kind::Int, device))?;
+        let mut memory = Vec::with_capacity(count);
+        for bucket in &self.layout.buckets {
+            memory.push(Some(Tensor::f_zeros([bucket.elements as i64], (Kind::Int64, device))?));
+        }
+        let open: Vec<_> = (0..count).filter(|&bucket| self.is_open(bucket)).collect();
+        self.away = Some(Away { peaks, memory });
+        open.into_iter().for_each(|bucket| self.open(bucket, Tensor::new()));
+        Ok(())
+    }
+
+    /// Whether all leaves so far could be added; waits for the device that adds them. On the host that is known at once.
+    pub fn check(&self) -> Result<(), BadNumber> {
+        let Some(away) = &self.away else { return Ok(()) };
+        let peaks = Vec::<i32>::try_from(&away.peaks).expect("a vector of i32");
+        let _ = away.peaks.shallow_clone().zero_();
+        for (bucket, bits) in self.layout.buckets.iter().zip(peaks) {
+            self.judge(&bucket.name, f64::from(f32::from_bits(bits as u32)))?;
+        }
+        Ok(())
+    }
+
+    /// A NaN fails this comparison too.
+    fn judge(&self, bucket: &str, peak: f64) -> Result<(), BadNumber> {
+        match peak.partial_cmp(&self.bound) {
+            Some(Ordering::Less) => Ok(()),
+            _ => Err(BadNumber { bucket: bucket.to_owned(), value: peak }),
+        }
     }
 
     /// From now on `bucket` takes leaves, in `memory` of at least its length, whatever that holds.
     pub fn open(&mut self, bucket: usize, memory: Tensor) {
         let stale = vec![true; self.layout.buckets[bucket].tensors.len()];
+        let memory = self.away.as_mut().and_then(|away| away.memory[bucket].take()).unwrap_or(memory);
         self.buckets[bucket] = Some(Sums { memory, stale });
     }
 
@@ -140,10 +186,14 @@ impl ExactSum {
         self.buckets[bucket].is_some()
     }
 
-    /// Ends the leaves of `bucket`, if it is open: its sums, in memory that may be longer.
+    /// Ends the leaves of `bucket`, if it is open: its sums on the host, in memory that may be longer.
     pub fn close(&mut self, bucket: usize) -> Option<Tensor> {
         self.settle_bucket(bucket);
-        self.buckets[bucket].take().map(|sums| sums.memory)
+        let memory = self.buckets[bucket].take()?.memory;
+        let Some(away) = &mut self.away else { return Some(memory) };
+        let here = memory.to_device_(Device::Cpu, Kind::Int64, false, true);
+        away.memory[bucket] = Some(memory);
+        Some(here)
     }
 
     /// The sums of an open bucket, once [`ExactSum::settle`] has been called.
@@ -169,7 +219,7 @@ impl ExactSum {
         let Some(Sums { memory, stale }) = &mut self.buckets[bucket] else { return };
         for (slot, stale) in self.layout.buckets[bucket].tensors.iter().zip(stale) {
             if std::mem::take(stale) {
-                view::elements_mut::<i64>(memory)[slot.range()].fill(0);
+                clear(memory, slot.range());
             }
         }
     }
@@ -189,21 +239,39 @@ impl ExactSum {
             if begin >= end {
                 continue;
             }
-            let sums = view::elements_mut::<i64>(memory);
             let fresh = std::mem::take(stale);
             let first = fresh && (begin, end) == (range.start, range.end);
             if fresh && !first {
-                sums[range].fill(0);
+                clear(memory, range);
             }
             let part = part.start + begin - offset..part.start + end - offset;
-            let peak = add_leaf(&mut sums[begin..end], gradient, part, first);
-            // A NaN fails this comparison too.
+            if let Some(away) = &self.away {
+                let sums = memory.narrow(0, begin as i64, (end - begin) as i64);
+                let leaf = gradient.view([-1]).narrow(0, part.start as i64, part.len() as i64);
+                let peak = away.peaks.narrow(0, bucket as i64, 1);
+                on_device::add_leaf(kernels(&sums), &sums, &leaf, first, &peak);
+                continue;
+            }
+            let sums = &mut view::elements_mut::<i64>(memory)[begin..end];
+            let peak = add_leaf(sums, gradient, part, first);
             if !matches!(peak.partial_cmp(&self.bound), Some(Ordering::Less)) {
                 return Err(BadNumber { bucket: self.layout.buckets[bucket].name.clone(), value: peak });
             }
         }
         Ok(())
     }
+}
+
+/// Zeroes part of the accumulators.
+fn clear(memory: &mut Tensor, range: Range<usize>) {
+    match memory.device() {
+        Device::Cpu => view::elements_mut::<i64>(memory)[range].fill(0),
+        _ => drop(memory.narrow(0, range.start as i64, range.len() as i64).zero_()),
+    }
+}
+
+fn kernels(sums: &Tensor) -> Kernels {
+    Kernels::on(sums).expect("sums are on a device only where it has kernels")
 }
 
 /// The leaf in host memory, where the sums are.
@@ -231,14 +299,43 @@ fn add_leaf(sums: &mut [i64], gradient: &Tensor, part: Range<usize>, first: bool
     }
 }
 
+impl ExactSum {
+    /// Rows lie within one tensor of the bucket.
+    fn add_rows_away(
+        &mut self,
+        bucket: usize,
+        offset: usize,
+        rows: &[u32],
+        gradient: &Tensor,
+    ) -> Result<(), BadNumber> {
+        let Sums { memory, stale } = self.buckets[bucket].as_mut().expect("open before its leaves come");
+        let slots = self.layout.buckets[bucket].tensors.iter().zip(stale);
+        let (slot, stale) =
+            slots.into_iter().find(|(slot, _)| slot.range().contains(&offset)).expect("a matrix is there");
+        if std::mem::take(stale) {
+            clear(memory, slot.range());
+        }
+        let sums = memory.narrow(0, offset as i64, (slot.range().end - offset) as i64);
+        let peaks = &self.away.as_ref().expect("looked at before").peaks;
+        on_device::add_rows(kernels(&sums), &sums, rows, gradient, &peaks.narrow(0, bucket as i64, 1));
+        Ok(())
+    }
+}
+
 impl Leaves for ExactSum {
     fn dense(&mut self, bucket: usize, offset: usize, gradient: &Tensor) -> Result<(), BadNumber> {
-        self.add(bucket, offset, &on_host(gradient), 0..gradient.numel())
+        match self.away {
+            Some(_) => self.add(bucket, offset, gradient, 0..gradient.numel()),
+            None => self.add(bucket, offset, &on_host(gradient), 0..gradient.numel()),
+        }
     }
 
     fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber> {
         if rows.is_empty() {
             return Ok(());
+        }
+        if self.away.is_some() {
+            return self.add_rows_away(bucket, offset, rows, gradient);
         }
         let (gradient, width) = (&on_host(gradient), gradient.numel() / rows.len());
         rows.iter().enumerate().try_for_each(|(i, &row)| {

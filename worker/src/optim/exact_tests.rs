@@ -183,3 +183,37 @@ fn the_first_leaf_of_a_step_replaces_what_the_last_step_left() {
         }
     }
 }
+
+/// Leaves of all kinds, dense and by rows, over two steps; then a bad one. Kernels run on this processor.
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn sums_on_a_device_are_those_of_the_host() {
+    let _emulated = crate::ops::kernels::emulator::Emulated::begin().unwrap();
+    let slot = |name: &str, offset, n| TensorSlot { name: name.into(), shape: vec![n], offset };
+    let tensors = vec![slot("a", 0, 30), slot("b", 30, 7), slot("c", 37, 4)];
+    let layout = Arc::new(Layout { buckets: vec![Bucket { name: "block.0".into(), tensors, elements: 41 }] });
+    let values = |n: i64| Tensor::arange(n, (Kind::Float, Device::Cpu)).sin() * 0.01;
+    let step = |sums: &mut ExactSum, step: i64| {
+        sums.dense(0, 0, &values(37).to_kind(Kind::BFloat16)).unwrap();
+        sums.dense(0, 5, &(values(20) * step)).unwrap();
+        sums.rows(0, 0, &[0, 2, 9], &(values(9).view([3, 3]) * 3.0)).unwrap();
+        sums.check().unwrap();
+        let totals = sums.close(0).unwrap();
+        let found = view::elements::<i64>(&totals).to_vec();
+        sums.open(0, totals);
+        found
+    };
+    let (mut here, mut away) = (ExactSum::new(layout.clone(), 4), ExactSum::new(layout, 4));
+    away.move_to(Device::Cpu).unwrap();
+    for number in 1..=2 {
+        let expected = step(&mut here, number);
+        assert_eq!(step(&mut away, number), expected);
+        assert!(expected[..37].iter().any(|&q| q != 0) && expected[37..] == [0; 4]);
+    }
+    away.dense(0, 0, &Tensor::from_slice(&[1.0f32, f32::NAN])).unwrap();
+    assert!(away.check().unwrap_err().value.is_nan());
+    away.check().unwrap();
+    let large = Tensor::from_slice(&[bound(4) as f32; 3]).view([1, 3]);
+    away.rows(0, 0, &[1], &large).unwrap();
+    assert_eq!(away.check().unwrap_err().bucket, "block.0");
+}

@@ -19,7 +19,7 @@ use half::bf16;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
-use tch::Tensor;
+use tch::{Device, Tensor};
 use unisono_configs::model::Layout;
 
 /// What is sharded beside the optimizer's state (Rajbhandari et al. 2020). No stage changes a bit.
@@ -118,6 +118,22 @@ impl Reduction {
         };
         let partials = vec![Vec::new(); shard.buckets()];
         Reduction { layout, shard, form, stage, sums, free, gradients, travelling: VecDeque::new(), partials }
+    }
+
+    /// Leaves of all waves are added on `device`, where the accumulators are those of the whole model and fit there; else all
+    /// stays on the host. No bit depends on it.
+    pub fn move_to(&mut self, device: Device) {
+        if self.stage != Stage::One || cfg!(feature = "float-sum") {
+            return;
+        }
+        if let Err(error) = self.sums.move_to(device) {
+            tracing::warn!(%error, "gradient sums stay on the host");
+        }
+    }
+
+    /// Whether all leaves so far could be added.
+    pub fn check(&self) -> Result<(), BadNumber> {
+        self.sums.check()
     }
 
     pub fn stage(&self) -> Stage {
