@@ -348,6 +348,9 @@ pub struct Cluster {
     /// Seconds without a sign of life after which a worker is lost: a stopped process, a dead machine. At least twice
     /// cluster.heartbeat; more for a network or a machine that stalls.
     pub lease: f64,
+    /// Seconds without progress after which a worker hangs whose signs of life go on, if that is also ten times what the phase
+    /// takes as a rule: it is named and replaced. Phases of which nothing is known yet have an hour.
+    pub hang_after: f64,
     /// Seconds that a run waits for somebody in a lost worker's place; then it goes on with fewer. A worker tries as long
     /// to reach a coordinator that it has lost.
     pub rejoin_timeout: f64,
@@ -367,6 +370,7 @@ impl Default for Cluster {
             peer_timeout: 60.0,
             heartbeat: 0.25,
             lease: 1.5,
+            hang_after: 5.0,
             rejoin_timeout: 60.0,
             restarts: 3,
         }

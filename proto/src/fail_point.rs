@@ -1,7 +1,7 @@
 //! Places at which a test can make a process die. Builds without debug assertions have none.
 //!
-//! A test names a directory in `UNISONO_FAIL_POINTS` and puts an empty file there that is called like a place: the first
-//! process that comes there takes the file away and aborts.
+//! A test names a directory in `UNISONO_FAIL_POINTS` and puts a file there that is called like a place: the first process
+//! that comes there takes the file away and aborts; or, where the file says "hang", never goes on.
 
 /// This place is reached.
 #[cfg(debug_assertions)]
@@ -10,8 +10,13 @@ pub fn reached(place: &str) {
     use std::sync::OnceLock;
     static DIRECTORY: OnceLock<Option<PathBuf>> = OnceLock::new();
     let directory = DIRECTORY.get_or_init(|| std::env::var_os("UNISONO_FAIL_POINTS").map(PathBuf::from));
-    if directory.as_ref().is_some_and(|directory| std::fs::remove_file(directory.join(place)).is_ok()) {
-        std::process::abort();
+    let Some(file) = directory.as_ref().map(|directory| directory.join(place)) else { return };
+    let hangs = std::fs::read(&file).is_ok_and(|said| said == b"hang");
+    if std::fs::remove_file(&file).is_ok() {
+        match hangs {
+            true => std::thread::sleep(std::time::Duration::from_secs(86_400)),
+            false => std::process::abort(),
+        }
     }
 }
 

@@ -197,6 +197,7 @@ impl Life {
                             self.say(Body::Heartbeat(Heartbeat {
                                 phase: Phase::Forward.into(),
                                 step: Some(step.step),
+                                ..Heartbeat::default()
                             }))
                             .await;
                             if self.worker.dies_in == Some(step.step) {

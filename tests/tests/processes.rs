@@ -75,6 +75,19 @@ fn a_killed_worker_and_a_killed_coordinator_are_replaced() {
 }
 
 #[test]
+fn a_coordinator_that_dies_when_it_has_just_made_the_directory_is_replaced() {
+    let (dir, tiny) = (tempfile::tempdir().unwrap(), fixture::tiny());
+    let armed = tempfile::tempdir().unwrap();
+    std::fs::write(armed.path().join("run-dir"), "").unwrap();
+    let run = |dir| Train::new(&tiny.model, &tiny.data, dir).workers(1).set("train.steps", 2);
+    let train = run(dir.path()).env("UNISONO_FAIL_POINTS", armed.path());
+    let run_dir = train.run_dir().to_path_buf();
+    let ended = train.succeed();
+    assert!(!armed.path().join("run-dir").exists(), "nobody came there");
+    assert_eq!((ended.events("done").len(), ended.run_dir), (1, run_dir));
+}
+
+#[test]
 fn a_killed_supervisor_leaves_no_process() {
     let dir = tempfile::tempdir().unwrap();
     let live = under_way(dir.path());

@@ -8,7 +8,7 @@ use crate::model::Batch;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{mpsc as plain, Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tasks::{attend, beat, fetch, lock, Shared};
 use tokio::sync::{mpsc, Semaphore};
 use tonic::transport::Channel;
@@ -18,8 +18,8 @@ use unisono_proto::get_u32s;
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
 use unisono_proto::v1::{
-    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Go, Join, MicroBatch, Phase, Suite,
-    WorkerMessage,
+    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Go, Heartbeat, Join, MicroBatch, Phase,
+    Suite, WorkerMessage,
 };
 
 /// Micro-batches asked for ahead of the one under way.
@@ -71,17 +71,52 @@ fn place(failure: &Failure) -> String {
 }
 
 /// What the worker is doing now: written by the compute thread, told by the heartbeat and by errors.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Progress {
     phase: AtomicI32,
     /// 0 outside of steps.
     step: AtomicU64,
+    began: Instant,
+    /// Microseconds from `began` to when the compute thread got on last.
+    marked: AtomicU64,
+    /// It waits for the coordinator.
+    waits: AtomicBool,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        let (phase, step, marked, waits) = Default::default();
+        Progress { phase, step, began: Instant::now(), marked, waits }
+    }
 }
 
 impl Progress {
     pub fn enter(&self, phase: Phase) {
         self.phase.store(phase as i32, Ordering::Relaxed);
+        self.mark();
         fail_point::reached(phase.word());
+    }
+
+    /// The compute thread gets on.
+    pub fn mark(&self) {
+        self.marked.store(self.began.elapsed().as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// What `wait` waits for comes from the coordinator: as long as it does not come, nobody here hangs.
+    pub fn waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.waits.store(true, Ordering::Relaxed);
+        let outcome = wait();
+        self.mark();
+        self.waits.store(false, Ordering::Relaxed);
+        outcome
+    }
+
+    /// What a heartbeat tells.
+    pub fn heartbeat(&self) -> Heartbeat {
+        let marked = Duration::from_micros(self.marked.load(Ordering::Relaxed));
+        let seconds = self.began.elapsed().saturating_sub(marked).as_secs_f64();
+        let waits = self.waits.load(Ordering::Relaxed);
+        Heartbeat { phase: self.phase() as i32, step: self.step(), seconds, waits }
     }
 
     pub fn set_step(&self, step: Option<u64>) {
@@ -294,7 +329,7 @@ impl Link {
                     return Ok(kept.pop_front().expect("looked at above"));
                 }
             }
-            match self.wait(&self.incoming)? {
+            match self.progress().waiting(|| self.wait(&self.incoming))? {
                 FromCoordinator::Directive(directive) => kept.push_back(directive),
                 FromCoordinator::Proceed(proceed) => {
                     kept.retain(|directive| directive.id <= proceed.last);
@@ -313,7 +348,7 @@ impl Link {
             if let Some(batch) = early.remove(&order(key)) {
                 break batch;
             }
-            let batch = self.wait(&self.batches)?;
+            let batch = self.progress().waiting(|| self.wait(&self.batches))?;
             let named = batch.key.ok_or_else(|| Error::Protocol("sent a micro-batch without key".into()))?;
             early.insert(order(&named), batch);
         };

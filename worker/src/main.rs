@@ -5,7 +5,7 @@ use std::net::UdpSocket;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use unisono_proto::dial::Token;
@@ -23,6 +23,12 @@ const BAD_INPUT: u8 = 2;
 const RUN_FAILED: u8 = 3;
 /// How long the compute thread may take to notice that the link ended.
 const GRACE: Duration = Duration::from_secs(1);
+
+/// How long it may take to come back from computing when it is to join again: then it hangs, and whoever started this
+/// process may start another.
+const HUNG: Duration = Duration::from_secs(120);
+/// Generations that this process has left.
+static ROUNDS: AtomicU64 = AtomicU64::new(0);
 
 /// Computes micro-batches for a Unisono coordinator and owns a shard of the optimizer state.
 #[derive(Parser)]
@@ -244,6 +250,7 @@ fn join(address: &str, listen: Option<String>) -> ExitCode {
             }
             None => (known, join.again) = (link.known(), true),
         }
+        ROUNDS.fetch_add(1, Ordering::SeqCst);
         link.close();
         join.held = held.held();
         link = match rejoin(address, &token, &join, known, standing.patience) {
@@ -347,12 +354,13 @@ fn code(error: &link::Error) -> u8 {
 /// Called from the link's thread when it ends: the compute thread usually notices by itself; if it computes for longer,
 /// the process ends under it, unless it is to join again.
 fn leave_soon(error: &link::Error, rank: Option<u32>) {
-    if error.rejoins() {
-        return;
-    }
-    let (code, sentence) = (code(error), error.to_string());
+    let (code, sentence, rejoins) = (code(error), error.to_string(), error.rejoins());
+    let round = ROUNDS.load(Ordering::SeqCst);
     std::thread::spawn(move || {
-        std::thread::sleep(GRACE);
+        std::thread::sleep(if rejoins { HUNG } else { GRACE });
+        if rejoins && ROUNDS.load(Ordering::SeqCst) != round {
+            return;
+        }
         complain(&at(rank, None, None, &sentence), code);
         lifeline::leave(i32::from(code));
     });

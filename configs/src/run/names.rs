@@ -69,6 +69,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "peer_timeout",
             "heartbeat",
             "lease",
+            "hang_after",
             "rejoin_timeout",
             "restarts",
         ],

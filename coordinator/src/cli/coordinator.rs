@@ -25,6 +25,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use unisono_configs::model::Layout;
 use unisono_configs::run::RunConfig;
+use unisono_proto::fail_point;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -55,6 +56,9 @@ pub struct Args {
     /// One JSON object per event on standard output
     #[arg(long)]
     json: bool,
+    /// Take --run-dir over from a coordinator that died before its run began
+    #[arg(long, hide = true)]
+    adopt: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -67,7 +71,8 @@ pub fn run(args: Args) -> Result<()> {
         None => args.config.load()?,
     };
     // Said before the data is read, which may take minutes; making the directory is what decides.
-    if resumed.is_none() {
+    let adopted = args.run_dir.as_deref().filter(|path| args.adopt && run_dir::is_unborn(path));
+    if resumed.is_none() && adopted.is_none() {
         args.run_dir.as_deref().map_or(Ok(()), run_dir::refuse_existing)?;
     }
     // A run that goes on does so without its copies too: a store that is away for a while ends nothing.
@@ -107,7 +112,12 @@ pub fn run(args: Args) -> Result<()> {
                 Some(url) => courier::claim(url, run_dir).map_err(Error::bad_input),
                 None => Ok(true),
             };
-            let run_dir = run_dir::create(args.run_dir.as_deref(), &args.config.name(), &free)?;
+            let run_dir = match adopted {
+                // Where its copies go, whoever made it has claimed already, or nobody has.
+                Some(path) => free(path).map(|_| path.to_path_buf())?,
+                None => run_dir::create(args.run_dir.as_deref(), &args.config.name(), &free)?,
+            };
+            fail_point::reached("run-dir");
             run_dir::record(&run_dir, &config)?;
             let ledger = Ledger::open(&run_dir).inspect_err(|_| run_dir::withdraw(&run_dir));
             (run_dir, work, Resumption { ledger: ledger.map_err(Error::bad_input)?, recorded: Recorded::default() })

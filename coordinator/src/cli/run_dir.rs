@@ -1,6 +1,7 @@
 //! Where a run lives: `runs/<name>-<nnn>`, or the directory of `--run-dir`.
 
 use super::{Error, Result};
+use crate::serve::ledger::{Reader, LEDGER};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,14 @@ pub fn refuse_existing(path: &Path) -> Result<()> {
         Ok(_) => Err(exists(path)),
         Err(_) => Ok(()),
     }
+}
+
+/// Whether the directory is there and no run has begun in it: its ledger says nothing.
+pub fn is_unborn(path: &Path) -> bool {
+    let ledger = path.join(LEDGER);
+    let is_silent =
+        || Reader::open(&ledger).and_then(|reader| reader.after(0, 1)).is_ok_and(|events| events.is_empty());
+    path.is_dir() && (!ledger.exists() || is_silent())
 }
 
 /// Removes the directory of a run that was refused when its workers looked at the model, before it had a checkpoint.

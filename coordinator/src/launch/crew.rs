@@ -225,6 +225,10 @@ impl Crew {
         if ripe(&self.coordinators) {
             let arguments: Vec<OsString> = match &self.run_dir {
                 Some(run) => [self.launch.again.clone(), vec!["--resume".into(), run.into()]].concat(),
+                // The one before may have died when it had just made the run's directory.
+                None if self.launch.arguments.first().is_some_and(|first| first == "coordinator") => {
+                    [self.launch.arguments.clone(), vec!["--adopt".into()]].concat()
+                }
                 None => self.launch.arguments.clone(),
             };
             self.coordinator = coordinate(&self.launch, &arguments, &self.listener, &self.lifeline, &self.sender)?;

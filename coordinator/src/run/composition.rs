@@ -2,6 +2,7 @@
 //! is a function of the plan, so it can be told at any time and of any part.
 
 use super::assign::assign;
+use super::pace::FULL;
 use super::plan::Plan;
 use unisono_configs::run::Assignment;
 
@@ -42,8 +43,8 @@ impl Composition {
             tokens += dealt.tokens;
             capacity += dealt.micro_batches.len() as u64 * u64::from(plan.max_tokens());
             let costs: Vec<u64> = dealt.micro_batches.iter().map(|m| m.cost).collect();
-            let mut ranks = vec![0u64; world.max(1) as usize];
-            for (rank, share) in ranks.iter_mut().zip(assign(assignment, &costs, world.max(1), step, seed)) {
+            let (speeds, mut ranks) = (vec![FULL; world.max(1) as usize], vec![0u64; world.max(1) as usize]);
+            for (rank, share) in ranks.iter_mut().zip(assign(assignment, &costs, &speeds, step, seed)) {
                 *rank += share.iter().map(|&m| costs[m as usize]).sum::<u64>();
             }
             dearest += ranks.iter().copied().max().unwrap_or(0) as f64;

@@ -2,6 +2,7 @@
 
 use super::event::{Connection, Effect};
 use super::machine::Machine;
+use super::pace::Straggler;
 use super::phases::Phase;
 use super::program::{Item, Program};
 use super::spike::Spike;
@@ -79,6 +80,10 @@ impl Machine {
             effects.extend(self.lost(now, rank, &format!("it has been silent for {silent:.1} s")));
             return effects;
         }
+        if let Some((rank, how)) = self.hanging() {
+            effects.extend(self.lost(now, rank, &how));
+            return effects;
+        }
         match self.complaint.clone() {
             Some((since, rank, failure)) if now - since > COMPLAINT_WAITS => {
                 effects.extend(self.regroup(now, rank, failure));
@@ -119,6 +124,17 @@ impl Machine {
             "the loss of step {step}, {loss:.4}, is above {limit:.4} where the steps before it have a median of {median:.4} (gradient norm {grad_norm:.3}); if that stays so, lower train.learning_rate. Highest is micro-batch {worst}{rows}"
         );
         Effect::Append(Entry::Warning(Warning { kind: "loss-spike".into(), step: Some(step), message }))
+    }
+
+    /// A rank that all others wait for: it is named, and gets less to compute.
+    pub(super) fn warn_of_straggler(&self, step: u64, straggler: Straggler) -> Effect {
+        let Straggler { rank, ratio, cause } = straggler;
+        let host = &self.roster.workers()[rank].join.host;
+        let message = format!(
+            "rank {rank} on {host} takes {ratio:.1} times as long for a token as the others, {}; as long as that is so, it is dealt fewer micro-batches where there are enough of them, and the result stays the same",
+            cause.words()
+        );
+        Effect::Append(Entry::Warning(Warning { kind: "straggler".into(), step: Some(step), message }))
     }
 
     fn lost(&mut self, now: f64, rank: usize, how: &str) -> Vec<Effect> {

@@ -2,12 +2,14 @@
 
 use super::event::{Connection, Effect, Refusal};
 use super::machine::Machine;
+use super::pace::Pace;
 use super::phases::Phase;
 use crate::checkpoint::manifest;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
+use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{self as wire, Assign, CheckpointSource, Go, Join, Membership, Ready};
 
 /// A generation that is over, while the next one gathers.
@@ -68,6 +70,7 @@ impl Machine {
         self.standard = self.standard.take().or(first);
         self.roster.arrange(&self.ranks);
         self.ranks = self.roster.workers().iter().map(|w| w.join.listen.clone()).collect();
+        self.pace = Pace::new(self.roster.len());
         let held = self.held_step();
         self.rewind(held);
         let membership = Membership {
@@ -118,6 +121,7 @@ impl Machine {
         worker.ready = true;
         worker.memory = ready.memory.unwrap_or_default();
         worker.snapshots = ready.snapshots;
+        self.durations.note(&Report::Ready(ready), &self.roster.workers()[rank].heartbeat);
         let mut effects = vec![self.memory(rank)];
         if self.roster.workers().iter().all(|w| w.ready) {
             self.phase = Phase::Running;

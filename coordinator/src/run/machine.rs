@@ -7,7 +7,9 @@
 
 use super::event::{Connection, Effect, Event, Outcome, Refusal};
 use super::gathering::Regrouping;
+use super::hang::Durations;
 use super::outstanding::{generate_of, name, step_of, Outstanding};
+use super::pace::Pace;
 use super::phases::Phase;
 use super::program::{Agenda, Item, Program};
 use super::recorded::Recorded;
@@ -63,6 +65,8 @@ pub struct Settings {
     /// Seconds in which a run that is asked to stop saves and ends.
     pub grace: f64,
     pub snapshots: Snapshotting,
+    /// Seconds that every phase may take.
+    pub hang_after: f64,
 }
 
 /// Names the rows of a micro-batch, for people: a pure function of the data.
@@ -105,6 +109,8 @@ pub struct Machine {
     pub(super) started: f64,
     pub(super) saves: Saves,
     pub(super) kept: Kept,
+    pub(super) durations: Durations,
+    pub(super) pace: Pace,
     pub(super) stopping: Option<Stopping>,
     pub(super) spikes: Spikes,
     /// Since when, which rank, and what it said.
@@ -139,6 +145,8 @@ impl Machine {
             started: 0.0,
             saves: Saves::new(committed),
             kept: Kept::default(),
+            durations: Durations::default(),
+            pace: Pace::default(),
             stopping: None,
             spikes,
             complaint: None,
@@ -245,9 +253,9 @@ impl Machine {
         let mut effects = Vec::new();
         while self.phase == Phase::Running && self.queue.len() < LOOKAHEAD {
             let Some(item) = self.next_item(now) else { break };
-            let world = self.roster.len() as u32;
+            let world = self.roster.len();
             let Settings { assignment, seed, .. } = self.settings;
-            let mut instruction = self.program.directive(item, world, assignment, seed);
+            let mut instruction = self.program.directive(item, &self.pace.speeds(), assignment, seed);
             if let Task::Checkpoint(checkpoint) = &mut instruction.body {
                 let step = checkpoint.step;
                 checkpoint.path = manifest::directory(&self.settings.run_dir, step).display().to_string();
@@ -255,7 +263,7 @@ impl Machine {
             }
             let id = self.next_id;
             self.next_id += 1;
-            self.queue.push_back(Outstanding::new(id, item, instruction.expected.clone(), world as usize));
+            self.queue.push_back(Outstanding::new(id, item, instruction.expected.clone(), world));
             for (worker, body) in self.roster.workers().iter().zip(instruction.bodies()) {
                 effects.push(self.send(worker.connection, Order::Directive(Directive { id, body: Some(body) })));
             }
@@ -279,6 +287,7 @@ impl Machine {
             let memory = step.memory;
             self.roster.get_mut(rank).memory = memory.unwrap_or(self.roster.workers()[rank].memory);
         }
+        self.durations.note(&report, &self.roster.workers()[rank].heartbeat);
         let drained = matches!(report, Report::Drained(_));
         due.answer(rank, report);
         let worker = self.roster.get_mut(rank);
@@ -312,6 +321,7 @@ impl Machine {
             Item::Step(step) => {
                 let reports: Vec<_> = answers().filter_map(step_of).collect();
                 let totals = settle::step(&settled.expected, &reports)?;
+                let rank_tokens = totals.rank_tokens.clone();
                 let entry = StepCommitted {
                     step,
                     loss: totals.loss,
@@ -331,6 +341,9 @@ impl Machine {
                 let warning = spike.map(|spike| self.warn_of_spike(&entry, spike, totals.worst));
                 let append = (!known).then(|| self.new_entry(Entry::Step(entry)));
                 let mut effects: Vec<Effect> = append.into_iter().chain(warning).collect();
+                let seconds = reports.iter().map(|report| report.seconds.unwrap_or_default());
+                let slow = self.pace.note(seconds.zip(rank_tokens));
+                effects.extend(slow.into_iter().map(|straggler| self.warn_of_straggler(step, straggler)));
                 effects.extend(self.broadcast(Order::Acknowledge(Acknowledge { step })));
                 Ok(effects)
             }

@@ -31,7 +31,7 @@ proptest! {
                 0..=7 => { world.say(from); }
                 8 => world.commit(),
                 9 => {
-                    let heartbeat = Heartbeat { phase: Place::Forward.into(), step: Some(1) };
+                    let heartbeat = Heartbeat { phase: Place::Forward.into(), step: Some(1), ..Heartbeat::default() };
                     for (&from, worker) in &world.workers {
                         let message = WorkerMessage { epoch: worker.epoch, body: Some(Report::Heartbeat(heartbeat)) };
                         // Refused after the end.

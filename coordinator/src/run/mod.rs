@@ -10,10 +10,12 @@ pub mod deal;
 pub mod event;
 mod faults;
 mod gathering;
+mod hang;
 pub mod machine;
 #[cfg(test)]
 mod machine_tests;
 mod outstanding;
+pub mod pace;
 pub mod phases;
 pub mod plan;
 pub mod program;

@@ -115,15 +115,15 @@ impl Program {
         }
     }
 
-    /// The directive for `item` in a world of `world`, each rank's share in it, and what must come back. A checkpoint's path and
+    /// The directive for `item` to ranks of these `speeds`, each one's share in it, and what must come back. A checkpoint's path and
     /// attempt are for the caller to fill in.
-    pub fn directive(&self, item: Item, world: u32, assignment: Assignment, seed: u64) -> Instruction {
+    pub fn directive(&self, item: Item, speeds: &[u32], assignment: Assignment, seed: u64) -> Instruction {
         match item {
             Item::Step(step) => {
                 let Program::Train(training) = self else { unreachable!("only a training program has steps") };
                 let dealt = training.plan.dealt(step);
                 let costs: Vec<u64> = dealt.micro_batches.iter().map(|m| m.cost).collect();
-                let shares = assign(assignment, &costs, world, step, seed);
+                let shares = assign(assignment, &costs, speeds, step, seed);
                 let expected = Expected::of_step(&dealt, &shares, training.rate.at(step));
                 let (learning_rate, target_tokens) = (expected.learning_rate, dealt.target_tokens);
                 let body = Body::Step(Step { step, learning_rate, target_tokens, ..Step::default() });
@@ -131,7 +131,7 @@ impl Program {
             }
             Item::Evaluate { suite, step } => {
                 let units = self.units(suite);
-                let shares = assign(assignment, &units.costs(), world, step, seed);
+                let shares = assign(assignment, &units.costs(), speeds, step, seed);
                 let expected = Expected::of_units(units, &shares);
                 let body = Body::Evaluate(Evaluate { suite: suite.into(), ..Evaluate::default() });
                 Instruction { body, shares, expected }
@@ -140,7 +140,7 @@ impl Program {
                 let Program::Generate { units, max_new_tokens, end_tokens } = self else {
                     unreachable!("only a generating program has prompts")
                 };
-                let shares = assign(assignment, &units.costs(), world, 0, seed);
+                let shares = assign(assignment, &units.costs(), speeds, 0, seed);
                 let mut expected = Expected::of_units(units, &shares);
                 expected.prompts = units.as_slice().iter().map(|u| u.work.rows.len()).collect();
                 let (max_new_tokens, end_tokens) = (*max_new_tokens, end_tokens.clone());

@@ -64,7 +64,7 @@ impl Roster {
             connection: from,
             join,
             heard: now,
-            heartbeat: Heartbeat { phase: Phase::Join.into(), step: None },
+            heartbeat: Heartbeat { phase: Phase::Join.into(), ..Heartbeat::default() },
             ready: false,
             snapshots: false,
             drained: false,

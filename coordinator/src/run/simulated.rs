@@ -71,6 +71,7 @@ pub(super) fn settings(world: u32, assignment: Assignment) -> Settings {
         spike: Default::default(),
         rows: Rows(Arc::new(|key| vec![format!("row {}", key.micro_batch)])),
         grace: 10.0,
+        hang_after: 5.0,
         snapshots: Snapshotting { every: 0, layout: Arc::new(layout()), timeline: [1; 32] },
     }
 }

@@ -94,6 +94,7 @@ pub async fn serve(
             Arc::new(move |key| work.name_rows(key))
         }),
         grace: setup.config.checkpoint.grace,
+        hang_after: setup.config.cluster.hang_after,
         snapshots: Snapshotting {
             every: setup.config.checkpoint.snapshot_every,
             layout: Arc::new(layout.clone()),

@@ -13,8 +13,7 @@ use unisono_proto::dial::{self, Token};
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
 use unisono_proto::v1::{
-    directive, BatchKey, BatchRequest, CoordinatorMessage, Directive, Epoch, Halted, Heartbeat, MicroBatch,
-    WorkerMessage,
+    directive, BatchKey, BatchRequest, CoordinatorMessage, Directive, Epoch, Halted, MicroBatch, WorkerMessage,
 };
 
 /// Nobody panics while holding one of the link's locks in a way that matters.
@@ -103,7 +102,7 @@ fn status(status: &Status) -> Error {
 pub(super) async fn beat(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(Duration::from_millis(shared.heartbeat.load(Ordering::Relaxed))).await;
-        let heartbeat = Heartbeat { phase: shared.progress.phase() as i32, step: shared.progress.step() };
+        let heartbeat = shared.progress.heartbeat();
         // A full channel means that other messages are under way: those are signs of life too.
         // The lock keeps a heartbeat from following the last message.
         match &*lock(&shared.outgoing) {
