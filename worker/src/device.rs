@@ -22,6 +22,8 @@ pub enum Error {
     OldDriver(i32),
     #[error("cluster.device = \"cuda\", but CUDA finds no usable GPU{hidden}; see that nvidia-smi lists one, or set cluster.device = \"cpu\"", hidden = hidden())]
     NoGpu,
+    #[error("GPU {index} cannot be used ({reason}); see that nvidia-smi shows it well and that no other process has it for itself, or set cluster.device = \"cpu\"")]
+    Unusable { index: usize, reason: String },
     #[error("GPU {index} ({name}) is of compute capability {major}.{minor}, and bf16 needs 8.0 or newer (Ampere): use another GPU, or set cluster.device = \"cpu\"")]
     OldGpu { index: usize, name: String, major: i32, minor: i32 },
     #[error("GPU {index} has {free} of {total} free{holders}: end what holds it, or choose another GPU with CUDA_VISIBLE_DEVICES", free = Bytes(*.free), total = Bytes(*.total))]
@@ -76,13 +78,14 @@ fn open_gpu(local: usize) -> Result<Device, Error> {
     if local as i64 >= count {
         tracing::warn!(local, count, "workers share a GPU");
     }
-    let gpu = Gpu::describe(index).map_err(|_| Error::NoGpu)?;
+    let gpu = Gpu::describe(index).map_err(|reason| Error::Unusable { index, reason: reason.to_string() })?;
     if gpu.major < 8 {
         let Gpu { name, major, minor, .. } = gpu;
         return Err(Error::OldGpu { index, name, major, minor });
     }
-    // libtorch's own context takes about half of this.
-    if gpu.free < 1 << 30 {
+    // libtorch's own context takes about half of this. A worker that comes again holds what it needs already, kept for the
+    // next tensors.
+    if gpu.free < 1 << 30 && !kernels::is_loaded(index) {
         return Err(Error::Full { index, free: gpu.free, total: gpu.total, holders: holders() });
     }
     switches::make_deterministic()?;

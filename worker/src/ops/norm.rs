@@ -107,9 +107,11 @@ fn forward_kernel(
 ) {
     let (rows, width) = (out.rstd.numel(), weight.numel());
     let (add, bias) = (addend.map(|a| a.output), addend.and_then(|a| a.bias));
-    let together = pack(4, width, &[input, weight, out.output]);
-    let name = format!("norm_forward_{}_{together}", word(weight.kind()));
     let residual = out.residual.map(|r| &*r);
+    let read: Vec<&Tensor> =
+        [Some(input), Some(weight), Some(&*out.output), add, residual].into_iter().flatten().collect();
+    let together = pack(4, width, &read);
+    let name = format!("norm_forward_{}_{together}", word(weight.kind()));
     kernels.launch(
         &name,
         blocks(rows, 256).sharing(width),

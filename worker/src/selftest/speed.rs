@@ -38,7 +38,7 @@ fn work(spec: &ModelSpec, document: usize, share: f64) -> f64 {
 }
 
 /// The rate of large square matrix products, in operations per second.
-fn matmul_peak(kind: Kind, device: Device) -> f64 {
+fn matmul_peak(kind: Kind, device: Device) -> Result<f64, tch::TchError> {
     let n = if device == Device::Cpu { 512 } else { 8192 };
     // Zeros would make a GPU draw less power, and run faster, than real numbers do.
     let [a, b] = [1, 2].map(|_| Tensor::randn([n, n], (Kind::Float, device)).to_kind(kind));
@@ -46,12 +46,12 @@ fn matmul_peak(kind: Kind, device: Device) -> f64 {
     let run = |times: i64| {
         synchronise(device);
         let begun = Instant::now();
-        (0..times).for_each(|_| drop(a.f_mm_out(&out, &b)));
+        (0..times).try_for_each(|_| a.f_mm_out(&out, &b).map(drop))?;
         synchronise(device);
-        (2 * n * n * n * times) as f64 / begun.elapsed().as_secs_f64()
+        Ok((2 * n * n * n * times) as f64 / begun.elapsed().as_secs_f64())
     };
-    run(3);
-    (0..3).map(|_| run(8)).fold(0.0, f64::max)
+    run(3)?;
+    (0..3).try_fold(0.0, |best: f64, _| Ok(best.max(run(8)?)))
 }
 
 fn batch(load: &Load, vocab: usize) -> Batch {
@@ -72,7 +72,7 @@ fn batch(load: &Load, vocab: usize) -> Batch {
 
 pub(super) fn measure(device: Device, load: &Load, reporter: &mut Reporter<'_>) -> Result<(), Error> {
     let spec = ModelSpec::read(&load.model)?;
-    let peak = matmul_peak(load.compute, device);
+    let peak = matmul_peak(load.compute, device).map_err(crate::model::Error::from)?;
     let held = || match device {
         Device::Cuda(index) => Gpu::describe(index).map_or(0, |gpu| gpu.total - gpu.free),
         _ => crate::memory::resident(),

@@ -41,7 +41,7 @@ fn module(index: usize) -> Option<Arc<Module>> {
     MODULES.read().unwrap_or_else(PoisonError::into_inner).get(index).cloned().flatten()
 }
 
-pub(super) fn is_loaded(index: usize) -> bool {
+pub fn is_loaded(index: usize) -> bool {
     module(index).is_some()
 }
 

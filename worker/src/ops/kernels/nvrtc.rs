@@ -40,9 +40,17 @@ fn open() -> Result<(), Error> {
         })
         .clone()?;
     // SAFETY: looks for a library by name, which was opened above.
-    match unsafe { sys::is_culib_present() } {
-        true => Ok(()),
-        false => Err(Error::Missing("libnvrtc.so.13 is opened, but not found again".into())),
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::Missing("libnvrtc.so.13 is opened, but not found again".into()));
+    }
+    // Looking by name may find another one first, whose code would have other bits.
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the library is open, and the numbers are this frame's.
+    match unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result() {
+        Ok(()) if (major, minor) == (13, 0) => Ok(()),
+        _ => Err(Error::Missing(format!(
+            "another NVRTC, {major}.{minor}, is found before it; take its directory out of LD_LIBRARY_PATH"
+        ))),
     }
 }
 
