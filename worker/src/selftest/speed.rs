@@ -43,7 +43,7 @@ fn matmul_peak(kind: Kind, device: Device) -> Result<f64, tch::TchError> {
     // Zeros would make a GPU draw less power, and run faster, than real numbers do.
     let [a, b] = [1, 2].map(|_| Tensor::randn([n, n], (Kind::Float, device)).to_kind(kind));
     let out = a.empty_like();
-    let run = |times: i64| {
+    let run = |times: i64| -> Result<f64, tch::TchError> {
         synchronise(device);
         let begun = Instant::now();
         (0..times).try_for_each(|_| a.f_mm_out(&out, &b).map(drop))?;
