@@ -179,7 +179,7 @@ impl Life {
                     (self.epoch, self.assign) = (epoch, assign);
                     self.say(Body::Ready(Ready::default())).await;
                 }
-                Order::Go(_) | Order::Acknowledge(_) | Order::Proceed(_) | Order::Retain(_) => {}
+                Order::Go(_) | Order::Acknowledge(_) | Order::Proceed(_) | Order::Retain(_) | Order::Forget(_) => {}
                 // A directive is carried out before the next message is read.
                 Order::Halt(_) => self.say(Body::Halted(Halted { begun: self.begun })).await,
                 Order::Abort(abort) if abort.regroup => return End::Regrouped,

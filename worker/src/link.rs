@@ -5,6 +5,7 @@ mod tasks;
 
 use crate::collective::tcp::Stopper;
 use crate::model::Batch;
+use crate::snapshot::Verdicts;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{mpsc as plain, Arc, Mutex, OnceLock};
@@ -221,7 +222,7 @@ impl Link {
             outgoing: Mutex::new(Some(outgoing)),
             on_end: Box::new(on_end),
             turn: Mutex::default(),
-            retained: Arc::default(),
+            verdicts: Arc::default(),
         });
         if let Some(outgoing) = &*lock(&shared.outgoing) {
             outgoing.try_send(shared.message(ToCoordinator::Join(join))).expect("an empty channel has room");
@@ -248,9 +249,9 @@ impl Link {
         &self.shared.progress
     }
 
-    /// The newest snapshot that is whole everywhere, as the coordinator tells it.
-    pub fn retained(&self) -> Arc<AtomicU64> {
-        self.shared.retained.clone()
+    /// Which snapshots are of use, as the coordinator tells it.
+    pub fn verdicts(&self) -> Arc<Verdicts> {
+        self.shared.verdicts.clone()
     }
 
     /// Ends blocked collectives when the link ends.
@@ -412,6 +413,7 @@ fn unexpected(body: &FromCoordinator, due: &str) -> Error {
         FromCoordinator::Halt(_) => "Halt",
         FromCoordinator::Proceed(_) => "Proceed",
         FromCoordinator::Retain(_) => "Retain",
+        FromCoordinator::Forget(_) => "Forget",
     };
     Error::Protocol(format!("sent {found} where {due} was due"))
 }

@@ -1,6 +1,7 @@
 //! A worker's life: joining -> loading -> training -> draining, one struct per state; `run` returns the next.
 
 mod choice;
+mod images;
 
 use crate::checkpoint::saver::Saver;
 use crate::collective;
@@ -20,17 +21,15 @@ use crate::optim::Optimizer;
 use crate::restore::{self, Part, Saved};
 use crate::snapshot::exchange::{self, Circle, Exchange};
 use crate::snapshot::keeper::{Keeper, Means};
-use crate::snapshot::Image;
 use crate::train::{self, Trainer};
 use choice::{agree, form, recompute, stage, try_worst};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 use tch::Kind;
 use unisono_configs::model::{spec, ModelSpec};
 use unisono_proto::v1::worker_message::Body;
-use unisono_proto::v1::{directive, Assign, Compute, Epoch, Phase, Ready, SnapshotSource};
+use unisono_proto::v1::{directive, Assign, Compute, Epoch, Phase, Ready};
 
 /// Why a worker's life ended early.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +62,14 @@ impl Error {
     /// Whether the same work may succeed in another generation: a peer was lost, not this worker.
     pub fn recoverable(&self) -> bool {
         matches!(self, Error::Collective(_) | Error::Snapshot(_) | Error::Train(train::Error::Collective(_)))
+    }
+
+    /// Another rank, where that is the one at fault.
+    pub fn culprit(&self) -> Option<u32> {
+        match self {
+            Error::Snapshot(error) => error.culprit(),
+            _ => None,
+        }
     }
 
     /// The micro-batch that gave a bad number.
@@ -191,11 +198,19 @@ impl<'l> Loading<'l> {
                 range,
                 copies: assign.trains,
                 snapshots: assign.neighbour.is_some() && standing.snapshots.is_some(),
+                images: self.image_bytes(),
                 baseline: standing.baseline,
             };
             agree(&mut peers, demand, |demand| Ok(demand.plan(&standing.available, standing.sharing)?))?
         };
         tracing::info!(planned_bytes = plan.total(), "{plan}");
+        if let Some(source) = &assign.snapshot {
+            let needed = plan.loading(self.image_bytes());
+            let left = standing.available.bytes / standing.sharing.max(1) as u64;
+            if needed > left {
+                return Err(exchange::Error::NoRoom { step: source.step, needed, left }.into());
+            }
+        }
         let behind = plan.copy > 0;
         if assign.trains && owned > 0 && !behind {
             tracing::warn!("there is no memory for a copy of the optimizer's state: training waits while it is saved");
@@ -208,8 +223,8 @@ impl<'l> Loading<'l> {
         let held = assign.snapshot.as_ref();
         if let Some(exchange) = &standing.snapshots {
             // The neighbour's shard may be a few chunks larger than the own.
-            let limit = plan.snapshots / 4 + plan.snapshots / 16 + (8 << 20);
-            exchange.store.begin(held.map(|s| s.step), link.retained(), if plan.snapshots > 0 { limit } else { 0 });
+            let budget = plan.snapshots + plan.snapshots / 8 + (16 << 20);
+            exchange.store.begin(held.map(|s| s.step), link.verdicts(), if plan.snapshots > 0 { budget } else { 0 });
         }
         let saved = match (held, &assign.resume) {
             (Some(source), _) => Some(Saved::over(&self.gather_images(source, &circle)?)?),
@@ -251,6 +266,18 @@ impl<'l> Loading<'l> {
             optimizer = Some(new);
         }
         drop((weights, saved));
+        let forget = || {
+            if let Some(exchange) = &standing.snapshots {
+                exchange.store.begin(None, link.verdicts(), 0);
+            }
+        };
+        if held.is_some() {
+            // Once everyone has loaded, nobody asks for an image any more.
+            collective::Collective::all_gather_bytes(&mut peers, &[])?;
+            if plan.snapshots == 0 {
+                forget();
+            }
+        }
         let mut engine = Engine::new(model, optimizer, Courier::new(Box::new(peers), link.stopper()));
         let stuck = |error| match error {
             engine::Error::Micro(fault) => failed(fault.source),
@@ -281,34 +308,10 @@ impl<'l> Loading<'l> {
                 keeper.take(source.step, &optimizer.source(&trainer.engine.model));
             }
             trainer.snapshots = Some(keeper);
+        } else {
+            forget();
         }
         Ok(Training { trainer })
-    }
-
-    /// The images that this rank's shard is made of, from the own memory and from others'.
-    fn gather_images(&self, source: &SnapshotSource, circle: &Circle) -> Result<Vec<Arc<Image>>, Error> {
-        let malformed = || link::Error::Protocol("assigned a snapshot without holder or hash".into());
-        let Some(Exchange { store, .. }) = &self.standing.snapshots else { return Err(malformed().into()) };
-        let mut images = Vec::new();
-        for image in &source.images {
-            let (held, holder) = image.held.as_ref().zip(image.holder.as_ref()).ok_or_else(malformed)?;
-            let (name, hash) = exchange::identify(held).ok_or_else(malformed)?;
-            let here = store.find(&name, Some(&hash));
-            if let Some(here) = here {
-                if !here.is_intact() {
-                    store.forget(&name);
-                    return Err(exchange::Error::Damaged { step: name.step }.into());
-                }
-                images.push(here);
-                continue;
-            }
-            let (rank, address) = (holder.rank, &holder.address);
-            let fetched = exchange::get(circle, self.link.stopper(), address, rank, held, store)?;
-            tracing::info!(step = name.step, rank = name.rank, world = name.world, from = rank, "fetched a snapshot");
-            let own = (name.rank, name.world) == (self.assign.rank, self.assign.world);
-            images.push(if own { store.insert(fetched) } else { Arc::new(fetched) });
-        }
-        Ok(images)
     }
 
     fn membership(&self) -> Result<Membership, Error> {

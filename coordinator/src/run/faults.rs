@@ -40,7 +40,7 @@ impl Machine {
         let phase = if named == wire::Phase::Unspecified { phase } else { named };
         let culprit = told.rank.filter(|&r| (r as usize) < self.roster.len()).unwrap_or(rank as u32);
         let mut failure = self.failure(Some(culprit), phase, told.step.or(step), told.message);
-        (failure.bad_input, failure.recoverable) = (told.bad_input, told.recoverable);
+        (failure.bad_input, failure.recoverable, failure.snapshot) = (told.bad_input, told.recoverable, told.snapshot);
         if let Some(micro_batch) = told.micro_batch {
             failure.message += &self.rows_at_fault(rank, micro_batch);
             failure.micro_batch = Some(micro_batch);
@@ -50,7 +50,10 @@ impl Machine {
         }
         self.roster.get_mut(rank).complained = true;
         if failure.recoverable && self.phase != Phase::Gathering {
-            self.complaint.get_or_insert((now, culprit as usize, failure));
+            // Who could not load the state leaves the others alone, who may say so first.
+            let before = self.complaint.take_if(|_| failure.snapshot);
+            let since = before.map_or(now, |(since, ..)| since);
+            self.complaint.get_or_insert((since, culprit as usize, failure));
             return Vec::new();
         }
         self.fail(now, failure)
@@ -86,6 +89,9 @@ impl Machine {
         }
         match self.complaint.clone() {
             Some((since, rank, failure)) if now - since > COMPLAINT_WAITS => {
+                if failure.snapshot {
+                    self.pass_over();
+                }
                 effects.extend(self.regroup(now, rank, failure));
             }
             _ => {}

@@ -35,9 +35,7 @@ impl Machine {
         }
         if self.phase == Phase::Gathering {
             self.roster.admit(from, join, now, self.standard.as_ref())?;
-            if self.roster.len() >= self.settings.world as usize {
-                effects.extend(self.assign());
-            }
+            effects.extend(self.fill_up(now));
             return Ok(effects);
         }
         self.spares.admit(from, join, now, self.standard.as_ref())?;
@@ -47,6 +45,16 @@ impl Machine {
 
     /// Takes those in who joined while the generation that is over went on.
     pub(super) fn take_spares(&mut self) -> Vec<Effect> {
+        let now = self.regrouping.as_ref().map_or(0.0, |regrouping| regrouping.since);
+        self.fill_up(now)
+    }
+
+    /// Spares take the places that are left, and everyone is assigned where none is. Those who hold the newest state come
+    /// before spares.
+    fn fill_up(&mut self, now: f64) -> Vec<Effect> {
+        if self.roster.len() < self.settings.world as usize && self.awaits_holders(now) {
+            return Vec::new();
+        }
         let waiting = std::mem::take(&mut self.spares);
         for spare in waiting.into_workers() {
             match self.roster.len() < self.settings.world as usize {
@@ -140,6 +148,12 @@ impl Machine {
         let silent = self.roster.silent(now, self.settings.lease);
         silent.iter().for_each(|&from| self.roster.forget(from));
         let closed = silent.into_iter().map(|to| Effect::Close { to }).collect();
+        if !self.spares.is_empty() {
+            let assigned = self.fill_up(now);
+            if self.phase != Phase::Gathering {
+                return [closed, assigned].concat();
+            }
+        }
         let Some(Regrouping { since, expected }) = &self.regrouping else { return closed };
         let waited = now - since;
         let timeout = self.settings.assign.rejoin_timeout;

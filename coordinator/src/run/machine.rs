@@ -237,7 +237,7 @@ impl Machine {
             Report::Join(_) => Ok(self.blame(now, rank, "it joined twice on one stream".into())),
             Report::Ready(ready) => Ok(self.ready(now, rank, ready)),
             Report::Checkpoint(report) => Ok(self.written(now, rank, report)),
-            Report::Kept(kept) => Ok(self.kept(rank, kept.step)),
+            Report::Kept(kept) => Ok(self.kept(rank, kept)),
             Report::Halted(halted) => Ok(self.halted(now, rank, halted.begun)),
             Report::Departure(departure) => {
                 let host = &self.roster.workers()[rank].join.host;
@@ -345,6 +345,7 @@ impl Machine {
                 let slow = self.pace.note(seconds.zip(rank_tokens));
                 effects.extend(slow.into_iter().map(|straggler| self.warn_of_straggler(step, straggler)));
                 effects.extend(self.broadcast(Order::Acknowledge(Acknowledge { step })));
+                effects.extend(self.retain());
                 Ok(effects)
             }
             Item::Evaluate { suite, step } => {

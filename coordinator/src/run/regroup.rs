@@ -6,7 +6,6 @@ use super::gathering::Regrouping;
 use super::machine::Machine;
 use super::phases::Phase;
 use super::program::{Agenda, Item, Program};
-use super::snapshots::Kept;
 use super::spike::Spikes;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
@@ -65,7 +64,11 @@ impl Machine {
             Some(_) => Agenda::after_step(&self.program, |step| self.settings.recorded.is_evaluated(step)),
             None => Agenda::new(&self.program),
         };
-        self.kept = Kept::default();
+        self.kept.begin(held);
+        // A checkpoint that was due before is not waited for until the next one is.
+        if self.saves.take_voided() && held.is_some() {
+            self.agenda.save_now();
+        }
         self.queue.clear();
         self.next_id = 1;
         self.committed = start;

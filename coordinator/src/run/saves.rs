@@ -54,6 +54,8 @@ pub(super) struct Saves {
     /// Failures since the last success.
     failures: u32,
     again: Option<Again>,
+    /// One that was due was given up with its generation.
+    voided: bool,
     /// The newest committed one.
     pub(super) newest: u64,
 }
@@ -113,8 +115,14 @@ impl Saves {
 
     /// The generation is over: what is not being committed is void.
     pub(super) fn void(&mut self) {
+        self.voided |= self.again.is_some() || self.under_way.iter().any(|save| !save.committing);
         self.under_way.retain(|save| save.committing);
         self.again = None;
+    }
+
+    /// Whether one that was due was given up since this was asked last.
+    pub(super) fn take_voided(&mut self) -> bool {
+        std::mem::take(&mut self.voided)
     }
 
     /// Forgets that an attempt was to come.

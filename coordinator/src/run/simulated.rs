@@ -124,7 +124,14 @@ pub(super) struct World {
     pub(super) joining: VecDeque<String>,
     /// Snapshots by the address of the process that holds them.
     pub(super) memory: BTreeMap<String, Vec<Held>>,
+    /// Rank and step of snapshots that do not reach the neighbour.
+    pub(super) unsent: Vec<(u32, u64)>,
+    /// Where nobody can fetch anything.
+    pub(super) unreachable: Option<String>,
 }
+
+/// Snapshots of one owner that a worker keeps at a time.
+const KEPT: usize = 2;
 
 pub(super) fn loss(step: u64, micro_batch: u32) -> f64 {
     1.0 + step as f64 * 0.37 + f64::from(micro_batch) * 0.011
@@ -152,6 +159,8 @@ impl World {
             next: 0,
             joining: VecDeque::new(),
             memory,
+            unsent: Vec::new(),
+            unreachable: None,
         };
         let effects = this.machine.start();
         this.carry_out(effects);
@@ -252,7 +261,21 @@ impl World {
             Order::Assign(assign) => {
                 worker.rank = assign.rank;
                 worker.epoch = Some(epoch);
-                worker.outbox.push_back((0, Report::Ready(Ready { snapshots: true, ..Ready::default() })));
+                let images = || assign.snapshot.iter().flat_map(|s| &s.images);
+                let holders = || images().filter_map(|image| image.holder.as_ref());
+                let elsewhere =
+                    |address: &String| *address != worker.listen && Some(address) == self.unreachable.as_ref();
+                let word = match holders().find(|holder| elsewhere(&holder.address)) {
+                    None => Report::Ready(Ready { snapshots: true, ..Ready::default() }),
+                    Some(holder) => Report::Failure(Failure {
+                        rank: Some(holder.rank),
+                        message: "it cannot be reached for a snapshot".into(),
+                        recoverable: true,
+                        snapshot: true,
+                        ..Failure::default()
+                    }),
+                };
+                worker.outbox.push_back((0, word));
                 let resumed = assign.snapshot.as_ref().map(|s| s.step);
                 for image in assign.snapshot.iter().flat_map(|s| &s.images) {
                     let (held, holder) = (image.held.as_ref().unwrap(), image.holder.as_ref().unwrap());
@@ -264,7 +287,13 @@ impl World {
                 worker.assign = assign;
             }
             Order::Go(go) => worker.snapshot_every = go.snapshot_every,
+            Order::Forget(forget) => {
+                let memory = self.memory.entry(worker.listen.clone()).or_default();
+                memory.retain(|held| held.step != forget.step);
+            }
             Order::Retain(retain) => {
+                let committed = |e: &Entry| matches!(e, Entry::Step(s) if s.step == retain.step);
+                assert!(self.ledger.iter().any(committed), "what goes is needed until its successor is committed");
                 let memory = self.memory.entry(worker.listen.clone()).or_default();
                 memory.retain(|held| held.step >= retain.step);
             }
@@ -353,12 +382,21 @@ impl World {
         match &body {
             Report::Step(StepReport { step, .. }) if every > 0 && step.is_multiple_of(every) => {
                 let own = self.memory.entry(worker.listen.clone()).or_default();
-                own.push(held(*step));
+                let room = own.iter().filter(|h| (h.rank, h.world) == (rank, world)).count() < KEPT;
+                let problem = match (room, self.unsent.contains(&(rank, *step))) {
+                    (false, _) => "the one before it was not whole yet",
+                    (true, true) => "the neighbour cannot be reached",
+                    (true, false) => "",
+                };
+                if room {
+                    own.push(held(*step));
+                }
                 // It takes a while.
                 let later = worker.outbox.len().min(1);
-                worker.outbox.insert(later, (id, Report::Kept(SnapshotKept { step: *step })));
+                let kept = SnapshotKept { step: *step, problem: problem.into() };
+                worker.outbox.insert(later, (id, Report::Kept(kept)));
             }
-            Report::Kept(SnapshotKept { step }) => {
+            Report::Kept(SnapshotKept { step, problem }) if problem.is_empty() => {
                 let neighbour = &neighbour.as_ref().unwrap().address;
                 // Nobody keeps it where the neighbour has died.
                 let Some(theirs) = self.memory.get_mut(neighbour) else { return true };

@@ -3,13 +3,17 @@
 
 use super::event::Effect;
 use super::machine::Machine;
+use super::roster::Worker;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use unisono_configs::model::Layout;
 use unisono_proto::v1::coordinator_message::Body as Order;
-use unisono_proto::v1::{Held, Neighbour, Retain, SnapshotImage, SnapshotSource};
+use unisono_proto::v1::event::Body as Entry;
+use unisono_proto::v1::{Forget, Held, Neighbour, Retain, SnapshotImage, SnapshotKept, SnapshotSource, Warning};
 
+/// Snapshots in a row that may be missing before somebody is told.
+const MISSED: u32 = 3;
 /// No run has more workers.
 const MOST_WORKERS: u32 = 1 << 16;
 
@@ -152,18 +156,69 @@ pub fn neighbours(hosts: &[&str]) -> Vec<Option<usize>> {
     neighbours
 }
 
-/// Which ranks have the snapshots of this generation in two memories.
+/// What becomes of the snapshots of a generation.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Kept(BTreeMap<u64, BTreeSet<usize>>);
+pub(super) struct Kept {
+    /// By step and rank: why a shard is not in two memories; empty: it is.
+    answers: BTreeMap<u64, BTreeMap<usize, String>>,
+    /// The state that the generation began with, where that came from memory.
+    start: Option<u64>,
+    /// The newest step that is whole in memory; 0: none is.
+    whole: u64,
+    /// Workers are to hear that it is, once it is committed.
+    due: Option<u64>,
+    /// Snapshots in a row that did not become whole.
+    missed: u32,
+    warned: bool,
+    /// Steps whose state could not be loaded from memory.
+    passed_over: BTreeSet<u64>,
+}
+
+impl Kept {
+    /// Another generation begins, with the state after `start` where that comes from memory.
+    pub(super) fn begin(&mut self, start: Option<u64>) {
+        let passed_over = std::mem::take(&mut self.passed_over);
+        *self = Kept { start, whole: start.unwrap_or(0), passed_over, ..Kept::default() };
+    }
+}
 
 impl Machine {
     /// The newest state that the assembled workers hold in memory, if it is newer than the newest checkpoint. What the
     /// ledger does not have yet is not gone on from: it would have a gap.
     pub(super) fn held_step(&self) -> Option<u64> {
+        self.held_by(self.roster.workers().iter())
+    }
+
+    fn held_by<'a>(&'a self, workers: impl Iterator<Item = &'a Worker>) -> Option<u64> {
         let snapshotting = &self.settings.snapshots;
-        let lists = self.roster.workers().iter().map(|w| &w.join.held[..]);
-        let holdings = Holdings::new(&snapshotting.layout, &snapshotting.timeline, lists);
+        let lists = workers.map(|w| &w.join.held[..]);
+        let mut holdings = Holdings::new(&snapshotting.layout, &snapshotting.timeline, lists);
+        holdings.all.retain(|(h, _)| !self.kept.passed_over.contains(&h.held.step));
         holdings.newest(self.saves.newest, self.settings.recorded.newest())
+    }
+
+    /// Workers that are still there hold a newer state than those here and the spares that would have a place: as long as
+    /// they may come, spares wait.
+    pub(super) fn awaits_holders(&self, now: f64) -> bool {
+        let Some(regrouping) = &self.regrouping else { return false };
+        let newest = self.kept.whole;
+        let counts = newest > self.saves.newest && newest <= self.settings.recorded.newest();
+        if !counts || now - regrouping.since >= self.settings.assign.rejoin_timeout {
+            return false;
+        }
+        let here = |listen: &String| self.roster.workers().iter().any(|w| w.join.listen == *listen);
+        if regrouping.expected.iter().all(here) {
+            return false;
+        }
+        let places = (self.settings.world as usize).saturating_sub(self.roster.len());
+        let present = self.roster.workers().iter().chain(self.spares.workers().iter().take(places));
+        self.held_by(present).is_none_or(|step| step < newest)
+    }
+
+    /// The state that this generation began with could not be loaded from memory, and nobody is lost: it will not be tried
+    /// again.
+    pub(super) fn pass_over(&mut self) {
+        self.kept.passed_over.extend(self.kept.start);
     }
 
     /// For each rank what it starts from, where that is the state after `step` in memory.
@@ -202,14 +257,55 @@ impl Machine {
         }
     }
 
-    /// A rank's shard after `step` is in two memories. Once all are, older ones may go.
-    pub(super) fn kept(&mut self, rank: usize, step: u64) -> Vec<Effect> {
-        let ranks = self.kept.0.entry(step).or_default();
-        ranks.insert(rank);
-        if ranks.len() < self.roster.len() {
+    /// A rank says what became of its shard's snapshot. Where all are in two memories, older ones may go; where one is not, the
+    /// others are of no use, and make room for the next.
+    pub(super) fn kept(&mut self, rank: usize, told: SnapshotKept) -> Vec<Effect> {
+        let SnapshotKept { step, problem } = told;
+        if step < self.kept.whole {
             return Vec::new();
         }
-        self.kept.0 = self.kept.0.split_off(&(step + 1));
-        self.broadcast(Order::Retain(Retain { step }))
+        let answers = self.kept.answers.entry(step).or_default();
+        answers.insert(rank, problem);
+        if answers.len() < self.roster.len() {
+            return Vec::new();
+        }
+        let answers = self.kept.answers.remove(&step).unwrap_or_default();
+        let Some((rank, problem)) = answers.into_iter().find(|(_, problem)| !problem.is_empty()) else {
+            self.kept.answers = self.kept.answers.split_off(&step);
+            self.kept.passed_over.remove(&step);
+            (self.kept.whole, self.kept.due, self.kept.missed) = (step, Some(step), 0);
+            return self.retain();
+        };
+        self.kept.missed += 1;
+        let mut effects: Vec<Effect> = self.warn_of_snapshots(rank, step, &problem).into_iter().collect();
+        // What the generation began with is held as it was cut before.
+        if self.kept.start != Some(step) {
+            effects.extend(self.broadcast(Order::Forget(Forget { step })));
+        }
+        effects
+    }
+
+    /// Tells workers of the newest whole snapshot once its step is committed: until then a loss would need the one before.
+    pub(super) fn retain(&mut self) -> Vec<Effect> {
+        match self.kept.due.take_if(|step| *step <= self.committed) {
+            Some(step) => self.broadcast(Order::Retain(Retain { step })),
+            None => Vec::new(),
+        }
+    }
+
+    /// One that is missed is followed by another; where none follows, somebody has to look.
+    fn warn_of_snapshots(&mut self, rank: usize, step: u64, problem: &str) -> Option<Effect> {
+        if self.kept.missed < MISSED || std::mem::replace(&mut self.kept.warned, true) {
+            return None;
+        }
+        let host = &self.roster.workers()[rank].join.host;
+        let newest = match self.kept.whole.max(self.saves.newest) {
+            0 => "the beginning".to_owned(),
+            newest => format!("the state after step {newest}"),
+        };
+        let message = format!(
+            "{MISSED} snapshots in a row are missing, the last one after step {step}; a loss now goes back to {newest}. Rank {rank} on {host}: {problem}"
+        );
+        Some(Effect::Append(Entry::Warning(Warning { kind: "snapshot".into(), step: Some(step), message })))
     }
 }

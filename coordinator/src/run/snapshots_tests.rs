@@ -7,6 +7,7 @@ use super::snapshots::*;
 use proptest::prelude::*;
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::event::Body as Entry;
+use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{Held, Membership};
 
 const NOW: Timeline = [1; 32];
@@ -54,6 +55,12 @@ proptest! {
             let found = chunks(sources.iter().map(|s| s.held));
             let needed = chunks([&held(step, rank as u32, world as u32)].into_iter());
             prop_assert!(needed.is_subset(&found), "rank {} of {} lacks some of {:?}", rank, world, needed);
+            let mut before = std::collections::BTreeSet::new();
+            for source in &sources {
+                let brings = &chunks([source.held].into_iter()) & &needed;
+                prop_assert!(!brings.is_subset(&before), "nothing is fetched for nothing");
+                before.extend(brings);
+            }
             let own = held(step, rank as u32, world as u32);
             if lists[rank].contains(&own) {
                 prop_assert_eq!(sources.len(), usize::from(!needed.is_empty()), "what is here is not fetched");
@@ -115,6 +122,13 @@ fn memberships(world: &World) -> Vec<Membership> {
         _ => None,
     };
     world.ledger.iter().filter_map(membership).collect()
+}
+
+fn speak(world: &mut World) {
+    let connections: Vec<Connection> = world.workers.keys().copied().collect();
+    connections.into_iter().for_each(|from| {
+        world.say(from);
+    });
 }
 
 /// Where the second generation began: after which step, from memory or not, and how many steps it computed again.
@@ -197,4 +211,98 @@ fn what_belongs_to_the_step_of_a_snapshot_is_not_left_out() {
         assert_eq!(steps, [3, 6, 9], "a death after {said} words");
         assert_eq!(world.steps(), alone(9));
     }
+}
+
+#[test]
+fn a_snapshot_that_is_missed_is_followed_by_whole_ones() {
+    for unsent in [vec![(0, 4)], vec![(1, 4)], vec![(0, 4), (1, 4)], vec![(0, 2), (1, 4), (0, 6)]] {
+        let mut world = World::with(snapshotting(2, 12, Assignment::Balanced, 2), 2, Vec::new());
+        world.unsent = unsent;
+        while world.steps().len() < 11 {
+            speak(&mut world);
+        }
+        world.dies(Connection(1));
+        world.settle();
+        assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(12)));
+        let (step, from_memory, _) = second(&world);
+        assert!(from_memory && step >= 8, "after step {step} with {:?} missed", world.unsent);
+    }
+}
+
+#[test]
+fn where_no_snapshot_becomes_whole_somebody_is_told_once() {
+    let mut world = World::with(snapshotting(2, 12, Assignment::Balanced, 1), 2, Vec::new());
+    world.unsent = (1..12).map(|step| (1, step)).collect();
+    world.settle();
+    let warning = |e: &Entry| match e {
+        Entry::Warning(w) if w.kind == "snapshot" => Some(w.clone()),
+        _ => None,
+    };
+    let warnings: Vec<_> = world.ledger.iter().filter_map(warning).collect();
+    assert_eq!((warnings.len(), warnings[0].step, world.steps()), (1, Some(3), alone(12)));
+    let told = &warnings[0].message;
+    assert!(
+        told.contains("Rank 1 on ada") && told.contains("cannot be reached") && told.contains("beginning"),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_checkpoint_that_was_due_is_taken_at_once_where_the_run_goes_on_beyond_it() {
+    let mut world = World::with(snapshotting(2, 12, Assignment::Balanced, 3), 2, Vec::new());
+    while world.steps().len() < 7 {
+        // Rank 1 never says that its part of the checkpoint after step 4 is written.
+        let writing = world.workers.get_mut(&Connection(1)).unwrap();
+        writing.outbox.retain(|(_, word)| !matches!(word, Report::Checkpoint(_)));
+        speak(&mut world);
+    }
+    world.dies(Connection(1));
+    world.settle();
+    assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(12)));
+    assert_eq!(second(&world), (6, true, 1));
+    let saved = |e: &Entry| match e {
+        Entry::Checkpoint(c) => Some(c.step),
+        _ => None,
+    };
+    assert_eq!(world.ledger.iter().filter_map(saved).collect::<Vec<_>>(), [6, 8, 12]);
+}
+
+#[test]
+fn a_state_that_cannot_be_fetched_is_passed_over_and_the_holder_named() {
+    let mut world = running(7);
+    // Rank 1 comes back with empty hands and cannot reach rank 0.
+    world.unreachable = Some("ada:0".into());
+    world.dies(Connection(1));
+    world.settle_for(30.0);
+    assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(9)));
+    let told = memberships(&world);
+    assert_eq!((told[1].from_memory, told[2].from_memory, told[2].resume_step), (true, false, 4));
+    let lost = |e: &Entry| match e {
+        Entry::Lost(lost) => lost.failure.clone(),
+        _ => None,
+    };
+    let failures: Vec<_> = world.ledger.iter().filter_map(lost).collect();
+    let named = failures.iter().map(|f| f.rank).collect::<Vec<_>>();
+    assert_eq!(named, [Some(1), Some(0)], "{failures:?}");
+}
+
+#[test]
+fn spares_wait_for_those_who_hold_the_state() {
+    let mut world = running(7);
+    world.joins("ada:8".into());
+    world.joins("ada:9".into());
+    world.dies(Connection(1));
+    assert_eq!(world.machine.phase(), Phase::Gathering, "two spares would be enough, and hold nothing");
+    world.settle();
+    assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(9)));
+    assert!(second(&world).1, "{:?}", second(&world));
+    // Nobody comes back: they do not wait for ever.
+    let mut world = running(7);
+    world.joins("ada:8".into());
+    world.joins("ada:9".into());
+    world.dies(Connection(1));
+    world.joining.clear();
+    world.settle_for(120.0);
+    assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(9)));
+    assert_eq!(second(&world), (4, false, 3));
 }

@@ -2,6 +2,7 @@
 
 use super::{keys, Error, Progress, CREDIT};
 use crate::collective::tcp::Stopper;
+use crate::snapshot::Verdicts;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{mpsc as plain, Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -43,8 +44,8 @@ pub(super) struct Shared {
     pub outgoing: Mutex<Option<mpsc::Sender<WorkerMessage>>>,
     pub on_end: Box<OnEnd>,
     pub turn: Mutex<Turn>,
-    /// The newest snapshot that is whole everywhere.
-    pub retained: Arc<AtomicU64>,
+    /// Which snapshots are of use.
+    pub verdicts: Arc<Verdicts>,
 }
 
 /// Which directive was begun last, and whether another may be.
@@ -165,7 +166,11 @@ fn take(
         }
         FromCoordinator::Acknowledge(_) => return Ok(()),
         FromCoordinator::Retain(retain) => {
-            shared.retained.fetch_max(retain.step, Ordering::Relaxed);
+            shared.verdicts.retain(retain.step);
+            return Ok(());
+        }
+        FromCoordinator::Forget(forget) => {
+            shared.verdicts.forget(forget.step);
             return Ok(());
         }
         FromCoordinator::Assign(assign) => {

@@ -33,6 +33,8 @@ pub struct Demand<'a> {
     pub copies: bool,
     /// Snapshots of the own shard and of a neighbour's are kept, where there is room for that besides.
     pub snapshots: bool,
+    /// Bytes of the snapshots that the state is loaded from: held already, or fetched.
+    pub images: u64,
     /// Resident bytes before anything is loaded: the binary and libtorch.
     pub baseline: u64,
 }
@@ -50,7 +52,8 @@ pub struct Plan {
     pub optimizer: u64,
     /// The own shard again, for the save behind training; 0 where there is no room for it.
     pub copy: u64,
-    /// Two snapshots of the own shard and two of a neighbour's; 0 where there is no room for them.
+    /// Two snapshots of the own shard and two of a neighbour's, or one of each beside those that the state was loaded from; 0
+    /// where there is no room for them.
     pub snapshots: u64,
     /// Saved for the backward pass of the largest micro-batches that go together, and all temporaries, as a dry run takes
     /// them.
@@ -71,6 +74,11 @@ impl Plan {
     pub fn total(&self) -> u64 {
         let state = self.optimizer + self.copy + self.snapshots;
         self.baseline + self.parameters + self.sums + self.gradient + state + self.activations
+    }
+
+    /// While the state is loaded from snapshots of `images` bytes: nothing is computed yet, and nothing saved.
+    pub fn loading(&self, images: u64) -> u64 {
+        self.baseline + self.parameters + self.sums + self.gradient + self.optimizer + images
     }
 }
 
@@ -151,7 +159,8 @@ impl Demand<'_> {
             let copy = if self.copies { (self.form.saved_width() * self.owned) as u64 } else { 0 };
             let plan = Plan { copy: fitting(&plan, copy), ..plan };
             let after_copy = plan.copy == copy && self.snapshots;
-            let snapshots = if after_copy { 4 * copy + SNAPSHOT_HEADERS } else { 0 };
+            let all = (4 * copy).max(2 * copy + self.images) + SNAPSHOT_HEADERS;
+            let snapshots = if after_copy { all } else { 0 };
             return Ok(Plan { snapshots: fitting(&plan, snapshots), ..plan });
         }
         // Computing again costs little speed, shorter micro-batches a little more, fewer workers much, another model
@@ -267,8 +276,9 @@ mod tests {
     fn demand(sketch: &Model) -> Demand<'_> {
         let (stage, wave, recompute) = (Some(Stage::One), None, Some(Recompute::Nothing));
         let range = Range { stage, wave, recompute, micro_batches: 8, world: 2 };
-        let (owned, form, trains, copies, snapshots) = (100_000, Form::Split, true, false, false);
-        Demand { sketch, owned, form, tokens: 4096, document: 256, trains, range, copies, snapshots, baseline: 1000 }
+        let (owned, form, trains, copies, snapshots, images) = (100_000, Form::Split, true, false, false, 0);
+        let (tokens, document, baseline) = (4096, 256, 1000);
+        Demand { sketch, owned, form, tokens, document, trains, range, copies, snapshots, images, baseline }
     }
 
     fn at(recompute: Recompute) -> Choice {
@@ -304,6 +314,12 @@ mod tests {
         let snapshots = |bytes| held.plan(&left(bytes), 1).unwrap().snapshots;
         let all = 4 * 1_200_000 + SNAPSHOT_HEADERS;
         assert_eq!((snapshots(whole + all - 1), snapshots(whole + all)), (0, all));
+        // Where the state comes from snapshots of another cut, these stay until the new ones are whole.
+        let shard = 1_200_000;
+        let loaded = Demand { images: 3 * shard, ..held };
+        let snapshots = |bytes| loaded.plan(&left(bytes), 1).unwrap().snapshots;
+        assert_eq!((snapshots(whole + all), snapshots(whole + all + shard)), (0, all + shard));
+        assert_eq!(plan.loading(7), plan.total() - plan.activations + 7);
         let parameters = sketch.layout().parameters() as u64;
         assert_eq!((plan.parameters, plan.sums, plan.optimizer), (2 * parameters, 8 * parameters, 1_000_000));
         let idle = Demand { trains: false, ..demand }.plan(&left(1 << 40), 1).unwrap();

@@ -4,14 +4,20 @@
 use super::{Image, Name, Store};
 use crate::collective::handshake::{Failure, Secret};
 use crate::collective::tcp::{self, Stopper};
+use crate::memory::Bytes;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use unisono_proto::v1::Held;
 
 /// A connection that has not said what it wants after this long makes room for others.
 const INTRODUCTION: Duration = Duration::from_secs(10);
+/// Connections that have not said yet who they are; further ones wait until the system takes them.
+const STRANGERS: usize = 64;
+/// Until another connection may be taken where that failed, or where there are too many.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Bytes read or written at once.
 const PIECE: usize = 1 << 20;
 /// Less urgent than computing.
@@ -34,8 +40,20 @@ pub enum Error {
     Peer { rank: u32, address: String, source: io::Error },
     #[error("rank {rank} at {address} {what}; the run regroups without that snapshot")]
     Refused { rank: u32, address: String, what: &'static str },
+    #[error("the state after step {step} cannot be loaded from memory: {needed} are needed for that and {left} are left; the run goes on from an earlier one", needed = Bytes(*.needed), left = Bytes(*.left))]
+    NoRoom { step: u64, needed: u64, left: u64 },
     #[error("the own snapshot after step {step} is not what it was (memory that fails?); the run regroups without it")]
     Damaged { step: u64 },
+}
+
+impl Error {
+    /// The rank at fault, where it is another one's.
+    pub fn culprit(&self) -> Option<u32> {
+        match self {
+            Error::Peer { rank, .. } | Error::Refused { rank, .. } => Some(*rank),
+            Error::NoRoom { .. } | Error::Damaged { .. } => None,
+        }
+    }
 }
 
 /// Who takes part, for this worker.
@@ -82,12 +100,22 @@ impl Exchange {
 }
 
 fn serve(listener: &TcpListener, store: &Store, circle: &Mutex<Option<Circle>>) {
-    for stream in listener.incoming().flatten() {
+    let strangers = Strangers::default();
+    for stream in listener.incoming() {
+        // No file can be opened now; later one can.
+        let Ok(stream) = stream else {
+            std::thread::sleep(PAUSE);
+            continue;
+        };
+        while strangers.0.load(Ordering::Relaxed) >= STRANGERS {
+            std::thread::sleep(PAUSE);
+        }
         let member = circle.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (Some(circle), store) = (member, store.clone()) else { continue };
+        let stranger = strangers.enter();
         let answer = move || {
             let _ = rustix::process::nice(NICENESS);
-            if let Err(failure) = answer(&stream, &circle, &store) {
+            if let Err(failure) = answer(&stream, stranger, &circle, &store) {
                 tracing::debug!(?failure, "a snapshot's exchange ended");
             }
         };
@@ -96,14 +124,38 @@ fn serve(listener: &TcpListener, store: &Store, circle: &Mutex<Option<Circle>>) 
     }
 }
 
-fn answer(mut stream: &TcpStream, circle: &Circle, store: &Store) -> Result<(), Failure> {
+/// How many connections have not said who they are.
+#[derive(Clone, Default)]
+struct Strangers(Arc<AtomicUsize>);
+
+/// One of them.
+struct Stranger(Strangers);
+
+impl Strangers {
+    fn enter(&self) -> Stranger {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Stranger(self.clone())
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.0 .0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn answer(mut stream: &TcpStream, stranger: Stranger, circle: &Circle, store: &Store) -> Result<(), Failure> {
     prepare(stream, circle.timeout.min(INTRODUCTION))?;
     circle.secret.accept(stream, circle.rank)?;
+    drop(stranger);
     prepare(stream, circle.timeout)?;
     let mut request = [0; REQUEST];
     stream.read_exact(&mut request)?;
     let (kind, name, bytes, hash) = parse(&request);
-    let found = store.find(&name, Some(&hash));
+    let found = match kind {
+        PUT => store.place(&name, Some(&hash)),
+        _ => store.find(&name, Some(&hash)),
+    };
     match (kind, found) {
         (PUT, Some(_)) => stream.write_all(&[HAVE])?,
         (PUT, None) if store.has_room(&name, bytes) => {

@@ -1,6 +1,6 @@
 //! Takes snapshots behind training: the own shard is copied after an update, and a thread hands the copy to the neighbour
 //! while training changes the original. Training never waits for it: where the last one is still on its way, the next one is
-//! left out.
+//! left out. The coordinator hears of each what became of it, so that one that cannot become whole makes room for the next.
 
 use super::exchange::{self, Circle};
 use super::{Image, Name, Store};
@@ -46,17 +46,20 @@ impl Keeper {
     /// may change the shard.
     pub fn take(&mut self, step: u64, source: &Source<'_>) {
         if self.sending.as_ref().is_some_and(|thread| !thread.is_finished()) {
-            tracing::info!(step, "no snapshot: the last one is still on its way");
+            self.report(
+                step,
+                "the one before it was still on its way to the neighbour (raise checkpoint.snapshot_every)",
+            );
             return;
         }
         let (rank, world) = (source.shard.rank as u32, source.shard.world as u32);
         let name = Name { timeline: self.means.timeline, step, rank, world };
-        if let Some(image) = self.means.store.find(&name, None) {
-            self.send(Unhashed::No(image));
+        if let Some(image) = self.means.store.place(&name, None) {
+            self.send(step, Unhashed::No(image));
             return;
         }
-        if !self.means.store.has_room(&name, 0) {
-            tracing::info!(step, "no snapshot: the last one is not whole everywhere");
+        if !self.means.store.has_room(&name, source.bytes()) {
+            self.report(step, "the one before it was not whole yet (raise checkpoint.snapshot_every)");
             return;
         }
         let begun = Instant::now();
@@ -64,10 +67,18 @@ impl Keeper {
         encode(source, &mut bytes);
         let seconds = begun.elapsed().as_secs_f64();
         tracing::debug!(step, seconds, bytes = bytes.len(), "copied for a snapshot");
-        self.send(Unhashed::Yes(name, bytes));
+        self.send(step, Unhashed::Yes(name, bytes));
     }
 
-    fn send(&mut self, what: Unhashed) {
+    /// Says that there is no whole snapshot after `step`, and why.
+    fn report(&self, step: u64, problem: &str) {
+        tracing::info!(step, problem, "no snapshot");
+        let kept = SnapshotKept { step, problem: problem.into() };
+        // Nobody listens any more where the link has ended.
+        let _ = self.means.reporter.report(self.means.epoch, Body::Kept(kept));
+    }
+
+    fn send(&mut self, step: u64, what: Unhashed) {
         let (store, circle, stopper) = (self.means.store.clone(), self.means.circle.clone(), self.stopper.clone());
         let (neighbour, reporter, epoch) =
             (self.means.neighbour.clone(), self.means.reporter.clone(), self.means.epoch);
@@ -81,15 +92,19 @@ impl Keeper {
                 }
             };
             fail_point::reached("snapshot");
-            let step = image.name.step;
-            match exchange::put(&circle, &stopper, &neighbour.address, neighbour.rank, &image) {
-                // Nobody listens any more where the link has ended.
-                Ok(()) => drop(reporter.report(epoch, Body::Kept(SnapshotKept { step }))),
-                Err(error) => tracing::info!(step, %error, "the snapshot has no second place"),
+            let put = exchange::put(&circle, &stopper, &neighbour.address, neighbour.rank, &image);
+            let problem = put.err().map(|error| error.to_string()).unwrap_or_default();
+            if !problem.is_empty() {
+                tracing::info!(step, problem, "the snapshot has no second place");
             }
+            // Nobody listens any more where the link has ended.
+            let _ = reporter.report(epoch, Body::Kept(SnapshotKept { step, problem }));
         };
-        // Without a thread there is no snapshot, and training goes on.
-        self.sending = std::thread::Builder::new().name("snapshot".into()).spawn(work).ok();
+        match std::thread::Builder::new().name("snapshot".into()).spawn(work) {
+            Ok(thread) => self.sending = Some(thread),
+            // Training goes on.
+            Err(error) => self.report(step, &format!("no thread could be started for it ({error})")),
+        }
     }
 }
 

@@ -22,7 +22,7 @@ fn circle(rank: usize, generation: u64) -> Circle {
 fn other() -> Exchange {
     let other = Exchange::open("127.0.0.1").unwrap();
     other.enter(circle(1, 4));
-    other.store.begin(None, Arc::default(), 4_000_000);
+    other.store.begin(None, Arc::default(), 13_000_000);
     other
 }
 
@@ -44,8 +44,8 @@ fn what_is_handed_over_comes_back_to_the_bit() {
 #[test]
 fn two_of_each_owner_are_kept_and_older_ones_go_when_a_newer_one_is_whole() {
     let (other, stopper) = (other(), Stopper::default());
-    let retained = Arc::new(AtomicU64::new(0));
-    other.store.begin(None, retained.clone(), 4_000_000);
+    let verdicts = Arc::new(Verdicts::default());
+    other.store.begin(None, verdicts.clone(), 13_000_000);
     let send = |image: &Image| put(&circle(0, 4), &stopper, &other.address, 1, image);
     send(&image(10, 0)).unwrap();
     send(&image(20, 0)).unwrap();
@@ -53,15 +53,54 @@ fn two_of_each_owner_are_kept_and_older_ones_go_when_a_newer_one_is_whole() {
     assert!(full.contains("no room"), "{full}");
     let steps = || other.store.held().iter().map(|h| h.step).collect::<Vec<_>>();
     assert_eq!(steps(), [10, 20]);
-    retained.store(20, Ordering::Relaxed);
+    verdicts.retain(20);
     send(&image(30, 0)).unwrap();
     assert_eq!(steps(), [20, 30]);
     // A generation that goes on after step 20 has no use for the rest, one that goes on elsewhere for none.
-    other.store.begin(Some(20), Arc::default(), 4_000_000);
+    other.store.begin(Some(20), Arc::default(), 13_000_000);
     assert_eq!(steps(), [20]);
     other.store.begin(None, Arc::default(), 1000);
     assert_eq!(steps(), [0u64; 0]);
     assert!(send(&image(40, 0)).is_err(), "larger than any neighbour's");
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_whole_makes_room_for_the_next() {
+    let (other, stopper) = (other(), Stopper::default());
+    let verdicts = Arc::new(Verdicts::default());
+    other.store.begin(None, verdicts.clone(), 13_000_000);
+    let send = |image: &Image| put(&circle(0, 4), &stopper, &other.address, 1, image);
+    [10, 20].iter().for_each(|&step| send(&image(step, 0)).unwrap());
+    verdicts.retain(10);
+    assert!(send(&image(30, 0)).is_err());
+    verdicts.forget(20);
+    send(&image(30, 0)).unwrap();
+    let steps = || other.store.held().iter().map(|h| h.step).collect::<Vec<_>>();
+    assert_eq!(steps(), [10, 30]);
+    // It was forgotten before, in whatever order that was heard.
+    verdicts.retain(30);
+    assert_eq!(steps(), [30]);
+}
+
+#[test]
+fn images_cut_for_an_earlier_generation_go_once_those_of_this_one_are_whole() {
+    let (other, stopper) = (other(), Stopper::default());
+    let send = |image: &Image| put(&circle(0, 4), &stopper, &other.address, 1, image);
+    let of_three = |rank| Image { name: Name { world: 3, ..name(20, rank) }, ..image(20, rank) };
+    [of_three(0), of_three(1)].iter().for_each(|image| send(image).unwrap());
+    send(&image(20, 1)).unwrap();
+    let verdicts = Arc::new(Verdicts::default());
+    other.store.begin(Some(20), verdicts.clone(), 13_000_000);
+    assert_eq!(other.store.bytes_of(20), 9_000_000);
+    // One comes anew, one is here already; more would be beyond what is planned.
+    send(&image(20, 0)).unwrap();
+    send(&image(20, 1)).unwrap();
+    assert!(send(&image(30, 0)).is_err());
+    let cuts = || other.store.held().iter().map(|h| (h.rank, h.world)).collect::<Vec<_>>();
+    assert_eq!(cuts(), [(0, 3), (1, 3), (1, 2), (0, 2)]);
+    verdicts.retain(20);
+    assert_eq!(cuts(), [(1, 2), (0, 2)]);
+    send(&image(30, 0)).unwrap();
 }
 
 #[test]
