@@ -13,6 +13,7 @@ pub mod fake_worker;
 pub mod fixture;
 pub mod kills;
 pub mod processes;
+pub mod proxy;
 pub mod scale;
 
 pub mod served;

@@ -52,9 +52,13 @@ enum Command {
         /// The coordinator, host:port.
         #[arg(value_name = "ADDR")]
         address: String,
-        /// Address on which other workers reach this one; by default the one that leads to the coordinator.
-        #[arg(long, value_name = "HOST")]
+        /// Address on which this worker listens for others, by default the one that leads to the coordinator; without a
+        /// port, or with port 0, any free one.
+        #[arg(long, value_name = "HOST[:PORT]")]
         listen: Option<String>,
+        /// Address that other workers dial, where it is not the one listened on (a mapped port).
+        #[arg(long, value_name = "HOST:PORT")]
+        advertise: Option<String>,
     },
     /// Look at what a device really does: one JSON object per finding on standard output.
     ///
@@ -161,10 +165,14 @@ fn main() -> ExitCode {
     lifeline::keep_heap();
     let filter = tracing_subscriber::EnvFilter::try_from_env("UNISONO_LOG").unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+<<<<<<< HEAD
     let (address, listen) = match Arguments::parse().command {
         Command::Join { address, listen } => (address, listen),
         Command::Selftest { part, device } => return look_at(part, &device),
     };
+=======
+    let Command::Join { address, listen, advertise } = Arguments::parse().command;
+>>>>>>> b9fe889 (Simulated storms: each seed twice; networks that fall apart, zombies, hangs; workers behind mapped ports; fuzzing by one script)
     if let Err(problem) = lifeline::watch(i32::from(RUN_FAILED)) {
         return complain(&problem, BAD_INPUT);
     }
@@ -177,7 +185,7 @@ fn main() -> ExitCode {
             *panic = Some(info.to_string().replace('\n', " "));
         }
     }));
-    join(&address, listen)
+    join(&address, listen, advertise)
 }
 
 /// The way to the coordinator, once there is one.
@@ -210,7 +218,7 @@ fn heed(signal: i32, name: &str) {
 /// What the last panic said.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
-fn join(address: &str, listen: Option<String>) -> ExitCode {
+fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> ExitCode {
     let token = match Token::from_environment() {
         Ok(token) => token,
         Err(e) => return complain(&e, BAD_INPUT),
@@ -220,7 +228,7 @@ fn join(address: &str, listen: Option<String>) -> ExitCode {
         Err(problem) => return complain(&problem, BAD_INPUT),
     };
     let (listener, listen) = match tcp::listen(&host) {
-        Ok(listening) => listening,
+        Ok((listener, address)) => (listener, advertise.unwrap_or(address)),
         Err(e) => return complain(&e, BAD_INPUT),
     };
     let exchange = match Exchange::open(&host) {
@@ -287,7 +295,10 @@ fn take_part(link: &Link, standing: &mut session::Standing) -> Option<ExitCode> 
             tracing::info!(%error, "joining again");
             None
         }
-        Some(link::Error::Dismissed) => Some(ExitCode::SUCCESS),
+        Some(error @ link::Error::Dismissed) => {
+            complain(error, 0);
+            Some(ExitCode::SUCCESS)
+        }
         Some(error) => Some(complain(&at(link.rank(), None, None, error), code(error))),
         None => Some(complain(&at(link.rank(), None, None, &"the coordinator does not answer"), RUN_FAILED)),
     }

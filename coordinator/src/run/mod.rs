@@ -39,4 +39,8 @@ mod snapshots_tests;
 pub mod spike;
 mod status;
 mod stopping;
+#[cfg(test)]
+mod storm;
+#[cfg(test)]
+mod storm_tests;
 pub mod units;

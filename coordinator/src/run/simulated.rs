@@ -10,8 +10,9 @@ use super::program::{Program, Training};
 use super::recorded::Recorded;
 use super::schedule::LearningRate;
 use super::snapshots::Snapshotting;
+use super::storm::Crash;
 use super::units::Units;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use unisono_configs::model::{Bucket, Layout, TensorSlot, CHUNK};
 use unisono_configs::run::Assignment;
@@ -100,6 +101,10 @@ pub(super) struct Simulated {
     pub(super) steps: Vec<u64>,
     pub(super) acknowledged: u64,
     pub(super) begun: u64,
+    /// It has been asked what it has begun, and begins nothing until it hears how far to go.
+    halted: bool,
+    /// It has said that it cannot go on, and waits for what becomes of it.
+    pub(super) complained: bool,
     pub(super) aborted: bool,
     pub(super) listen: String,
     /// It was told that its generation is over, and joins again.
@@ -128,6 +133,11 @@ pub(super) struct World {
     pub(super) unsent: Vec<(u32, u64)>,
     /// Where nobody can fetch anything.
     pub(super) unreachable: Option<String>,
+    /// Those that are stopped, and what they will hear when they wake up.
+    pub(super) asleep: BTreeSet<Connection>,
+    pub(super) mail: BTreeMap<Connection, Vec<(Epoch, Order)>>,
+    /// How the coordinator dies in the middle of its next decision.
+    pub(super) crash: Option<Crash>,
 }
 
 /// Snapshots of one owner that a worker keeps at a time.
@@ -161,6 +171,9 @@ impl World {
             memory,
             unsent: Vec::new(),
             unreachable: None,
+            asleep: BTreeSet::new(),
+            mail: BTreeMap::new(),
+            crash: None,
         };
         let effects = this.machine.start();
         this.carry_out(effects);
@@ -236,6 +249,12 @@ impl World {
     }
 
     pub(super) fn carry_out(&mut self, effects: Vec<Effect>) {
+        let durable = |effect: &Effect| match self.crash {
+            None => true,
+            Some(Crash::AfterAppend) => matches!(effect, Effect::Append(_)),
+            Some(Crash::BeforeAppend) => false,
+        };
+        let effects: Vec<Effect> = effects.into_iter().filter(durable).collect();
         for effect in effects {
             assert!(!self.over, "{effect:?} after the end");
             match effect {
@@ -255,6 +274,9 @@ impl World {
     }
 
     pub(super) fn deliver(&mut self, to: Connection, epoch: Epoch, order: Order) {
+        if self.asleep.contains(&to) {
+            return self.mail.entry(to).or_default().push((epoch, order));
+        }
         // What is sent to a process that is no more reaches nobody.
         let Some(worker) = self.workers.get_mut(&to) else { return };
         match order {
@@ -301,12 +323,13 @@ impl World {
             Order::Halt(_) => {
                 let next = worker.outbox.front().map_or(0, |(id, _)| *id);
                 let begun = if next % 2 == 0 { next.max(worker.begun) } else { worker.begun };
-                worker.begun = begun;
+                (worker.begun, worker.halted) = (begun, true);
                 worker.outbox.push_front((0, Report::Halted(Halted { begun })));
             }
             Order::Proceed(Proceed { last }) => {
                 assert!(last >= worker.begun, "what was begun is not forgotten");
                 worker.outbox.retain(|(id, _)| *id <= last);
+                worker.halted = false;
             }
             Order::Acknowledge(acknowledge) => {
                 // Nothing is acknowledged before it is in the ledger.
@@ -370,6 +393,10 @@ impl World {
     /// Lets worker `from` say its next word; false when it has none.
     pub(super) fn say(&mut self, from: Connection) -> bool {
         let Some(worker) = self.workers.get_mut(&from) else { return false };
+        let next = worker.outbox.front().map_or(0, |(id, _)| *id);
+        if worker.complained || worker.halted && next > worker.begun {
+            return false;
+        }
         let Some((id, body)) = worker.outbox.pop_front() else { return false };
         worker.begun = worker.begun.max(id);
         let every = worker.snapshot_every;

@@ -77,10 +77,18 @@ pub struct Mesh {
 /// A connection that has not introduced itself after this long makes room for others.
 const INTRODUCTION: Duration = Duration::from_secs(10);
 
-/// Listens for peers on `host`, any port; returns the address to announce.
+/// Listens for peers on `host`, which may name a port, else on any; returns the address to announce.
 pub fn listen(host: &str) -> Result<(TcpListener, String), Error> {
     let failed = |source| Error::Listen { address: host.to_owned(), source };
-    let listener = TcpListener::bind((host.trim_matches(['[', ']']), 0)).map_err(failed)?;
+    let (name, port) = match host.rsplit_once(':') {
+        // An IPv6 address without brackets has colons of its own.
+        Some((name, port)) if !name.contains(':') || name.ends_with(']') => match port.parse() {
+            Ok(port) => (name, port),
+            Err(_) => return Err(failed(std::io::Error::other(format!("\"{port}\" is not a port")))),
+        },
+        _ => (host, 0),
+    };
+    let listener = TcpListener::bind((name.trim_matches(['[', ']']), port)).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     Ok((listener, address.to_string()))
 }
