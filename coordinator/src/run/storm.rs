@@ -174,9 +174,9 @@ impl Storm {
                 self.world.joins(format!("bob:{}", self.processes));
             }
             66..74 => {
-                // Nobody has peers before it has a rank.
+                // Nobody needs its peers before it has something to do.
                 let from = someone(&mut self.dice, &awake);
-                let Some(from) = from.filter(|from| self.world.workers[from].epoch.is_some()) else { return };
+                let Some(from) = from.filter(|from| !self.world.workers[from].outbox.is_empty()) else { return };
                 self.note("complaint", from.0);
                 self.complains(from);
             }
