@@ -40,12 +40,12 @@ round() {
     local target=$1 seconds=$2 found=$home/findings/$1 corpus=$home/corpus/$1 words=$home/$1.log
     mkdir -p "$found" "$corpus"
     local before begun=$SECONDS
-    before=$(find "$found" -type f | wc -l)
+    before=$(find "$found" -type f ! -name "slow-unit-*" | wc -l)
     nice -n 19 "$home/target/x86_64-unknown-linux-gnu/release/$target" "$corpus" "fuzz/corpus/$target" \
-        -max_total_time="$seconds" -rss_limit_mb=1024 -timeout=20 -max_len=4096 -use_value_profile=1 \
+        -max_total_time="$seconds" -rss_limit_mb=1024 -timeout=60 -report_slow_units=60 -max_len=4096 -use_value_profile=1 \
         -print_final_stats=1 -artifact_prefix="$found/" >"$words" 2>&1 || true
     local after inputs covered
-    after=$(find "$found" -type f | wc -l)
+    after=$(find "$found" -type f ! -name "slow-unit-*" | wc -l)
     inputs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$words" | tail -n 1)
     covered=$(grep -oE 'cov: [0-9]+' "$words" | tail -n 1 | cut -d ' ' -f 2 || true)
     printf '{"target":"%s","at":"%s","commit":"%s","seconds":%d,"inputs":%d,"covered":%d,"findings":%d}\n' \

@@ -125,7 +125,7 @@ pub struct Disturbed {
     /// One line for each death: where, at which step, in the middle of what, and for the last one of several the seconds
     /// until the next new step.
     pub deaths: Vec<Value>,
-    /// For each lost worker, how many steps that were committed had to be computed again.
+    /// For each generation but the first, how many steps that were committed had to be computed again.
     pub replays: Vec<u64>,
 }
 
@@ -236,13 +236,12 @@ pub fn ledger_losses(run_dir: &Path) -> Vec<f64> {
     losses.map(|loss| loss.expect("a loss is a number")).collect()
 }
 
-/// From the ledger, for each lost worker: how many committed steps the run went back.
+/// From the ledger, for each generation but the first: how many committed steps were computed again.
 pub fn replays(run_dir: &Path) -> Vec<u64> {
     let ledger = rusqlite::Connection::open(run_dir.join("ledger.sqlite")).expect("a run has a ledger");
-    let sql = "SELECT max(0, (SELECT ifnull(max(json_extract(s.body, '$.step')), 0) FROM events s
-                   WHERE s.kind = 'step' AND s.sequence < e.sequence) - json_extract(e.body, '$.resume_step'))
-               FROM events e WHERE e.kind = 'lost' ORDER BY e.sequence";
+    let sql =
+        "SELECT ifnull(json_extract(body, '$.replayed'), 0) FROM events WHERE kind = 'membership' ORDER BY sequence";
     let mut rows = ledger.prepare(sql).expect("a ledger has events");
     let replays = rows.query_map([], |row| row.get(0)).expect("a ledger has events");
-    replays.map(|steps| steps.expect("a difference is a number")).collect()
+    replays.skip(1).map(|steps| steps.expect("it is a number")).collect()
 }

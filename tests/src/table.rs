@@ -138,7 +138,7 @@ fn hangs(all: &[Value]) -> Option<String> {
 fn replays(all: &[Value]) -> Option<String> {
     let lists = of(all, "replays").filter_map(|line| line["replays"].as_array());
     let steps: Vec<f64> = lists.flatten().filter_map(Value::as_f64).collect();
-    some(steps.len(), format!("{} losses, steps again: {} (median, most)", steps.len(), pair(&steps, 0)))
+    some(steps.len(), format!("{} regroupings, steps again: {} (median, most)", steps.len(), pair(&steps, 0)))
 }
 
 fn signals(all: &[Value]) -> Option<String> {
@@ -206,7 +206,7 @@ mod tests {
             "| 3 deaths, 1 other digests |",
             "| 1 deaths, 1 other results; next new step after 0.50, 0.50 s",
             "| load, while the others regroup | 2 | 0 | 3.00, 3.00 |",
-            "| 3 losses, steps again: 2, 4 (median, most) |",
+            "| 3 regroupings, steps again: 2, 4 (median, most) |",
             "| 1000: coordinator's CPU for a step +1.0 %, its memory +2.0 MiB |",
             "| 16 | simulated runs, each twice with equal traces | nothing yet |",
         ] {

@@ -195,6 +195,11 @@ impl Live {
         self.events.iter().filter(|event| event["event"] == kind).collect()
     }
 
+    /// Everything that was told so far, in order.
+    pub fn every_event(&self) -> &[Value] {
+        &self.events
+    }
+
     pub fn workers(&self) -> Vec<processes::Process> {
         processes::marked(&self.mark).into_iter().filter(|p| p.is_worker()).collect()
     }

@@ -165,14 +165,10 @@ fn main() -> ExitCode {
     lifeline::keep_heap();
     let filter = tracing_subscriber::EnvFilter::try_from_env("UNISONO_LOG").unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-<<<<<<< HEAD
-    let (address, listen) = match Arguments::parse().command {
-        Command::Join { address, listen } => (address, listen),
+    let (address, listen, advertise) = match Arguments::parse().command {
+        Command::Join { address, listen, advertise } => (address, listen, advertise),
         Command::Selftest { part, device } => return look_at(part, &device),
     };
-=======
-    let Command::Join { address, listen, advertise } = Arguments::parse().command;
->>>>>>> b9fe889 (Simulated storms: each seed twice; networks that fall apart, zombies, hangs; workers behind mapped ports; fuzzing by one script)
     if let Err(problem) = lifeline::watch(i32::from(RUN_FAILED)) {
         return complain(&problem, BAD_INPUT);
     }
@@ -231,7 +227,7 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
         Ok((listener, address)) => (listener, advertise.unwrap_or(address)),
         Err(e) => return complain(&e, BAD_INPUT),
     };
-    let exchange = match Exchange::open(&host) {
+    let exchange = match Exchange::open(tcp::split(&host).0) {
         Ok(exchange) => exchange,
         Err(e) => return complain(&e, BAD_INPUT),
     };

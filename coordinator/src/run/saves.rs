@@ -70,9 +70,10 @@ impl Saves {
         self.under_way.is_empty() && self.again.is_none()
     }
 
-    /// The state after `step` is saved or being saved.
+    /// The state after `step` is saved or being saved, or a later one: a commit may outlive a generation that had got
+    /// further than this one.
     pub(super) fn cover(&self, step: u64) -> bool {
-        self.newest == step || self.under_way.iter().any(|save| save.step == step)
+        self.newest >= step || self.under_way.iter().any(|save| save.step >= step)
     }
 
     /// Numbers a new attempt, which every rank of `world` is about to be told.

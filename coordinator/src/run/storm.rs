@@ -47,6 +47,8 @@ pub(super) struct Storm {
     pub(super) tally: Tally,
     dice: Dice,
     steps: u64,
+    /// Steps between snapshots; 0: none.
+    snapshots: u64,
     term: u64,
     /// Steps whose manifest exists.
     manifests: BTreeSet<u64>,
@@ -61,12 +63,14 @@ pub(super) struct Storm {
 impl Storm {
     pub(super) fn new(seed: u64) -> Self {
         let mut dice = Dice(seed);
-        let (workers, steps) = (1 + dice.roll(5) as u32, 1 + dice.roll(14));
+        let (workers, steps, snapshots) = (1 + dice.roll(5) as u32, 1 + dice.roll(14), dice.roll(4));
+        let machine = snapshotting(workers, steps, Assignment::Balanced, snapshots);
         Storm {
-            world: World::new(workers, steps, Assignment::Balanced),
+            world: World::with(machine, workers, Vec::new()),
             tally: Tally::default(),
             dice,
             steps,
+            snapshots,
             term: 3,
             manifests: BTreeSet::new(),
             sleepers: BTreeMap::new(),
@@ -240,6 +244,10 @@ impl Storm {
         self.sleepers.remove(&from);
         self.world.forget_mail(from);
         if let Some(worker) = self.world.workers.remove(&from) {
+            // It may have a newer stream: then this was only the old one.
+            if !self.world.workers.values().any(|w| w.listen == worker.listen) {
+                self.world.memory.remove(&worker.listen);
+            }
             self.world.joining.retain(|listen| *listen != worker.listen);
             self.world.joining.push_back(format!("{}'", worker.listen));
         }
@@ -300,6 +308,7 @@ impl Storm {
         }
         self.world.workers.clear();
         self.world.joining.clear();
+        self.world.memory.clear();
         self.sleepers.clear();
         let workers = 1 + self.dice.roll(5) as u32;
         for _ in 0..workers {
@@ -325,7 +334,8 @@ impl Storm {
         let mut recorded = Recorded::default();
         self.world.ledger.iter().for_each(|entry| recorded.note(entry));
         recorded.follow(&program);
-        let settings = Settings { recorded, term: self.term, ..settings(workers, Assignment::Balanced) };
+        let mut settings = Settings { recorded, term: self.term, ..settings(workers, Assignment::Balanced) };
+        settings.snapshots.every = self.snapshots;
         self.world.begins(Machine::new(settings, program));
     }
 }

@@ -77,17 +77,21 @@ pub struct Mesh {
 /// A connection that has not introduced itself after this long makes room for others.
 const INTRODUCTION: Duration = Duration::from_secs(10);
 
+/// The host of `host` or `host:port`, and the port where it has one.
+pub fn split(address: &str) -> (&str, Option<&str>) {
+    match address.rsplit_once(':') {
+        // An IPv6 address without brackets has colons of its own.
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => (host, Some(port)),
+        _ => (address, None),
+    }
+}
+
 /// Listens for peers on `host`, which may name a port, else on any; returns the address to announce.
 pub fn listen(host: &str) -> Result<(TcpListener, String), Error> {
     let failed = |source| Error::Listen { address: host.to_owned(), source };
-    let (name, port) = match host.rsplit_once(':') {
-        // An IPv6 address without brackets has colons of its own.
-        Some((name, port)) if !name.contains(':') || name.ends_with(']') => match port.parse() {
-            Ok(port) => (name, port),
-            Err(_) => return Err(failed(std::io::Error::other(format!("\"{port}\" is not a port")))),
-        },
-        _ => (host, 0),
-    };
+    let (name, port) = split(host);
+    let unknown = |_| failed(std::io::Error::other("that is not a port"));
+    let port: u16 = port.map_or(Ok(0), str::parse).map_err(unknown)?;
     let listener = TcpListener::bind((name.trim_matches(['[', ']']), port)).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     Ok((listener, address.to_string()))

@@ -1,0 +1,78 @@
+//! Viewers that never read cost the run nothing: neither the coordinator's time for a step nor its memory grows with them.
+
+#![allow(clippy::unwrap_used)]
+
+use serde_json::json;
+use std::time::Duration;
+use unisono_proto::dial::{dial, monitor, Token};
+use unisono_proto::v1::{Event, WatchRequest};
+use unisono_tests::processes::{cpu_seconds, resident_bytes};
+use unisono_tests::train::{Live, Train};
+use unisono_tests::{chronicle, fixture};
+
+/// Waits for `steps` further steps; the coordinator's CPU seconds for each.
+fn cpu_for_a_step(live: &mut Live, steps: u64) -> f64 {
+    let pid = live.coordinator().pid;
+    let (begun, cpu) = (live.newest_step(), cpu_seconds(pid).unwrap());
+    while live.newest_step() < begun + steps {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    (cpu_seconds(pid).unwrap() - cpu) / (live.newest_step() - begun) as f64
+}
+
+/// `UNISONO_MONITORS` (default 1,000) of them.
+#[test]
+#[ignore = "minutes; make chaos"]
+fn viewers_that_never_read_cost_nothing() {
+    const STEPS: u64 = 400;
+    let count = chronicle::asked("UNISONO_MONITORS", 1000);
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = fixture::tiny();
+    let train = Train::new(&tiny.model, &tiny.data, dir.path()).workers(2).set("model.compute", "fp32");
+    let mut live = train.set("train.steps", 1_000_000).set("checkpoint.every", 0).set("eval.every", 0).start();
+    live.wait_for("step");
+    cpu_for_a_step(&mut live, 50);
+    let before = cpu_for_a_step(&mut live, STEPS);
+    let pid = live.coordinator().pid;
+    let bytes_without = resident_bytes(pid).unwrap();
+
+    let control: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(live.run_dir.join("control.json")).unwrap()).unwrap();
+    let address = control["address"].as_str().unwrap().to_owned();
+    let token = Token::parse(control["tokens"]["monitor"].as_str().unwrap()).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let streams: Vec<tonic::Streaming<Event>> = runtime.block_on(async {
+        let mut streams = Vec::new();
+        for _ in 0..count {
+            let mut request = tonic::Request::new(WatchRequest { after: 0 });
+            token.authorize(&mut request);
+            let mut client = monitor(dial(&address, &token).await.unwrap());
+            streams.push(client.watch(request).await.unwrap().into_inner());
+        }
+        streams
+    });
+    // Until nothing more fits on the way to any of them.
+    cpu_for_a_step(&mut live, 2 * STEPS);
+    let with = cpu_for_a_step(&mut live, STEPS);
+    let bytes_with = resident_bytes(pid).unwrap();
+    drop(streams);
+    drop(runtime);
+    cpu_for_a_step(&mut live, 50);
+    let after = cpu_for_a_step(&mut live, STEPS);
+    let without = (before + after) / 2.0;
+    println!(
+        "{count} viewers: {:.3} ms of CPU for a step without, {:.3} ms with them; memory {:.1} and {:.1} MiB",
+        1e3 * without,
+        1e3 * with,
+        bytes_without as f64 / f64::from(1 << 20),
+        bytes_with as f64 / f64::from(1 << 20),
+    );
+    chronicle::note(
+        "monitors",
+        json!({"monitors": count, "cpu_before": before, "cpu_after": after, "cpu_without": without, "cpu_with": with,
+               "bytes_without": bytes_without, "bytes_with": bytes_with}),
+    );
+    assert!(bytes_with < bytes_without + (64 << 20), "memory grew by {} MiB", (bytes_with - bytes_without) >> 20);
+    // The clock of processes ticks in hundredths of a second: a tenth is what can be seen for sure.
+    assert!(with < without * 1.1, "a step costs {with} s of CPU instead of {without} s");
+}
