@@ -47,8 +47,6 @@ pub(super) struct Storm {
     pub(super) tally: Tally,
     dice: Dice,
     steps: u64,
-    /// Steps between snapshots; 0: none.
-    snapshots: u64,
     term: u64,
     /// Steps whose manifest exists.
     manifests: BTreeSet<u64>,
@@ -63,14 +61,12 @@ pub(super) struct Storm {
 impl Storm {
     pub(super) fn new(seed: u64) -> Self {
         let mut dice = Dice(seed);
-        let (workers, steps, snapshots) = (1 + dice.roll(5) as u32, 1 + dice.roll(14), dice.roll(4));
-        let machine = snapshotting(workers, steps, Assignment::Balanced, snapshots);
+        let (workers, steps) = (1 + dice.roll(5) as u32, 1 + dice.roll(14));
         Storm {
-            world: World::with(machine, workers, Vec::new()),
+            world: World::new(workers, steps, Assignment::Balanced),
             tally: Tally::default(),
             dice,
             steps,
-            snapshots,
             term: 3,
             manifests: BTreeSet::new(),
             sleepers: BTreeMap::new(),
@@ -334,8 +330,7 @@ impl Storm {
         let mut recorded = Recorded::default();
         self.world.ledger.iter().for_each(|entry| recorded.note(entry));
         recorded.follow(&program);
-        let mut settings = Settings { recorded, term: self.term, ..settings(workers, Assignment::Balanced) };
-        settings.snapshots.every = self.snapshots;
+        let settings = Settings { recorded, term: self.term, ..settings(workers, Assignment::Balanced) };
         self.world.begins(Machine::new(settings, program));
     }
 }
