@@ -227,7 +227,7 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
         Ok((listener, address)) => (listener, advertise.unwrap_or(address)),
         Err(e) => return complain(&e, BAD_INPUT),
     };
-    let exchange = match Exchange::open(tcp::split(&host).0) {
+    let exchange = match Exchange::open(tcp::host_and_port(&host).0) {
         Ok(exchange) => exchange,
         Err(e) => return complain(&e, BAD_INPUT),
     };

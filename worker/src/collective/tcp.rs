@@ -78,7 +78,7 @@ pub struct Mesh {
 const INTRODUCTION: Duration = Duration::from_secs(10);
 
 /// The host of `host` or `host:port`, and the port where it has one.
-pub fn split(address: &str) -> (&str, Option<&str>) {
+pub fn host_and_port(address: &str) -> (&str, Option<&str>) {
     match address.rsplit_once(':') {
         // An IPv6 address without brackets has colons of its own.
         Some((host, port)) if !host.contains(':') || host.ends_with(']') => (host, Some(port)),
@@ -89,7 +89,7 @@ pub fn split(address: &str) -> (&str, Option<&str>) {
 /// Listens for peers on `host`, which may name a port, else on any; returns the address to announce.
 pub fn listen(host: &str) -> Result<(TcpListener, String), Error> {
     let failed = |source| Error::Listen { address: host.to_owned(), source };
-    let (name, port) = split(host);
+    let (name, port) = host_and_port(host);
     let unknown = |_| failed(std::io::Error::other("that is not a port"));
     let port: u16 = port.map_or(Ok(0), str::parse).map_err(unknown)?;
     let listener = TcpListener::bind((name.trim_matches(['[', ']']), port)).map_err(failed)?;
