@@ -454,9 +454,9 @@ pub struct Checkpoint {
     /// Seconds that a run has to save and end when it is asked to (SIGTERM, SIGINT, SIGUSR1). Slurm and Kubernetes kill
     /// after 30 s by default.
     pub grace: f64,
-    /// Where each committed checkpoint is copied to behind training, with the ledger and the configuration: an absolute
-    /// directory, s3://bucket/prefix or gs://bucket/prefix. `train --resume URL/RUN` goes on from there on any machine,
-    /// and so does `--resume auto` where no run of the configuration is found. As many are kept there as here.
+    /// Where each committed checkpoint is copied to behind training, with ledger and configuration: an absolute directory,
+    /// s3://bucket/prefix or gs://bucket/prefix. `train --resume URL/RUN` goes on from there on any machine, and so does
+    /// `--resume auto` where no run of the configuration is found.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub copy_to: Option<String>,
 }
