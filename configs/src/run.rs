@@ -446,8 +446,7 @@ pub struct Checkpoint {
     pub every: u64,
     /// Steps between snapshots: each worker keeps its share of the state in memory, and a copy at another worker, on another
     /// host where there is one. After a loss the run goes on from there and not from the newest checkpoint. 0: none. More often:
-    /// less to compute again, more to copy. They take four times the memory of the optimizer's state, and are left out where
-    /// that is not there.
+    /// less to compute again, more to copy. They take four times the optimizer state's memory; without it there are none.
     pub snapshot_every: u64,
     /// Newest checkpoints kept. One is deleted only after a newer one has been read back.
     pub keep: usize,
