@@ -25,6 +25,8 @@ mod recorded_tests;
 mod regroup;
 #[cfg(test)]
 mod regroup_tests;
+#[cfg(test)]
+mod rehearsal;
 pub mod roster;
 mod saves;
 #[cfg(test)]

@@ -1,20 +1,12 @@
 //! Simulated workers and a world around the machine, for its tests: no clock, no network.
 
-use super::cost::CostModel;
 use super::event::{Connection, Effect, Event, PendingCheckpoint, Refusal};
-use super::machine::{Machine, Rows, Settings};
+use super::machine::{Machine, Settings};
 use super::phases::Phase;
-use super::plan::tests::{reversed, sizes, train, COST};
-use super::plan::Plan;
-use super::program::{Program, Training};
+use super::program::Program;
 use super::recorded::Recorded;
-use super::schedule::LearningRate;
-use super::snapshots::Snapshotting;
 use super::storm::Crash;
-use super::units::Units;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
-use unisono_configs::model::{Bucket, Layout, TensorSlot, CHUNK};
 use unisono_configs::run::Assignment;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::directive::Body as Task;
@@ -22,74 +14,10 @@ use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{
     Assign, Checkpoint, CheckpointCommitted, CheckpointCopied, CheckpointReport, Drained, Epoch, EvaluateReport,
-    Failure, Fingerprint, Halted, Heartbeat, Held, Join, LossPart, Proceed, Ready, RunStarted, SnapshotKept,
-    StepReport, WorkerMessage,
+    Failure, Halted, Heartbeat, Held, Join, LossPart, Proceed, Ready, SnapshotKept, StepReport, WorkerMessage,
 };
 
-const ROWS: usize = 23;
-
-pub(super) fn program(assignment_steps: u64) -> Program {
-    let train = unisono_configs::run::Train { steps: Some(assignment_steps), ..train(5, 4) };
-    let cost: CostModel = COST;
-    let plan = Plan::new(Arc::new(sizes(ROWS)), reversed(ROWS), &train, cost).unwrap();
-    Program::Train(Training {
-        rate: LearningRate::new(&train, plan.steps()),
-        plan: Arc::new(plan),
-        validation: Units::evaluation("validation", &sizes(9), &train, cost, 256).unwrap(),
-        test: Units::evaluation("test", &sizes(4), &train, cost, 256).unwrap(),
-        eval_every: 3,
-        checkpoint_every: 4,
-        start: 0,
-        prepared: u64::MAX,
-    })
-}
-
-pub(super) fn machine(world: u32, steps: u64, assignment: Assignment) -> Machine {
-    snapshotting(world, steps, assignment, 0)
-}
-
-/// With a snapshot every `every` steps.
-pub(super) fn snapshotting(world: u32, steps: u64, assignment: Assignment, every: u64) -> Machine {
-    let mut settings = settings(world, assignment);
-    settings.snapshots.every = every;
-    Machine::new(settings, program(steps))
-}
-
-pub(super) fn settings(world: u32, assignment: Assignment) -> Settings {
-    Settings {
-        run_dir: "/runs/one".into(),
-        term: 3,
-        world,
-        assignment,
-        seed: 1,
-        assign: Assign { trains: true, rejoin_timeout: 30.0, peer_timeout: 60.0, ..Assign::default() },
-        peer_secret: [7; 32],
-        started: RunStarted::default(),
-        recorded: Recorded::default(),
-        tasks: vec!["a".into(), "b".into(), "c".into()],
-        lease: 10.0,
-        restarts: 3,
-        spike: Default::default(),
-        rows: Rows(Arc::new(|key| vec![format!("row {}", key.micro_batch)])),
-        grace: 10.0,
-        hang_after: 5.0,
-        snapshots: Snapshotting { every: 0, layout: Arc::new(layout()), timeline: [1; 32] },
-    }
-}
-
-/// Two buckets of 7 and 3 chunks.
-pub(super) fn layout() -> Layout {
-    let bucket = |name: &str, chunks: usize| {
-        let (shape, elements) = (vec![chunks * CHUNK - 5], chunks * CHUNK - 5);
-        Bucket { name: name.into(), tensors: vec![TensorSlot { name: name.into(), shape, offset: 0 }], elements }
-    };
-    Layout { buckets: vec![bucket("a", 7), bucket("b", 3)] }
-}
-
-pub(super) fn join(listen: &str) -> Join {
-    let fingerprint = Fingerprint { device: "cpu".into(), libtorch: "2.11.0".into(), ..Default::default() };
-    Join { listen: listen.into(), host: "ada".into(), pid: 1, fingerprint: Some(fingerprint), ..Default::default() }
-}
+pub(super) use super::rehearsal::{join, layout, machine, program, settings, snapshotting};
 
 /// A worker that does what it is told, and what it has not said yet.
 #[derive(Default)]
