@@ -335,7 +335,7 @@ pub struct Cluster {
     /// What workers compute on.
     pub device: Device,
     /// What is sharded over the workers (ZeRO): 1, the optimizer's state; 2, gradients too, and micro-batches go through the
-    /// layers together; 3, parameters too, gathered block by block. "auto": the fastest that fits. Same bits.
+    /// layers together; 3, parameters too, gathered block by block. "auto": the one expected to be fastest.
     pub zero_stage: ZeroStage,
     /// What the backward pass computes again to save memory; "auto": the least that fits. Same bits.
     pub recompute: Recompute,

@@ -10,7 +10,7 @@ use crate::serve::work::Work;
 use serde_json::{json, Value};
 use std::sync::Arc;
 use unisono_configs::model::{Layout, ModelSpec};
-use unisono_configs::run::{Compute, RunConfig};
+use unisono_configs::run::{Compute, OptimizerState, RunConfig};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -125,9 +125,9 @@ struct Memory {
     workers: usize,
     parameters: usize,
     parameter_bytes: usize,
-    /// Integer accumulators of the exact sum.
+    /// Integer accumulators of the exact sum, all at a time: ZeRO-2 and 3 hold less.
     sum_bytes: usize,
-    /// fp32 masters and moments of the largest shard.
+    /// What the largest shard keeps beside its parameters: what a bf16 parameter lacks of its fp32 master, and both moments.
     optimizer_bytes: usize,
 }
 
@@ -138,20 +138,26 @@ impl Memory {
         let width = if config.model.compute == Compute::Bf16 { 2 } else { 4 };
         let owned = |rank| layout.shard_elements(rank, workers).iter().map(|range| range.len()).sum::<usize>();
         let largest = (0..workers).map(owned).max().unwrap_or(0);
+        let kept = match (config.train.optimizer_state, config.model.compute) {
+            (OptimizerState::Bf16, _) => 2 * 2,
+            (OptimizerState::Fp32, Compute::Bf16) => 2 + 2 * 4,
+            // The parameter is its own master.
+            (OptimizerState::Fp32, _) => 2 * 4,
+        };
         Memory {
             workers,
             parameters,
             parameter_bytes: width * parameters,
             sum_bytes: 8 * parameters,
-            optimizer_bytes: 12 * largest,
+            optimizer_bytes: kept * largest,
         }
     }
 
     fn show(&self) -> String {
         let megabytes = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
         format!(
-            "memory: {} parameters; each of {} workers holds parameters {}, gradient sums {}, optimizer {}, and what a \
-             micro-batch needs\n",
+            "memory: {} parameters; each of {} workers holds parameters {}, gradient sums {} (less with \
+             ZeRO-2 and 3), optimizer {}, and what a micro-batch needs\n",
             grouped(self.parameters as u64),
             self.workers,
             megabytes(self.parameter_bytes),
