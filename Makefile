@@ -8,7 +8,7 @@ CARGO ?= cargo
 JOBS ?= $(shell jobs=$$(nproc); room=$$(awk '/MemAvailable/ { print int($$2 / 1572864) }' /proc/meminfo); \
 	[ $$room -lt 1 ] && room=1; echo $$(( jobs < room ? jobs : room )))
 
-.PHONY: gpu-programs gpu-check help setup build demo test bench chaos scale lint clean
+.PHONY: gpu-programs gpu-check help setup build demo test bench largest chaos scale lint clean
 
 help: ## Lists these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,13 @@ ROUNDS ?= 2
 
 bench: build ## Tokens/s, memory and start-up; with MODEL, DATA, PEERS, PYTHON: beside what one would use instead
 	scripts/bench.py $(MODEL) $(DATA) $(if $(PEERS),--peers $(PEERS) --python $(PYTHON)) --rounds $(ROUNDS) --out $(or $(OUT),target/bench)
+
+# Caps of `make largest`, GiB.
+CAPS ?= 4 8 16
+
+largest: build ## The largest model that trains under caps on memory (as root): DATA=file, CAPS="4 8 16"; with PEERS, PYTHON: TRL's too
+	for cap in $(CAPS); do scripts/largest_model.sh $$cap $(DATA) --python $(PYTHON) $(if $(PEERS),--trl $(PEERS)/trl_sft.py) \
+		--unisono $(CARGO_TARGET_DIR:%=%/)$(if $(CARGO_TARGET_DIR),,target/)release/unisono || exit 1; done
 
 # Kills of `make chaos`, where their places and instants come from, and where everything that was seen is kept.
 KILLS ?= 300

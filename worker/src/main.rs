@@ -1,6 +1,8 @@
 //! `unisono-worker`: maps arguments to a session and its outcome to an exit code.
 
 use clap::{Parser, Subcommand};
+use prost::Message;
+use std::io::{Read, Write};
 use std::net::UdpSocket;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::PathBuf;
@@ -10,9 +12,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use unisono_proto::dial::Token;
 use unisono_proto::v1::worker_message::Body;
-use unisono_proto::v1::{Epoch, Failure, Join, Phase};
+use unisono_proto::v1::{Assign, Epoch, Failure, Join, Phase};
 use unisono_worker::collective::tcp;
 use unisono_worker::link::{self, Link, Reporter};
+use unisono_worker::memory::kernels;
 use unisono_worker::model::Recompute;
 use unisono_worker::snapshot::exchange::Exchange;
 use unisono_worker::{fingerprint, lifeline, selftest, session, signals};
@@ -44,6 +47,14 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Say what an assignment would need of this machine's memory: for `unisono check`.
+    ///
+    /// The assignment (unisono.v1.Assign) comes on standard input; the answer is one JSON object. Nothing is loaded.
+    Plan {
+        /// Workers that share this machine.
+        #[arg(long, default_value_t = 1)]
+        workers: usize,
+    },
     /// Take part in the run of the coordinator at ADDR.
     ///
     /// The token comes from UNISONO_TOKEN or from the file that UNISONO_TOKEN_FILE names.
@@ -151,13 +162,9 @@ fn main() -> ExitCode {
     // Before libtorch's first operation: it keeps a compiled kernel for each shape, bounded by the first two; large
     // tensors lie on huge pages where the system has them, which halves the cost of running over all sums.
     // On a GPU, products whose result does not depend on what ran before need workspaces of one size.
-    let environment = [
-        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"),
-        ("LRU_CACHE_CAPACITY", "1024"),
-        ("THP_MEM_ALLOC_ENABLE", "1"),
-        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-    ];
-    for (variable, value) in environment {
+    let fixed = [("THP_MEM_ALLOC_ENABLE", "1"), ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")];
+    let fixed = fixed.map(|(variable, value)| (variable, value.to_owned()));
+    for (variable, value) in kernels::environment().into_iter().chain(fixed) {
         if std::env::var_os(variable).is_none() {
             std::env::set_var(variable, value);
         }
@@ -168,6 +175,7 @@ fn main() -> ExitCode {
     let (address, listen, advertise) = match Arguments::parse().command {
         Command::Join { address, listen, advertise } => (address, listen, advertise),
         Command::Selftest { part, device } => return look_at(part, &device),
+        Command::Plan { workers } => return plan(workers),
     };
     if let Err(problem) = lifeline::watch(i32::from(RUN_FAILED)) {
         return complain(&problem, BAD_INPUT);
@@ -213,6 +221,27 @@ fn heed(signal: i32, name: &str) {
 
 /// What the last panic said.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
+
+/// Answers what an assignment would need; 0 also where it does not fit, as the answer says.
+fn plan(workers: usize) -> ExitCode {
+    let mut bytes = Vec::new();
+    let assign = std::io::stdin().read_to_end(&mut bytes).map_err(|error| error.to_string());
+    let assign = assign.and_then(|_| Assign::decode(&bytes[..]).map_err(|error| error.to_string()));
+    let assign = match assign {
+        Ok(assign) => assign,
+        Err(problem) => return complain(&format!("standard input is no assignment ({problem})"), BAD_INPUT),
+    };
+    match session::prospect::foresee(&assign, workers) {
+        Ok(table) => {
+            let text = serde_json::to_string(&table).expect("strings and numbers serialize");
+            match writeln!(std::io::stdout(), "{text}") {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => complain(&format!("the answer cannot be written ({error})"), RUN_FAILED),
+            }
+        }
+        Err(error) => complain(&error, if error.bad_input() { BAD_INPUT } else { RUN_FAILED }),
+    }
+}
 
 fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> ExitCode {
     let token = match Token::from_environment() {

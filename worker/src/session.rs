@@ -2,6 +2,7 @@
 
 mod choice;
 mod images;
+pub mod prospect;
 
 use crate::checkpoint::saver::Saver;
 use crate::collective;
@@ -10,8 +11,8 @@ use crate::collective::tcp::{Membership, Mesh};
 use crate::device;
 use crate::engine::{self, Engine};
 use crate::link::{self, Link};
-use crate::memory::order::{Choice, Range};
-use crate::memory::{self, Available, Demand};
+use crate::memory::order::Choice;
+use crate::memory::{self, Available};
 use crate::model::weights::{self, Weights};
 use crate::model::{self, Model};
 use crate::optim::adamw::Settings;
@@ -22,14 +23,14 @@ use crate::restore::{self, Part, Saved};
 use crate::snapshot::exchange::{self, Circle, Exchange};
 use crate::snapshot::keeper::{Keeper, Means};
 use crate::train::{self, Trainer};
-use choice::{agree, form, recompute, stage, try_worst};
+use choice::{agree, try_worst};
+use prospect::Prospect;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tch::Kind;
-use unisono_configs::model::{spec, ModelSpec};
+use unisono_configs::model::spec;
 use unisono_proto::v1::worker_message::Body;
-use unisono_proto::v1::{directive, Assign, Compute, Epoch, Phase, Ready};
+use unisono_proto::v1::{directive, Assign, Epoch, Phase, Ready};
 
 /// Why a worker's life ended early.
 #[derive(Debug, thiserror::Error)]
@@ -171,38 +172,18 @@ impl<'l> Loading<'l> {
         }
         // Everybody is assigned at the same moment, so peers are met before loading makes some later than others.
         let mut peers = Mesh::meet(&standing.listener, &membership, link.stopper())?;
-        let (path, compute) = self.source()?;
+        let prospect = Prospect::of(assign)?;
         let device = device::open(&assign.device, place_on_host(&assign.peers, assign.rank as usize))?;
-        let spec = ModelSpec::read(&path)?;
         use_threads(assign.threads);
-        let layout = unisono_configs::model::Layout::new(&spec);
+        let snapshots = assign.neighbour.is_some() && standing.snapshots.is_some();
         let (rank, world) = (assign.rank as usize, assign.world as usize);
-        let form = form(assign.optimizer.unwrap_or_default().state(), compute)?;
-        let owned: usize = layout.shard_elements(rank, world).iter().map(|r| r.len()).sum();
         let plan = {
-            let sketch = Model::sketch(spec.clone(), compute).ok_or(memory::Error::Beyond)?;
-            let range = Range {
-                stage: stage(assign.zero_stage)?,
-                wave: None,
-                recompute: recompute(assign.recompute()),
-                micro_batches: assign.micro_batches as usize,
-                world,
-            };
-            let demand = Demand {
-                sketch: &sketch,
-                owned,
-                form,
-                tokens: assign.worst_tokens as usize,
-                document: assign.worst_document as usize,
-                trains: assign.trains,
-                range,
-                copies: assign.trains,
-                snapshots: assign.neighbour.is_some() && standing.snapshots.is_some(),
-                images: self.image_bytes(),
-                baseline: standing.baseline,
-            };
+            let sketch = prospect.sketch()?;
+            let baseline = standing.baseline;
+            let demand = prospect.demand(assign, &sketch, baseline, snapshots, self.image_bytes())?;
             agree(&mut peers, demand, |demand| Ok(demand.plan(&standing.available, standing.sharing)?))?
         };
+        let Prospect { path, spec, layout, compute, form, owned } = prospect;
         tracing::info!(planned_bytes = plan.total(), "{plan}");
         if let Some(source) = &assign.snapshot {
             let needed = plan.loading(self.image_bytes());
@@ -254,7 +235,7 @@ impl<'l> Loading<'l> {
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.
             let leaves = assign.micro_batches as usize * if tied { 2 } else { 1 };
-            let adding = Adding { stage, leaves, one_wave: wave >= assign.micro_batches as usize };
+            let adding = Adding { stage, leaves, one_wave: wave >= prospect::micro_batches(assign) };
             let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(form), adding);
             match &saved {
                 None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
@@ -332,18 +313,6 @@ impl<'l> Loading<'l> {
             generation: self.epoch.generation,
             timeout: Duration::from_secs_f64(*peer_timeout),
         })
-    }
-
-    /// The model's directory and the kind to compute in; refuses what this worker cannot do.
-    fn source(&self) -> Result<(PathBuf, Kind), Error> {
-        let assign = &self.assign;
-        let model = assign.model.as_ref().ok_or_else(|| link::Error::Protocol("assigned no model".into()))?;
-        let compute = match model.compute() {
-            Compute::Fp32 => Kind::Float,
-            Compute::Bf16 => Kind::BFloat16,
-            Compute::Unspecified => return Err(link::Error::Protocol("assigned no precision".into()).into()),
-        };
-        Ok((PathBuf::from(&model.path), compute))
     }
 
     fn settings(&self, form: Form) -> Settings {

@@ -1,16 +1,14 @@
 //! `check`: what the gate finds in the data and what the run would need, without training.
 
-use super::config::{workers, ConfigArgs};
+use super::config::ConfigArgs;
 use super::screen::Reading;
-use super::{print, Error, Result};
+use super::{memory, print, Error, Result};
 use crate::data::gate::{self, Finding, Severity};
 use crate::data::{prepare, view, Extent};
 use crate::monitor::plain::grouped;
 use crate::serve::work::Work;
 use serde_json::{json, Value};
 use std::sync::Arc;
-use unisono_configs::model::{Layout, ModelSpec};
-use unisono_configs::run::{Compute, OptimizerState, RunConfig};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -21,7 +19,9 @@ Example:
 
 Findings are explained in docs/data.md; each can be set to \"off\", \"warn\" or \"refuse\" in [gate].
 
-Exit codes: 0 nothing is refused, 2 bad input or a finding that is refused.")]
+The memory is that of one worker on this machine, in the worst step of this very plan: the worker's program says it.
+
+Exit codes: 0 nothing is refused, 2 bad input, a finding that is refused, or too little memory (with what would fit).")]
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
@@ -42,7 +42,7 @@ pub fn check(args: Args) -> Result<()> {
     }
     let reports = dataset.reports();
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
-    let memory = Memory::new(&config, &spec);
+    let memory = memory::foresee(&config, &spec, &work)?;
     if args.json {
         for report in &reports {
             print(&line("task", report)?);
@@ -71,7 +71,11 @@ pub fn check(args: Args) -> Result<()> {
             print("the gate has nothing to say against this data\n");
         }
     }
-    refuse(&findings)
+    refuse(&findings)?;
+    match memory.refusal() {
+        Some(sentence) => Err(Error::BadInput(sentence)),
+        None => Ok(()),
+    }
 }
 
 /// What the gate says before a run: refusals and warnings; notes are counted only.
@@ -116,53 +120,4 @@ fn line(event: &str, fields: &impl serde::Serialize) -> Result<String> {
         line.extend(fields);
     }
     Ok(format!("{}\n", Value::Object(line)))
-}
-
-/// What each worker holds whatever the batch: known before anything is started. What a micro-batch needs beside it, the
-/// worker plans and tries before the first step.
-#[derive(Debug, serde::Serialize)]
-struct Memory {
-    workers: usize,
-    parameters: usize,
-    parameter_bytes: usize,
-    /// Integer accumulators of the exact sum, all at a time: ZeRO-2 and 3 hold less.
-    sum_bytes: usize,
-    /// What the largest shard keeps beside its parameters: what a bf16 parameter lacks of its fp32 master, and both moments.
-    optimizer_bytes: usize,
-}
-
-impl Memory {
-    fn new(config: &RunConfig, spec: &ModelSpec) -> Self {
-        let (layout, workers) = (Layout::new(spec), workers(config));
-        let parameters = layout.parameters();
-        let width = if config.model.compute == Compute::Bf16 { 2 } else { 4 };
-        let owned = |rank| layout.shard_elements(rank, workers).iter().map(|range| range.len()).sum::<usize>();
-        let largest = (0..workers).map(owned).max().unwrap_or(0);
-        let kept = match (config.train.optimizer_state, config.model.compute) {
-            (OptimizerState::Bf16, _) => 2 * 2,
-            (OptimizerState::Fp32, Compute::Bf16) => 2 + 2 * 4,
-            // The parameter is its own master.
-            (OptimizerState::Fp32, _) => 2 * 4,
-        };
-        Memory {
-            workers,
-            parameters,
-            parameter_bytes: width * parameters,
-            sum_bytes: 8 * parameters,
-            optimizer_bytes: kept * largest,
-        }
-    }
-
-    fn show(&self) -> String {
-        let megabytes = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
-        format!(
-            "memory: {} parameters; each of {} workers holds parameters {}, gradient sums {} (less with \
-             ZeRO-2 and 3), optimizer {}, and what a micro-batch needs\n",
-            grouped(self.parameters as u64),
-            self.workers,
-            megabytes(self.parameter_bytes),
-            megabytes(self.sum_bytes),
-            megabytes(self.optimizer_bytes)
-        )
-    }
 }

@@ -10,6 +10,7 @@ pub mod generate;
 pub mod import;
 pub mod init_model;
 pub mod inspect;
+pub mod memory;
 pub mod render;
 pub mod resume;
 pub mod run_dir;

@@ -45,5 +45,8 @@ pub(super) fn permitted(train: &Train) -> Worst {
         tokens: max.min(total) as u32,
         document: document as u32,
         micro_batches: u32::try_from(micro_batches).unwrap_or(u32::MAX),
+        // Any number is permitted; one micro-batch has seldom twice as many as the others.
+        documents: u32::try_from((2 * batch).div_ceil(train.micro_batches.max(1)).min(max)).unwrap_or(u32::MAX),
+        positions: 0,
     }
 }

@@ -92,6 +92,7 @@ pub struct Plan {
     max_tokens: u32,
     steps: u64,
     worst: Worst,
+    sizes: Vec<u32>,
     totals: Option<Totals>,
 }
 
@@ -104,6 +105,10 @@ pub struct Worst {
     pub document: u32,
     /// Micro-batches of the step that has most.
     pub micro_batches: u32,
+    /// Documents of the micro-batch that has most.
+    pub documents: u32,
+    /// Positions of all prompts that are continued side by side, with what may follow them.
+    pub positions: u64,
 }
 
 /// Sums over the whole plan.
@@ -120,6 +125,8 @@ impl Worst {
             tokens: self.tokens.max(other.tokens),
             document: self.document.max(other.document),
             micro_batches: self.micro_batches.max(other.micro_batches),
+            documents: self.documents.max(other.documents),
+            positions: self.positions.max(other.positions),
         }
     }
 }
@@ -175,6 +182,7 @@ impl Plan {
             max_tokens,
             steps,
             worst: bounds::permitted(train),
+            sizes: Vec::new(),
             totals: None,
         };
         if plan.rows.all_known() {
@@ -187,24 +195,30 @@ impl Plan {
     fn walk(&mut self, train: &Train) -> Result<(), Error> {
         let sizes: Vec<Option<Size>> = (0..self.rows.count() as u32).map(|row| self.rows.size(row)).collect();
         fits("training", sizes.iter().flatten(), train.max_tokens_per_micro_batch)?;
-        let (mut worst, mut totals) = (Worst::default(), Totals::default());
+        let (mut worst, mut totals, mut most) = (Worst::default(), Totals::default(), Vec::new());
         for step in 1..=self.steps {
             let dealt = self.step(step);
             if dealt.examples.is_empty() {
                 return Err(Error::NoRows);
             }
+            let mut tokens: Vec<u32> = dealt.micro_batches.iter().map(|m| m.tokens).collect();
+            tokens.sort_unstable_by(|a, b| b.cmp(a));
+            most.resize(tokens.len().max(most.len()), 0);
+            most.iter_mut().zip(&tokens).for_each(|(most, tokens)| *most = *tokens.max(most));
             totals.examples += dealt.examples.len() as u64;
             totals.tokens += dealt.tokens;
             totals.target_tokens += dealt.target_tokens;
             let document = dealt.examples.iter().filter_map(|&e| sizes[e as usize]).map(|size| size.tokens).max();
             worst = worst.join(Worst {
-                tokens: dealt.micro_batches.iter().map(|m| m.tokens).max().unwrap_or(0),
+                tokens: tokens.first().copied().unwrap_or(0),
                 document: document.unwrap_or(0),
-                micro_batches: 0,
+                documents: dealt.micro_batches.iter().map(|m| m.rows.len()).max().unwrap_or(0) as u32,
+                ..Worst::default()
             });
         }
         // Bounds the magnitude of a leaf: whether one is refused must not depend on how much was known at the start.
         let micro_batches = self.worst.micro_batches;
+        self.sizes = most;
         (self.worst, self.totals) = (Worst { micro_batches, ..worst }, Some(totals));
         Ok(())
     }
@@ -230,6 +244,12 @@ impl Plan {
     /// Exact where every size was known when the plan was made, else the largest that the configuration permits.
     pub fn worst(&self) -> Worst {
         self.worst
+    }
+
+    /// Tokens of the largest micro-batch of any step, of the second largest of any, and so on; none where not every size was
+    /// known when the plan was made.
+    pub fn sizes(&self) -> &[u32] {
+        &self.sizes
     }
 
     /// Known where every size was known when the plan was made.

@@ -46,6 +46,10 @@ proptest! {
                 prop_assert!(step.micro_batches.len() >= bins.min(step.examples.len()));
                 prop_assert!(step.micro_batches.len() <= plan.worst().micro_batches as usize);
                 prop_assert!(step.micro_batches.iter().all(|m| m.tokens <= plan.worst().tokens && m.tokens <= 256));
+                let mut tokens: Vec<u32> = step.micro_batches.iter().map(|m| m.tokens).collect();
+                tokens.sort_unstable_by(|a, b| b.cmp(a));
+                prop_assert!(tokens.len() <= plan.sizes().len());
+                prop_assert!(tokens.iter().zip(plan.sizes()).all(|(tokens, most)| tokens <= most));
                 let targets: u64 = step.examples.iter().map(|&e| u64::from(sizes(rows)[e as usize].targets)).sum();
                 prop_assert_eq!(step.target_tokens, targets);
             }

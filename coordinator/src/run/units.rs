@@ -78,6 +78,9 @@ impl Units {
             units.push(0, MicroBatch::new(rows.iter().map(|&row| (row, sizes[row as usize])), cost), &sizes);
         }
         units.worst.document += max_new_tokens;
+        let positions =
+            |unit: &Unit| u64::from(unit.work.tokens) + unit.work.rows.len() as u64 * u64::from(max_new_tokens);
+        units.worst.positions = units.units.iter().map(positions).max().unwrap_or(0);
         units
     }
 
@@ -85,7 +88,8 @@ impl Units {
         self.worst = self.worst.join(Worst {
             tokens: work.tokens,
             document: work.rows.iter().map(|&row| sizes[row as usize].tokens).max().unwrap_or(0),
-            micro_batches: 0,
+            documents: work.rows.len() as u32,
+            ..Worst::default()
         });
         self.units.push(Unit { task, work });
     }
@@ -136,7 +140,7 @@ mod tests {
         let units = Units::prompts(&[5; 40], 10, COST);
         let rows: Vec<u32> = units.as_slice().iter().flat_map(|u| u.work.rows.clone()).collect();
         assert_eq!(rows, (0..40).collect::<Vec<_>>());
-        assert_eq!(units.worst().document, 15);
+        assert_eq!((units.worst().document, units.worst().positions), (15, 16 * 15));
         assert_eq!(units.as_slice().len(), 3);
         assert_eq!(Units::prompts(&[5; 400], 10, COST).as_slice().len(), 8);
     }

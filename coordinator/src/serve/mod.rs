@@ -212,7 +212,7 @@ fn notice_command(notice: Notice) -> Command {
 }
 
 /// What every rank is assigned alike.
-fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
+pub fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
     let compute = match config.model.compute {
         Compute::Bf16 => wire::Compute::Bf16,
         Compute::Fp32 => wire::Compute::Fp32,
@@ -257,6 +257,12 @@ fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error> {
         worst_tokens: worst.tokens,
         worst_document: worst.document,
         micro_batches: worst.micro_batches.max(1),
+        worst_documents: worst.documents,
+        worst_positions: worst.positions,
+        worst_sizes: match program {
+            Program::Train(training) => training.plan.sizes().to_vec(),
+            _ => Vec::new(),
+        },
         zero_stage,
         recompute: recompute.into(),
         peer_timeout: config.cluster.peer_timeout,

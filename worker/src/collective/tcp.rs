@@ -62,6 +62,9 @@ impl Stopper {
     }
 }
 
+/// Bytes of the buffers of a mesh: one piece on its way out, one on its way in.
+pub const BUFFERS: usize = 2 * (1 + piece::MAX_BYTES);
+
 /// A full mesh of authenticated connections.
 pub struct Mesh {
     rank: usize,

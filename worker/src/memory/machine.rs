@@ -34,22 +34,49 @@ fn kilobytes(path: &Path, key: &str) -> Option<u64> {
 pub fn available() -> Available {
     let machine = kilobytes(Path::new("/proc/meminfo"), "MemAvailable:").unwrap_or(u64::MAX);
     let mut least = Available { bytes: machine, source: "the machine".into() };
-    for (limit, used) in groups() {
-        let read = |path: &Path| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-        if let (Some(limit), Some(used)) = (read(&limit), read(&used)) {
-            let bytes = limit.saturating_sub(used);
-            if bytes < least.bytes {
-                least = Available { bytes, source: "the memory limit of its control group".into() };
-            }
+    for group in groups() {
+        if let Some(bytes) = group.left().filter(|&bytes| bytes < least.bytes) {
+            least = Available { bytes, source: "the memory limit of its control group".into() };
         }
     }
     least
 }
 
-/// Files with the limit and the use of this process's control group and all around it, version 2 and 1.
-fn groups() -> Vec<(PathBuf, PathBuf)> {
+/// A control group that counts memory, by the files that tell.
+struct Group {
+    limit: PathBuf,
+    used: PathBuf,
+    statistics: PathBuf,
+}
+
+impl Group {
+    /// Absent where it has no limit.
+    fn left(&self) -> Option<u64> {
+        let read = |path: &Path| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+        let (limit, used) = (read(&self.limit)?, read(&self.used)?);
+        let cached = std::fs::read_to_string(&self.statistics).map_or(0, |text| reclaimable(&text));
+        Some(limit.saturating_sub(used.saturating_sub(cached)))
+    }
+}
+
+/// Bytes that a group is charged with and that the kernel takes back before it refuses more: files in its cache that nobody
+/// has mapped (a group that has read a data set or written a checkpoint is full of them), and caches of the kernel's own.
+/// `statistics` is its memory.stat; version 1 has the sums over groups within it under names of their own.
+fn reclaimable(statistics: &str) -> u64 {
+    let number = |key: &str| {
+        let line = statistics.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+        line.and_then(|number| number.trim().parse::<u64>().ok())
+    };
+    let either = |first: &str, second: &str| number(first).or_else(|| number(second)).unwrap_or(0);
+    let files = either("total_inactive_file", "inactive_file") + either("total_active_file", "active_file");
+    let mapped = either("total_mapped_file", "file_mapped");
+    files.saturating_sub(mapped) + number("slab_reclaimable").unwrap_or(0)
+}
+
+/// This process's control group and all around it, version 2 and 1.
+fn groups() -> Vec<Group> {
     let membership = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let mut files = Vec::new();
+    let mut groups = Vec::new();
     for line in membership.lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
@@ -62,13 +89,15 @@ fn groups() -> Vec<(PathBuf, PathBuf)> {
         };
         for group in Path::new(path.trim_start_matches('/')).ancestors() {
             let group = Path::new(root).join(group);
-            files.push((group.join(limit), group.join(used)));
+            let (limit, used) = (group.join(limit), group.join(used));
+            groups.push(Group { limit, used, statistics: group.join("memory.stat") });
         }
     }
-    files
+    groups
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -80,6 +109,28 @@ mod tests {
         assert!(after >= before + (60 << 20), "{before} then {after}");
         assert!(peak() >= after - (1 << 20));
         drop(block);
+    }
+
+    #[test]
+    fn what_the_kernel_takes_back_is_left() {
+        let second = "anon 900\nfile 700\nfile_mapped 100\ninactive_file 400\nactive_file 300\nslab_reclaimable 50\n";
+        let first = "inactive_file 1\nactive_file 1\nmapped_file 1\ntotal_mapped_file 100\ntotal_inactive_file 400\ntotal_active_file 300\n";
+        assert_eq!((reclaimable(second), reclaimable(first), reclaimable("")), (650, 600, 0));
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            std::fs::write(dir.path().join(name), text).unwrap();
+            dir.path().join(name)
+        };
+        let statistics = file("stat", second);
+        let group = |limit: &str| Group {
+            limit: file("limit", limit),
+            used: file("used", "1700\n"),
+            statistics: statistics.clone(),
+        };
+        assert_eq!(group("2000\n").left(), Some(950));
+        assert_eq!(group("max\n").left(), None);
+        assert_eq!(group("1000\n").left(), Some(0));
+        assert_eq!(Group { statistics: dir.path().join("none"), ..group("2000\n") }.left(), Some(300));
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl Model {
         for group in prompts.chunks(ROWS) {
             let longest = group.iter().map(Vec::len).max().unwrap_or(0);
             let rotation = self.rotation((longest + max_new).next_multiple_of(LENGTH));
-            let mut slots = group.iter().map(|p| self.read(p)).collect::<Result<Vec<_>, _>>()?;
+            let mut slots = group.iter().map(|p| self.read(p, max_new)).collect::<Result<Vec<_>, _>>()?;
             for _ in 0..max_new {
                 slots.iter_mut().for_each(|slot| slot.accept(ends));
                 if slots.iter().all(|slot| slot.done) {
@@ -67,8 +67,8 @@ impl Model {
         Ok(results)
     }
 
-    /// Reads a prompt alone.
-    fn read(&self, prompt: &[u32]) -> Result<Slot, Error> {
+    /// Reads a prompt alone. Its caches have room for `max_new` tokens more from the start: the memory plan counts that.
+    fn read(&self, prompt: &[u32], max_new: usize) -> Result<Slot, Error> {
         let batch = Batch { tokens: prompt.to_vec(), targets: Vec::new(), starts: vec![0] };
         self.check(&batch)?;
         let mut caches = Vec::new();
@@ -83,7 +83,10 @@ impl Model {
             let by_position = |flat: &Tensor| -> Vec<f32> {
                 let planes = flat.view([kv_heads as i64, -1, dim as i64]);
                 let rows = planes.transpose(0, 1).narrow(0, 0, prompt.len() as i64).to_kind(Kind::Float).contiguous();
-                elements(&rows).to_vec()
+                let rows = elements::<f32>(&rows);
+                let mut cache = Vec::with_capacity(rows.len() + max_new * kv_heads * dim);
+                cache.extend_from_slice(rows);
+                cache
             };
             caches.push(Cache { keys: by_position(keys), values: by_position(values) });
         }

@@ -24,6 +24,16 @@ pub enum Recompute {
 
 impl Recompute {
     pub const ALL: [Recompute; 4] = [Recompute::Nothing, Recompute::Norms, Recompute::UpProjection, Recompute::Block];
+
+    /// What cluster.recompute calls it.
+    pub fn key(self) -> &'static str {
+        match self {
+            Recompute::Nothing => "nothing",
+            Recompute::Norms => "norms",
+            Recompute::UpProjection => "up-projection",
+            Recompute::Block => "block",
+        }
+    }
 }
 
 impl fmt::Display for Recompute {

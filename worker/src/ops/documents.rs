@@ -12,7 +12,7 @@ pub const LENGTH: usize = 32;
 /// A micro-batch is padded to a multiple of this many tokens.
 pub const TOKENS: usize = 64;
 /// Padded tokens that a tile of short documents may have.
-const TILE: usize = 256;
+pub const TILE: usize = 256;
 /// Queries that attend at once, which bounds the scores of long documents.
 pub const QUERIES: usize = 256;
 

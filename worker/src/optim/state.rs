@@ -23,9 +23,20 @@ pub enum Form {
 impl Form {
     /// Bytes for each element beside the parameter.
     pub const fn width(self) -> usize {
+        self.master_width() + self.moments_width()
+    }
+
+    /// Bytes that the parameter lacks of its master.
+    pub const fn master_width(self) -> usize {
         match self {
-            Form::Whole => 8,
-            Form::Split => 10,
+            Form::Whole | Form::Narrow => 0,
+            Form::Split => 2,
+        }
+    }
+
+    pub const fn moments_width(self) -> usize {
+        match self {
+            Form::Whole | Form::Split => 8,
             Form::Narrow => 4,
         }
     }

@@ -1,9 +1,9 @@
 //! What is settled before a worker loads anything: what the coordinator asks for, what fits, and what all ranks agree on.
 
-use super::{link, Error};
+use super::{link, prospect, Error};
 use crate::collective::Collective;
 use crate::engine::{self, Engine};
-use crate::memory::{self, Demand, Plan};
+use crate::memory::{Demand, Plan};
 use crate::model::{Fault, Recompute};
 use crate::optim::reduction::Stage;
 use crate::optim::state::Form;
@@ -70,7 +70,7 @@ pub(super) fn agree(
 /// Really runs the largest micro-batch of the plan, with a target everywhere and beside the memory of those that go with
 /// it, and forgets its gradients: what does not fit fails here and not in the middle of the night.
 pub(super) fn try_worst(assign: &Assign, engine: &mut Engine, plan: &Plan) -> Result<(), engine::Error> {
-    let batch = memory::worst(assign.worst_tokens, assign.worst_document, engine.model.spec().vocab);
+    let batch = prospect::extremes(assign).batch(engine.model.spec().vocab);
     let Some(batch) = batch else { return Ok(()) };
     let failed = |source| engine::Error::Micro(Fault { index: 0, source });
     let alone =

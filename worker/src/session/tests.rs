@@ -3,16 +3,16 @@
 use super::*;
 use crate::collective::tcp;
 use crate::link::fake::{Attendant, Fake};
-use crate::memory::worst;
 use crate::model::Batch;
 use safetensors::tensor::{serialize_to_file, Dtype, TensorView};
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
 use std::path::Path;
 use unisono_configs::model::Layout;
+use unisono_configs::model::ModelSpec;
 use unisono_proto::v1::coordinator_message::Body as Told;
 use unisono_proto::v1::{
-    BatchKey, Checkpoint, Evaluate, EvaluateReport, Finish, Generate, GenerateReport, Go, Join, MemoryReport,
+    BatchKey, Checkpoint, Compute, Evaluate, EvaluateReport, Finish, Generate, GenerateReport, Go, Join, MemoryReport,
     ModelSource, Optimizer as OptimizerSettings, Step, Suite,
 };
 use unisono_proto::NO_TARGET;
@@ -304,16 +304,6 @@ fn weights_that_are_not_numbers_are_found_before_the_first_step() {
     };
     let error = refusal(|_| {}, spoil);
     assert!(error.bad_input() && matches!(error, Error::Model { .. }), "{error}");
-}
-
-#[test]
-fn the_worst_batch_is_packed_full() {
-    let batch = worst(10, 4, 7).unwrap();
-    assert_eq!(batch.tokens, [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]);
-    assert_eq!(batch.starts, [0, 4, 8]);
-    let n = NO_TARGET;
-    assert_eq!(batch.targets, [1, 2, 3, n, 5, 6, 0, n, 2, n]);
-    assert_eq!(worst(0, 0, 7), None);
 }
 
 #[test]
