@@ -55,6 +55,7 @@ fn sums(n: usize) {
     });
     report("add an fp32 leaf", n, || sums.dense(0, 0, &wide).expect("small values"));
     report("add a bf16 leaf", n, || sums.dense(0, 0, &narrow).expect("small values"));
+    report("add four bf16 leaves together", n, || sums.together(0, 0, &[&narrow; 4]).expect("small values"));
     report("norm", n, || {
         let partials = sums.bucket(0).chunks(unisono_configs::model::CHUNK).map(|chunk| norm::partial(chunk, Exactly));
         assert!(norm::norm(partials) > 0.0);

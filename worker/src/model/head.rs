@@ -125,7 +125,7 @@ impl Head {
             });
         }
         if let Some(gradient) = sum {
-            Sink { leaves, bucket: self.weight_at.0, pool }.dense(self.weight_at.1, &gradient)?;
+            Sink { leaves, bucket: self.weight_at.0, pool }.matrix(self.weight_at.1, gradient)?;
         }
         let grad = self.backward(&last, &grad_normed, leaves, pool)?;
         Ok((loss, grad))

@@ -34,6 +34,10 @@ impl Sink<'_> {
     pub fn dense(&mut self, offset: usize, gradient: &Tensor) -> Result<(), Error> {
         Ok(operation("leaves", || self.leaves.dense(self.bucket, offset, gradient))?)
     }
+
+    pub fn matrix(&mut self, offset: usize, gradient: Buffer) -> Result<(), Error> {
+        Ok(operation("leaves", || self.leaves.matrix(self.bucket, offset, gradient))?)
+    }
 }
 
 /// The tensor of `bucket` whose name ends in `suffix`, as a view of the bucket's flat `parameters`, with its offset.
@@ -106,7 +110,7 @@ impl Linear {
         }
         let weight = sink.pool.take(self.weight.kind(), &[self.outputs(), self.inputs()]);
         operation("gemm dW", || matmul::product(&grad.tr(), input, &weight))?;
-        sink.dense(self.weight_offset, &weight)?;
+        sink.matrix(self.weight_offset, weight)?;
         if self.bias.is_some() {
             sink.dense(self.bias_offset, &operation("bias", || rows::sum_columns(grad, wide)))?;
         }

@@ -4,6 +4,7 @@ mod attention;
 mod block;
 mod decode;
 mod head;
+mod held;
 mod linear;
 mod parameters;
 mod pass;
@@ -11,7 +12,7 @@ mod saved;
 mod wave;
 pub mod weights;
 
-use crate::ops::buffer::Pool;
+use crate::ops::buffer::{Buffer, Pool};
 use crate::ops::rotation::Rotation;
 use crate::ops::{dispatcher, flash};
 use crate::optim;
@@ -23,6 +24,7 @@ use tch::{Device, Kind, Tensor};
 use unisono_configs::model::{Layout, ModelSpec};
 use weights::Weights;
 
+pub use held::TOGETHER;
 pub use saved::Recompute;
 pub use wave::{Fault, Station, Wave};
 
@@ -64,6 +66,17 @@ pub trait Leaves {
     /// The gradient of some rows of a matrix `[_, width]` that starts at `offset` of bucket `bucket`:
     /// `rows` ascending and distinct, `gradient` `[rows.len(), width]`, contiguous.
     fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber>;
+
+    /// A matrix's gradient as for [`Leaves::dense`], which may be kept and added later with those of other micro-batches.
+    fn matrix(&mut self, bucket: usize, offset: usize, gradient: Buffer) -> Result<(), BadNumber> {
+        self.dense(bucket, offset, &gradient)
+    }
+
+    /// As [`Leaves::dense`], of several micro-batches for the same elements; an error says which.
+    fn together(&mut self, bucket: usize, offset: usize, gradients: &[&Tensor]) -> Result<(), (usize, BadNumber)> {
+        let mut each = gradients.iter().enumerate();
+        each.try_for_each(|(which, gradient)| self.dense(bucket, offset, gradient).map_err(|bad| (which, bad)))
+    }
 }
 
 /// Takes leaves and does nothing with them: for dry runs and benchmarks.

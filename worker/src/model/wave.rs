@@ -4,6 +4,7 @@
 
 use super::block::{Gradient, Scene, Stream};
 use super::head::Last;
+use super::held::Held;
 use super::pass::Selected;
 use super::saved::{Recompute, Saved};
 use super::{Batch, Error, Leaves, Loss, Model};
@@ -42,18 +43,20 @@ impl Wave {
     /// Takes all micro-batches through a station. Their leaves go to `leaves`; `scale` multiplies the gradient of every
     /// logit.
     pub fn pass(&mut self, model: &Model, station: Station, scale: f64, leaves: &mut dyn Leaves) -> Result<(), Fault> {
-        let mut pass = |passage: &mut Passage| match station {
+        let mut held = Held::new(leaves);
+        let pass = |passage: &mut Passage, held: &mut Held<'_>| match station {
             Station::Forward(bucket) => passage.forward(model, bucket, true),
-            Station::Backward(bucket) => passage.backward(model, bucket, scale, leaves),
+            Station::Backward(bucket) => passage.backward(model, bucket, scale, held),
             Station::Evaluate(bucket) if bucket == model.head_bucket() => passage.evaluate(model),
             Station::Evaluate(bucket) => passage.forward(model, bucket, false),
         };
         let moving = self.passages.iter_mut().enumerate().filter(|(_, passage)| !passage.rows.is_empty());
         tch::no_grad(|| {
             for (index, passage) in moving {
-                pass(passage).map_err(|source| Fault { index, source })?;
+                held.begin(index);
+                pass(passage, &mut held).map_err(|source| Fault { index: held.culprit(index), source })?;
             }
-            Ok(())
+            operation("leaves", || held.finish()).map_err(|bad| Fault { index: held.culprit(0), source: bad.into() })
         })
     }
 

@@ -1,10 +1,10 @@
 //! The exact sum: gradients of micro-batches ("leaves") are added as integers, so that neither order, nor ownership, nor
 //! the number of workers can change a bit of the result. A leaf `x` counts as `round_ties_even(x * 2^48)`.
 
-use super::on_device;
+use super::{leaf, on_device};
 use crate::model::{BadNumber, Leaves};
 use crate::ops::kernels::Kernels;
-use crate::ops::simd::{self, integer, vectorised};
+use crate::ops::simd::{self, vectorised};
 use crate::ops::view;
 use half::bf16;
 use std::cmp::Ordering;
@@ -15,7 +15,6 @@ use unisono_configs::model::Layout;
 
 /// A sum counts in units of 2^-48.
 pub const UNIT: f64 = 1.0 / (1u64 << 48) as f64;
-const UNITS_PER_ONE: f32 = (1u64 << 48) as f32;
 
 /// One element of a gradient: still a sum, or rounded from it. Both stand for the same fp32 number, so neither who keeps
 /// which nor when it is rounded changes a bit.
@@ -229,8 +228,14 @@ impl ExactSum {
         self.buckets.iter_mut().flatten().for_each(|sums| sums.stale.fill(true));
     }
 
-    /// Adds elements `part` of `gradient` to those of the bucket from `offset` on.
-    fn add(&mut self, bucket: usize, offset: usize, gradient: &Tensor, part: Range<usize>) -> Result<(), BadNumber> {
+    /// Adds elements `part` of each of the `gradients` to those of the bucket from `offset` on; an error says whose.
+    fn add(
+        &mut self,
+        bucket: usize,
+        offset: usize,
+        gradients: &[&Tensor],
+        part: Range<usize>,
+    ) -> Result<(), (usize, BadNumber)> {
         let whole = offset..offset + part.len();
         let Sums { memory, stale } = self.buckets[bucket].as_mut().expect("open before its leaves come");
         for (slot, stale) in self.layout.buckets[bucket].tensors.iter().zip(stale) {
@@ -247,15 +252,19 @@ impl ExactSum {
             let part = part.start + begin - offset..part.start + end - offset;
             if let Some(away) = &self.away {
                 let sums = memory.narrow(0, begin as i64, (end - begin) as i64);
-                let leaf = gradient.view([-1]).narrow(0, part.start as i64, part.len() as i64);
                 let peak = away.peaks.narrow(0, bucket as i64, 1);
-                on_device::add_leaf(kernels(&sums), &sums, &leaf, first, &peak);
+                for (i, gradient) in gradients.iter().enumerate() {
+                    let leaf = gradient.view([-1]).narrow(0, part.start as i64, part.len() as i64);
+                    on_device::add_leaf(kernels(&sums), &sums, &leaf, first && i == 0, &peak);
+                }
                 continue;
             }
             let sums = &mut view::elements_mut::<i64>(memory)[begin..end];
-            let peak = add_leaf(sums, gradient, part, first);
-            if !matches!(peak.partial_cmp(&self.bound), Some(Ordering::Less)) {
-                return Err(BadNumber { bucket: self.layout.buckets[bucket].name.clone(), value: peak });
+            let peaks = leaf::add(sums, gradients, part, first);
+            for (which, value) in peaks.into_iter().enumerate() {
+                if !matches!(value.partial_cmp(&self.bound), Some(Ordering::Less)) {
+                    return Err((which, BadNumber { bucket: self.layout.buckets[bucket].name.clone(), value }));
+                }
             }
         }
         Ok(())
@@ -279,23 +288,6 @@ fn on_host(gradient: &Tensor) -> Tensor {
     match gradient.device() {
         Device::Cpu => gradient.shallow_clone(),
         _ => gradient.to_device(Device::Cpu),
-    }
-}
-
-/// Adds part of a leaf, or sets the sums to it where it is their first.
-fn add_leaf(sums: &mut [i64], gradient: &Tensor, part: Range<usize>, first: bool) -> f64 {
-    match (gradient.kind(), first) {
-        (Kind::Float, true) => set_f32(sums, &view::elements::<f32>(gradient)[part]),
-        (Kind::Float, false) => add_f32(sums, &view::elements::<f32>(gradient)[part]),
-        (Kind::BFloat16, true) => set_bf16(sums, &view::elements::<bf16>(gradient)[part]),
-        (Kind::BFloat16, false) => add_bf16(sums, &view::elements::<bf16>(gradient)[part]),
-        (Kind::Double, first) => {
-            if first {
-                sums.fill(0);
-            }
-            add_f64(sums, &view::elements::<f64>(gradient)[part])
-        }
-        (kind, _) => unreachable!("leaves are fp32, bf16 or fp64, not {kind:?}"),
     }
 }
 
@@ -324,10 +316,7 @@ impl ExactSum {
 
 impl Leaves for ExactSum {
     fn dense(&mut self, bucket: usize, offset: usize, gradient: &Tensor) -> Result<(), BadNumber> {
-        match self.away {
-            Some(_) => self.add(bucket, offset, gradient, 0..gradient.numel()),
-            None => self.add(bucket, offset, &on_host(gradient), 0..gradient.numel()),
-        }
+        self.together(bucket, offset, &[gradient]).map_err(|(_, bad)| bad)
     }
 
     fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber> {
@@ -339,72 +328,19 @@ impl Leaves for ExactSum {
         }
         let (gradient, width) = (&on_host(gradient), gradient.numel() / rows.len());
         rows.iter().enumerate().try_for_each(|(i, &row)| {
-            self.add(bucket, offset + row as usize * width, gradient, i * width..(i + 1) * width)
+            let at = offset + row as usize * width;
+            self.add(bucket, at, &[gradient], i * width..(i + 1) * width).map_err(|(_, bad)| bad)
         })
     }
-}
 
-/// A leaf's element as fp32, exactly.
-trait Narrow: Copy {
-    fn value(self) -> f32;
-}
-
-impl Narrow for f32 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        self
+    fn together(&mut self, bucket: usize, offset: usize, gradients: &[&Tensor]) -> Result<(), (usize, BadNumber)> {
+        let elements = gradients.first().map_or(0, |gradient| gradient.numel());
+        if self.away.is_some() {
+            return self.add(bucket, offset, gradients, 0..elements);
+        }
+        let here: Vec<Tensor> = gradients.iter().map(|gradient| on_host(gradient)).collect();
+        self.add(bucket, offset, &here.iter().collect::<Vec<_>>(), 0..elements)
     }
-}
-
-impl Narrow for bf16 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-}
-
-/// Multiplying by 2^48 is exact in fp32: the product only overflows where the bound refuses the leaf.
-#[cfg(not(feature = "float-sum"))]
-#[inline(always)]
-fn accumulate(sum: i64, leaf: f32) -> i64 {
-    sum.wrapping_add(integer((leaf * UNITS_PER_ONE).round_ties_even()))
-}
-
-/// The negative control: leaves are added as fp32, so the result depends on who adds what.
-#[cfg(feature = "float-sum")]
-#[inline(always)]
-fn accumulate(sum: i64, leaf: f32) -> i64 {
-    let rounded = (sum as f64 * UNIT) as f32 + leaf;
-    integer((rounded * UNITS_PER_ONE).round_ties_even())
-}
-
-/// Adds a leaf (sets the sums to the `FIRST`) and returns its largest magnitude, NaN if it holds one. Magnitudes compare
-/// as integers: the bits of non-negative floats ascend with their values, infinity and then NaN above them.
-#[inline(always)]
-fn add_narrow<T: Narrow, const FIRST: bool>(sums: &mut [i64], leaf: &[T]) -> f64 {
-    assert_eq!(sums.len(), leaf.len(), "a leaf covers exactly its sums");
-    let mut peak = 0u32;
-    for (sum, x) in sums.iter_mut().zip(leaf) {
-        let x = x.value();
-        peak = peak.max(x.to_bits() & 0x7fff_ffff);
-        *sum = accumulate(if FIRST { 0 } else { *sum }, x);
-    }
-    f64::from(f32::from_bits(peak))
-}
-
-vectorised! { fn set_f32(sums: &mut [i64], leaf: &[f32]) -> f64 { add_narrow::<f32, true>(sums, leaf) } }
-vectorised! { fn add_f32(sums: &mut [i64], leaf: &[f32]) -> f64 { add_narrow::<f32, false>(sums, leaf) } }
-vectorised! { fn set_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 { add_narrow::<bf16, true>(sums, leaf) } }
-vectorised! { fn add_bf16(sums: &mut [i64], leaf: &[bf16]) -> f64 { add_narrow::<bf16, false>(sums, leaf) } }
-
-/// Leaves in fp64 occur only where a test compares with an oracle.
-fn add_f64(sums: &mut [i64], leaf: &[f64]) -> f64 {
-    let mut peak = 0u64;
-    for (sum, x) in sums.iter_mut().zip(leaf) {
-        peak = peak.max(x.abs().to_bits());
-        *sum = sum.wrapping_add((x * f64::from(UNITS_PER_ONE)).round_ties_even() as i64);
-    }
-    f64::from_bits(peak)
 }
 
 #[cfg(test)]

@@ -63,16 +63,6 @@ proptest! {
             prop_assert!(error.abs() <= 0.5 * leaves.len() as f64 + 1e-9, "{error}");
         }
     }
-
-    #[test]
-    fn every_instruction_set_gives_the_plain_loop_s_bits(leaf in leaf(131), start in -(1i64 << 60)..(1i64 << 60)) {
-        let narrow: Vec<bf16> = leaf.iter().map(|&x| bf16::from_f32(x)).collect();
-        let (mut fast, mut plain) = (vec![start; leaf.len()], vec![start; leaf.len()]);
-        prop_assert_eq!(add_f32(&mut fast, &leaf), add_narrow::<_, false>(&mut plain, &leaf));
-        prop_assert_eq!(&fast, &plain);
-        prop_assert_eq!(add_bf16(&mut fast, &narrow), add_narrow::<_, false>(&mut plain, &narrow));
-        prop_assert_eq!(&fast, &plain);
-    }
 }
 
 /// The property above is not free: the same sums in fp32 do depend on the partition.
@@ -216,4 +206,45 @@ fn sums_on_a_device_are_those_of_the_host() {
     let large = Tensor::from_slice(&[bound(4) as f32; 3]).view([1, 3]);
     away.rows(0, 0, &[1], &large).unwrap();
     assert_eq!(away.check().unwrap_err().bucket, "block.0");
+}
+
+proptest! {
+    /// Of each kind and any number, over two tensors of which the second is fresh.
+    #[test]
+    #[cfg(not(feature = "float-sum"))]
+    fn leaves_added_together_are_leaves_added_one_by_one((leaves, cut) in leaves().prop_flat_map(|(leaves, ..)| {
+        let length = leaves[0].len();
+        (Just(leaves), 0..=length)
+    })) {
+        let length = leaves[0].len();
+        let slot = |name: &str, offset, length| TensorSlot { name: name.into(), shape: vec![length], offset };
+        let tensors = vec![slot("a", 0, cut), slot("b", cut, length - cut)];
+        let layout = Arc::new(Layout { buckets: vec![Bucket { name: "block.0".into(), tensors, elements: length }] });
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Double] {
+            let leaves: Vec<Tensor> = leaves.iter().map(|leaf| Tensor::from_slice(leaf).to_kind(kind)).collect();
+            let (mut together, mut alone) = (ExactSum::new(layout.clone(), 16), ExactSum::new(layout.clone(), 16));
+            let begun = Tensor::from_slice(&vec![1.0f32; cut]);
+            for sums in [&mut together, &mut alone] {
+                sums.dense(0, 0, &begun).unwrap();
+            }
+            together.together(0, 0, &leaves.iter().collect::<Vec<_>>()).unwrap();
+            leaves.iter().for_each(|leaf| alone.dense(0, 0, leaf).unwrap());
+            for sums in [&mut together, &mut alone] {
+                sums.settle();
+            }
+            prop_assert_eq!(together.bucket(0), alone.bucket(0));
+        }
+    }
+}
+
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn of_leaves_added_together_the_bad_one_is_named() {
+    for bad in 0..6 {
+        let leaves: Vec<Tensor> =
+            (0..6).map(|i| Tensor::from_slice(&[0.5f32, if i == bad { f32::NAN } else { -0.25 }, 0.0])).collect();
+        let mut sums = ExactSum::new(layout(3), 16);
+        let refused = sums.together(0, 0, &leaves.iter().collect::<Vec<_>>()).unwrap_err();
+        assert_eq!(refused.0, bad);
+    }
 }

@@ -5,6 +5,7 @@
 pub mod adamw;
 pub mod exact;
 pub mod gradient;
+mod leaf;
 pub mod lending;
 pub mod noise;
 pub mod norm;

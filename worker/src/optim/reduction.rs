@@ -227,4 +227,8 @@ impl Leaves for Reduction {
     fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber> {
         self.sums.rows(bucket, offset, rows, gradient)
     }
+
+    fn together(&mut self, bucket: usize, offset: usize, gradients: &[&Tensor]) -> Result<(), (usize, BadNumber)> {
+        self.sums.together(bucket, offset, gradients)
+    }
 }
