@@ -15,6 +15,7 @@ const LONGEST: usize = 500;
 const UNSAFE: &[&str] = &[
     "coordinator/src/launch/child.rs",
     "worker/src/collective/bytes.rs",
+    "worker/src/collective/neighbour.rs",
     "worker/src/device.rs",
     "worker/src/library.rs",
     "worker/src/lifeline.rs",

@@ -24,7 +24,8 @@ fn main() {
     println!("{millions} million elements");
     sums(n);
     optimizer(n);
-    exchange(n);
+    exchange(n, false);
+    exchange(n, true);
 }
 
 /// Gradients of a usual size: below 2e-4.
@@ -98,8 +99,8 @@ fn optimizer(n: usize) {
     });
 }
 
-/// Two ranks on loopback, a thread each.
-fn exchange(n: usize) {
+/// Two ranks on loopback, a thread each; where it `lends`, they read from memory.
+fn exchange(n: usize, lends: bool) {
     let listeners: Vec<_> = (0..2).map(|_| listen("127.0.0.1").expect("loopback")).collect();
     let addresses: Vec<_> = listeners.iter().map(|(_, address)| address.clone()).collect();
     let owners: Vec<Range<usize>> = vec![0..n / 2, n / 2..n];
@@ -107,7 +108,7 @@ fn exchange(n: usize) {
         for (rank, (listener, _)) in listeners.into_iter().enumerate() {
             let timeout = Duration::from_secs(60);
             let addresses = addresses.clone();
-            let membership = Membership { rank, addresses, key: [1; 32], term: 1, generation: 1, timeout };
+            let membership = Membership { rank, addresses, key: [1; 32], term: 1, generation: 1, timeout, lends };
             let owners = &owners;
             scope.spawn(move || {
                 let mut mesh = Mesh::meet(&listener, &membership, &Stopper::default()).expect("two ranks meet");
@@ -126,8 +127,9 @@ fn exchange(n: usize) {
                 }
                 let least = |times: &[f64]| times.iter().copied().fold(f64::INFINITY, f64::min) * 1e3;
                 if rank == 0 {
-                    println!("{:32} {:8.1} ms", "reduce-scatter, 2 ranks", least(&reduces));
-                    println!("{:32} {:8.1} ms", "all-gather in bf16, 2 ranks", least(&gathers));
+                    let way = if lends { "from memory" } else { "over TCP" };
+                    println!("{:38} {:8.1} ms", format!("reduce-scatter, 2 ranks, {way}"), least(&reduces));
+                    println!("{:38} {:8.1} ms", format!("all-gather in bf16, 2 ranks, {way}"), least(&gathers));
                 }
             });
         }

@@ -13,6 +13,7 @@ use serde_json::{json, Map, Value};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use unisono_configs::model::Layout;
 use unisono_proto::v1::{CheckpointFile, Epoch, TensorRange};
 
@@ -50,7 +51,13 @@ impl Source<'_> {
 /// Writes masters and moments of the own shard into `dir`, which exists. Tensors are named
 /// `<parameter>/<master|m|v>/<begin>-<end>`: F32 or BF16 `[end - begin]`, elements of the parameter in row-major order. What a
 /// failed attempt has written is deleted.
-pub fn write(dir: &Path, source: &Source<'_>, epoch: &Epoch, attempt: u32) -> Result<CheckpointFile, Error> {
+pub fn write(
+    dir: &Path,
+    source: &Source<'_>,
+    epoch: &Epoch,
+    attempt: u32,
+    given_up: &AtomicBool,
+) -> Result<CheckpointFile, Error> {
     let (rank, world) = (source.shard.rank, source.shard.world);
     let name = format!("shard-{rank}of{world}-{}-{}-{attempt}.safetensors", epoch.term, epoch.generation);
     let path = dir.join(&name);
@@ -58,7 +65,8 @@ pub fn write(dir: &Path, source: &Source<'_>, epoch: &Epoch, attempt: u32) -> Re
     let created = OpenOptions::new().write(true).create_new(true).open(&path);
     let file = created.map_err(|source| Error::Write { path: path.clone(), source })?;
     let written = reserve(dir, &file, source).and_then(|()| {
-        let written = write_file(file, source).map_err(|source| Error::Write { path: path.clone(), source })?;
+        let written =
+            write_file(file, source, given_up).map_err(|source| Error::Write { path: path.clone(), source })?;
         // A new file's name is durable once its directory is.
         let synced = File::open(dir).and_then(|d| d.sync_all());
         synced.map_err(|source| Error::Write { path: dir.into(), source })?;
@@ -96,10 +104,11 @@ fn reserve(dir: &Path, file: &File, source: &Source<'_>) -> Result<(), Error> {
     }
 }
 
-fn write_file(file: File, source: &Source<'_>) -> io::Result<(u64, blake3::Hash)> {
-    let mut out = Hashing { inner: BufWriter::with_capacity(1 << 20, file), hasher: blake3::Hasher::new(), bytes: 0 };
+fn write_file(file: File, source: &Source<'_>, given_up: &AtomicBool) -> io::Result<(u64, blake3::Hash)> {
+    let inner = BufWriter::with_capacity(1 << 20, file);
+    let mut out = Hashing { inner, hasher: blake3::Hasher::new(), bytes: 0, given_up };
     write_to(&mut out, source)?;
-    let Hashing { inner, hasher, bytes } = out;
+    let Hashing { inner, hasher, bytes, .. } = out;
     let file = inner.into_inner().map_err(io::IntoInnerError::into_error)?;
     file.sync_all()?;
     Ok((bytes, hasher.finalize()))
@@ -147,14 +156,19 @@ fn header(source: &Source<'_>) -> Vec<u8> {
     header
 }
 
-struct Hashing<W> {
+struct Hashing<'a, W> {
     inner: W,
     hasher: blake3::Hasher,
     bytes: u64,
+    /// Nobody needs the file any more.
+    given_up: &'a AtomicBool,
 }
 
-impl<W: Write> Write for Hashing<W> {
+impl<W: Write> Write for Hashing<'_, W> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        if self.given_up.load(Ordering::Relaxed) {
+            return Err(io::Error::other("the workers regrouped"));
+        }
         let written = self.inner.write(buffer)?;
         self.hasher.update(&buffer[..written]);
         self.bytes += written as u64;
@@ -217,7 +231,7 @@ pub(crate) mod tests {
     /// Writes a rank's shard as the first attempt.
     pub(crate) fn write_shard(dir: &Path, rank: usize, world: usize, form: Form, epoch: &Epoch) -> CheckpointFile {
         let (optimizer, parameters) = shard(rank, world, form);
-        write(dir, &optimizer.source(&parameters), epoch, 1).unwrap()
+        write(dir, &optimizer.source(&parameters), epoch, 1, &AtomicBool::new(false)).unwrap()
     }
 
     #[test]
@@ -256,15 +270,27 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_nobody_needs_any_more_is_not_written_to_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let (optimizer, parameters) = shard(0, 1, Form::Whole);
+        let epoch = Epoch { term: 1, generation: 1 };
+        let given_up = AtomicBool::new(true);
+        let error = write(dir.path(), &optimizer.source(&parameters), &epoch, 1, &given_up).unwrap_err().to_string();
+        assert!(error.contains("regrouped"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "half a file is not left behind");
+    }
+
+    #[test]
     fn a_name_is_never_written_twice_and_a_missing_directory_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let epoch = Epoch { term: 1, generation: 1 };
         let (optimizer, parameters) = shard(0, 1, Form::Whole);
         let source = optimizer.source(&parameters);
-        write(dir.path(), &source, &epoch, 1).unwrap();
-        let again = write(dir.path(), &source, &epoch, 1).unwrap_err().to_string();
+        let wanted = AtomicBool::new(false);
+        write(dir.path(), &source, &epoch, 1, &wanted).unwrap();
+        let again = write(dir.path(), &source, &epoch, 1, &wanted).unwrap_err().to_string();
         assert!(again.contains("shard-0of1-1-1-1.safetensors"), "{again}");
-        write(dir.path(), &source, &epoch, 2).unwrap();
-        assert!(write(&dir.path().join("gone"), &source, &epoch, 1).is_err());
+        write(dir.path(), &source, &epoch, 2, &wanted).unwrap();
+        assert!(write(&dir.path().join("gone"), &source, &epoch, 1, &wanted).is_err());
     }
 }

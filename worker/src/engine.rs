@@ -9,6 +9,7 @@ use crate::model::{Batch, Fault, Loss, Model, Nowhere, Station, Wave};
 use crate::optim::reduction::Turn;
 use crate::optim::shard::Shard;
 use crate::optim::Optimizer;
+use crate::progress::Progress;
 use crate::supply::{self, Supply};
 use crate::trace::{self, Track};
 use std::ops::Range;
@@ -40,6 +41,8 @@ pub struct Engine {
     courier: Courier,
     supply: Supply,
     waited: f64,
+    /// Where waiting for peers is told from computing.
+    progress: Arc<Progress>,
 }
 
 impl Engine {
@@ -49,7 +52,12 @@ impl Engine {
             None => Arc::new(Shard::new(model.layout(), courier.rank(), courier.world())),
         };
         let supply = Supply::new(&model, shard);
-        Engine { model, optimizer, courier, supply, waited: 0.0 }
+        Engine { model, optimizer, courier, supply, waited: 0.0, progress: Arc::default() }
+    }
+
+    /// From now on `progress` tells when computing waits for peers.
+    pub fn tell(&mut self, progress: &Arc<Progress>) {
+        self.progress = progress.clone();
     }
 
     pub fn rank(&self) -> usize {
@@ -74,7 +82,7 @@ impl Engine {
     }
 
     fn travel(&mut self, mut wave: Wave, trains: bool, turn: Turn, scale: f64) -> Result<Vec<Loss>, Error> {
-        let Engine { model, optimizer, courier, supply, waited } = self;
+        let Engine { model, optimizer, courier, supply, waited, progress } = self;
         let (way, layout) = (model.way(trains), model.layout().clone());
         let needs: Vec<_> = way.iter().map(|&station| model.needs(station)).collect();
         for (i, &station) in way.iter().enumerate() {
@@ -89,11 +97,14 @@ impl Engine {
             courier.check()?;
             let begun = Instant::now();
             let waiting = trace::span(Track::Compute, || format!("wait for {}", named()));
-            supply.reach(&needs[i], next, model, courier)?;
-            if let (Station::Backward(bucket), Some(optimizer)) = (station, optimizer.as_mut()) {
-                optimizer.reduction.open(bucket)?;
-                needs[i].iter().try_for_each(|&bucket| optimizer.reduction.open(bucket))?;
-            }
+            progress.waiting(|| {
+                supply.reach(&needs[i], next, model, courier)?;
+                if let (Station::Backward(bucket), Some(optimizer)) = (station, optimizer.as_mut()) {
+                    optimizer.reduction.open(bucket)?;
+                    needs[i].iter().try_for_each(|&bucket| optimizer.reduction.open(bucket))?;
+                }
+                Ok::<_, Error>(())
+            })?;
             drop(waiting);
             *waited += begun.elapsed().as_secs_f64();
             let _computing = trace::span(Track::Compute, named);

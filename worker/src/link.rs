@@ -5,22 +5,22 @@ mod tasks;
 
 use crate::collective::tcp::Stopper;
 use crate::model::Batch;
+use crate::progress::Progress;
 use crate::snapshot::Verdicts;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{mpsc as plain, Arc, Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tasks::{attend, beat, fetch, lock, Shared};
 use tokio::sync::{mpsc, Semaphore};
 use tonic::transport::Channel;
 use unisono_proto::dial::{self, Token};
-use unisono_proto::fail_point;
 use unisono_proto::get_u32s;
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
 use unisono_proto::v1::{
-    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Go, Heartbeat, Join, MicroBatch, Phase,
-    Suite, WorkerMessage,
+    directive, Assign, BatchKey, Departure, Directive, Drained, Epoch, Failure, Go, Join, MicroBatch, Suite,
+    WorkerMessage,
 };
 
 /// Micro-batches asked for ahead of the one under way.
@@ -71,68 +71,6 @@ fn place(failure: &Failure) -> String {
     }
 }
 
-/// What the worker is doing now: written by the compute thread, told by the heartbeat and by errors.
-#[derive(Debug)]
-pub struct Progress {
-    phase: AtomicI32,
-    /// 0 outside of steps.
-    step: AtomicU64,
-    began: Instant,
-    /// Microseconds from `began` to when the compute thread got on last.
-    marked: AtomicU64,
-    /// It waits for the coordinator.
-    waits: AtomicBool,
-}
-
-impl Default for Progress {
-    fn default() -> Self {
-        let (phase, step, marked, waits) = Default::default();
-        Progress { phase, step, began: Instant::now(), marked, waits }
-    }
-}
-
-impl Progress {
-    pub fn enter(&self, phase: Phase) {
-        self.phase.store(phase as i32, Ordering::Relaxed);
-        self.mark();
-        fail_point::reached(phase.word());
-    }
-
-    /// The compute thread gets on.
-    pub fn mark(&self) {
-        self.marked.store(self.began.elapsed().as_micros() as u64, Ordering::Relaxed);
-    }
-
-    /// What `wait` waits for comes from the coordinator: as long as it does not come, nobody here hangs.
-    pub fn waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
-        self.waits.store(true, Ordering::Relaxed);
-        let outcome = wait();
-        self.mark();
-        self.waits.store(false, Ordering::Relaxed);
-        outcome
-    }
-
-    /// What a heartbeat tells.
-    pub fn heartbeat(&self) -> Heartbeat {
-        let marked = Duration::from_micros(self.marked.load(Ordering::Relaxed));
-        let seconds = self.began.elapsed().saturating_sub(marked).as_secs_f64();
-        let waits = self.waits.load(Ordering::Relaxed);
-        Heartbeat { phase: self.phase() as i32, step: self.step(), seconds, waits }
-    }
-
-    pub fn set_step(&self, step: Option<u64>) {
-        self.step.store(step.unwrap_or(0), Ordering::Relaxed);
-    }
-
-    pub fn phase(&self) -> Phase {
-        Phase::try_from(self.phase.load(Ordering::Relaxed)).unwrap_or_default()
-    }
-
-    pub fn step(&self) -> Option<u64> {
-        Some(self.step.load(Ordering::Relaxed)).filter(|&s| s > 0)
-    }
-}
-
 /// Two connections to the coordinator; authorized by `token` where there is one (tests have none).
 pub struct Connections {
     pub control: Channel,
@@ -173,9 +111,9 @@ pub struct Link {
     shared: Arc<Shared>,
     incoming: plain::Receiver<FromCoordinator>,
     batches: plain::Receiver<MicroBatch>,
-    /// Batches that came before their turn.
     /// Directives that were taken and not begun.
     kept: Mutex<VecDeque<Directive>>,
+    /// Batches that came before their turn.
     early: Mutex<BTreeMap<(i32, u64, u32), MicroBatch>>,
     credit: Arc<Semaphore>,
     closed: plain::Receiver<()>,
@@ -211,7 +149,7 @@ impl Link {
     ) -> Self {
         let (outgoing, reports) = mpsc::channel(OUTGOING);
         let shared = Arc::new(Shared {
-            progress: Progress::default(),
+            progress: Arc::default(),
             stopper: Stopper::default(),
             epoch: Mutex::new(None),
             known: Mutex::new(known),
@@ -245,7 +183,7 @@ impl Link {
         Reporter { shared: self.shared.clone() }
     }
 
-    pub fn progress(&self) -> &Progress {
+    pub fn progress(&self) -> &Arc<Progress> {
         &self.shared.progress
     }
 

@@ -30,6 +30,8 @@ const GRACE: Duration = Duration::from_secs(1);
 /// How long it may take to come back from computing when it is to join again: then it hangs, and whoever started this
 /// process may start another.
 const HUNG: Duration = Duration::from_secs(120);
+/// How long to wait at least for what the coordinator makes of a complaint.
+const COMPLAINT: Duration = Duration::from_secs(10);
 /// Generations that this process has left.
 static ROUNDS: AtomicU64 = AtomicU64::new(0);
 
@@ -253,9 +255,12 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
         Err(problem) => return complain(&problem, BAD_INPUT),
     };
     let (listener, listen) = match tcp::listen(&host) {
-        Ok((listener, address)) => (listener, advertise.unwrap_or(address)),
+        Ok((listener, address)) => (listener, advertise.clone().unwrap_or(address)),
         Err(e) => return complain(&e, BAD_INPUT),
     };
+    if let Some(problem) = nowhere(&listen) {
+        return complain(&problem, BAD_INPUT);
+    }
     let exchange = match Exchange::open(tcp::host_and_port(&host).0) {
         Ok(exchange) => exchange,
         Err(e) => return complain(&e, BAD_INPUT),
@@ -264,7 +269,8 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
         Ok(fingerprint) => fingerprint,
         Err(e) => return complain(&format!("this program's own file cannot be read ({e})"), RUN_FAILED),
     };
-    let (host, pid, snapshots) = (host_name(), std::process::id(), exchange.address.clone());
+    let snapshots = reachable(&exchange.address, advertise.as_deref());
+    let (host, pid) = (host_name(), std::process::id());
     let mut join = Join { listen, host, pid, fingerprint: Some(fingerprint), snapshots, ..Join::default() };
     let held = exchange.store.clone();
     let mut standing = session::Standing::new(listener);
@@ -302,7 +308,8 @@ fn take_part(link: &Link, standing: &mut session::Standing) -> Option<ExitCode> 
             tracing::info!(%error, "cut off from a peer");
             // Nobody may be listening any more; then the link ends too.
             let _ = link.report(Body::Failure(failure(link, &error.to_string(), &error)));
-            link.wait_for_end(standing.patience);
+            // The coordinator waits a little whether somebody else was lost before it ends the generation.
+            link.wait_for_end(standing.patience.max(COMPLAINT));
         }
         Ok(Err(error)) if link.ended().is_none() => {
             return Some(fail(link, failure(link, &error.to_string(), &error)));
@@ -386,6 +393,7 @@ fn code(error: &link::Error) -> u8 {
     match error {
         link::Error::Aborted(failure) if failure.bad_input => BAD_INPUT,
         link::Error::Refused(_) => BAD_INPUT,
+        link::Error::Dismissed => 0,
         _ => RUN_FAILED,
     }
 }
@@ -408,6 +416,25 @@ fn leave_soon(error: &link::Error, rank: Option<u32>) {
 fn complain(message: &dyn std::fmt::Display, code: u8) -> ExitCode {
     eprintln!("unisono-worker: {message}");
     ExitCode::from(code)
+}
+
+/// Why peers cannot use an address that they are told.
+fn nowhere(address: &str) -> Option<String> {
+    let (host, _) = tcp::host_and_port(address);
+    let unspecified = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_unspecified());
+    unspecified.then(|| {
+        format!(
+            "peers cannot reach a worker at {address}: add --advertise with this host's name or address and the port"
+        )
+    })
+}
+
+/// Where peers reach the port of `bound`: on the host that they are told, if they are told another.
+fn reachable(bound: &str, advertise: Option<&str>) -> String {
+    match (advertise.map(|address| tcp::host_and_port(address).0), tcp::host_and_port(bound).1) {
+        (Some(host), Some(port)) => format!("{host}:{port}"),
+        _ => bound.to_owned(),
+    }
 }
 
 /// The local address towards the coordinator. Nothing is sent.

@@ -62,13 +62,20 @@ pub enum Error {
 impl Error {
     /// Whether the same work may succeed in another generation: a peer was lost, not this worker.
     pub fn recoverable(&self) -> bool {
-        matches!(self, Error::Collective(_) | Error::Snapshot(_) | Error::Train(train::Error::Collective(_)))
+        match self {
+            Error::Collective(error) | Error::Train(train::Error::Collective(error)) => {
+                !matches!(error, collective::Error::Panicked(_))
+            }
+            Error::Snapshot(_) => true,
+            _ => false,
+        }
     }
 
     /// Another rank, where that is the one at fault.
     pub fn culprit(&self) -> Option<u32> {
         match self {
             Error::Snapshot(error) => error.culprit(),
+            Error::Collective(error) | Error::Train(train::Error::Collective(error)) => error.culprit(),
             _ => None,
         }
     }
@@ -260,6 +267,7 @@ impl<'l> Loading<'l> {
             }
         }
         let mut engine = Engine::new(model, optimizer, Courier::new(Box::new(peers), link.stopper()));
+        engine.tell(link.progress());
         let stuck = |error| match error {
             engine::Error::Micro(fault) => failed(fault.source),
             error => Error::Train(train::Error::of(error, &[])),
@@ -312,6 +320,7 @@ impl<'l> Loading<'l> {
             term: self.epoch.term,
             generation: self.epoch.generation,
             timeout: Duration::from_secs_f64(*peer_timeout),
+            lends: true,
         })
     }
 

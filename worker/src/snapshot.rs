@@ -89,6 +89,8 @@ struct Shelf {
     verdicts: Arc<Verdicts>,
     /// Bytes that may be taken up in all.
     budget: u64,
+    /// Counts generations.
+    turn: u64,
 }
 
 #[derive(Debug)]
@@ -120,6 +122,7 @@ impl Store {
     pub fn begin(&self, step: Option<u64>, verdicts: Arc<Verdicts>, budget: u64) {
         let mut shelf = self.shelf();
         shelf.budget = budget;
+        shelf.turn += 1;
         shelf.keep(|kept| Some(kept.image.name.step) == step);
         shelf.images.iter_mut().for_each(|kept| kept.placed = false);
         shelf.verdicts = verdicts;
@@ -151,9 +154,18 @@ impl Store {
         self.shelf().keep(|kept| kept.image.name != *name);
     }
 
-    pub fn insert(&self, image: Image) -> Arc<Image> {
+    /// Counts generations, for [`Store::insert`].
+    pub fn turn(&self) -> u64 {
+        self.shelf().turn
+    }
+
+    /// Keeps an image that was begun in generation `turn`; a later one has made other plans.
+    pub fn insert(&self, turn: u64, image: Image) -> Arc<Image> {
         let image = Arc::new(image);
         let mut shelf = self.shelf();
+        if shelf.turn != turn {
+            return image;
+        }
         shelf.keep(|other| other.image.name != image.name);
         shelf.images.push(Kept { image: image.clone(), placed: true });
         image

@@ -85,6 +85,8 @@ impl Trainer<'_> {
         let link = self.link;
         let mut seconds = StepSeconds::default();
         let mut clock = Clock::start();
+        // What an evaluation waited for is not this step's.
+        self.engine.take_waited();
 
         link.progress().enter(Phase::Forward);
         let scale = 1.0 / step.target_tokens as f64;

@@ -376,11 +376,21 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
             d.assignment,
             &[("balanced", Assignment::Balanced), ("shuffled", Assignment::Shuffled)],
         )?,
-        peer_timeout: s.real("peer_timeout", d.peer_timeout, |x| x > 0.0, seconds)?,
+        peer_timeout: s.real(
+            "peer_timeout",
+            d.peer_timeout,
+            |x| (0.001..1e6).contains(&x),
+            "a number of seconds from 0.001",
+        )?,
         heartbeat,
         lease,
         hang_after: s.real("hang_after", d.hang_after, |x| x > 0.0, seconds)?,
-        rejoin_timeout: s.real("rejoin_timeout", d.rejoin_timeout, |x| x >= 0.0, "a number of seconds from 0")?,
+        rejoin_timeout: s.real(
+            "rejoin_timeout",
+            d.rejoin_timeout,
+            |x| (0.0..1e6).contains(&x),
+            "a number of seconds from 0",
+        )?,
         restarts: s.whole("restarts", u64::from(d.restarts), 0)? as u32,
     })
 }

@@ -7,6 +7,7 @@ use crate::optim::shard::Shard;
 use crate::optim::state::{Form, Kept};
 use crate::restore::Part;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -63,6 +64,8 @@ enum Place {
 #[derive(Debug)]
 pub struct Saver {
     place: Place,
+    /// The generation is over: what is being written is of no use.
+    given_up: Arc<AtomicBool>,
     reporter: Reporter,
     epoch: Epoch,
 }
@@ -74,7 +77,7 @@ impl Saver {
             true => Place::Here(Copied::of(source, layout)),
             false => Place::Nowhere,
         };
-        Saver { place, reporter, epoch }
+        Saver { place, given_up: Arc::default(), reporter, epoch }
     }
 
     /// Copies the shard and begins to write the copy; the report follows when it is on disk. Returns once training may
@@ -82,11 +85,11 @@ impl Saver {
     pub fn save(&mut self, source: &Source<'_>, checkpoint: Checkpoint) -> Result<(), BadState> {
         check(source)?;
         self.wait(checkpoint.step);
-        let (reporter, epoch) = (self.reporter.clone(), self.epoch);
+        let (reporter, epoch, given_up) = (self.reporter.clone(), self.epoch, self.given_up.clone());
         let mut copy = match std::mem::replace(&mut self.place, Place::Nowhere) {
             Place::Here(copy) => copy,
             Place::Nowhere | Place::Writing { .. } => {
-                save(source, &checkpoint, &reporter, &epoch);
+                save(source, &checkpoint, &reporter, &epoch, &given_up);
                 return Ok(());
             }
         };
@@ -95,7 +98,7 @@ impl Saver {
         let step = checkpoint.step;
         tracing::info!(step, seconds = begun.elapsed().as_secs_f64(), "copied to be saved");
         let work = move || {
-            save(&copy.source(), &checkpoint, &reporter, &epoch);
+            save(&copy.source(), &checkpoint, &reporter, &epoch, &given_up);
             copy
         };
         match std::thread::Builder::new().name("save".into()).spawn(work) {
@@ -147,6 +150,7 @@ fn check(source: &Source<'_>) -> Result<(), BadState> {
 impl Drop for Saver {
     /// The generation is over: its thread ends before another one may begin to write.
     fn drop(&mut self) {
+        self.given_up.store(true, Ordering::Relaxed);
         if let Place::Writing { thread, .. } = std::mem::replace(&mut self.place, Place::Nowhere) {
             // A panic there has been told already.
             drop(thread.join());
@@ -154,10 +158,10 @@ impl Drop for Saver {
     }
 }
 
-fn save(source: &Source<'_>, checkpoint: &Checkpoint, reporter: &Reporter, epoch: &Epoch) {
+fn save(source: &Source<'_>, checkpoint: &Checkpoint, reporter: &Reporter, epoch: &Epoch, given_up: &AtomicBool) {
     let Checkpoint { step, ref path, attempt } = *checkpoint;
     let begun = Instant::now();
-    let (files, problem) = match write(Path::new(path), source, epoch, attempt) {
+    let (files, problem) = match write(Path::new(path), source, epoch, attempt, given_up) {
         Ok(file) => (vec![file], String::new()),
         Err(error) => (Vec::new(), error.to_string()),
     };

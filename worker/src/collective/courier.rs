@@ -3,11 +3,14 @@
 
 use super::tcp::Stopper;
 use super::{Collective, Error};
+use std::any::Any;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-type Job = Box<dyn FnOnce(&mut dyn Collective) -> Result<(), Error> + Send>;
+/// Says whether the next one may be carried out.
+type Job = Box<dyn FnOnce(&mut dyn Collective) -> bool + Send>;
 
 /// What an exchange brings when it is done.
 #[must_use]
@@ -61,8 +64,7 @@ impl Courier {
             1 => Hands::Own(collective),
             _ => {
                 let (jobs, queue) = channel();
-                let failure = failure.clone();
-                let carry = move || carry(collective, &queue, &failure);
+                let carry = move || carry(collective, &queue);
                 let thread = std::thread::Builder::new().name("courier".into()).spawn(carry);
                 Hands::Thread(Some(jobs), Some(thread.expect("a machine that runs a worker has a thread for it")))
             }
@@ -93,15 +95,25 @@ impl Courier {
         exchange: impl FnOnce(&mut dyn Collective) -> Result<T, Error> + Send + 'static,
     ) -> Ticket<T> {
         let (answer, result) = channel();
+        let failure = self.failure.clone();
         let job = move |collective: &mut dyn Collective| {
-            // Nobody waits any more where the step has ended already.
-            exchange(collective).map(|value| drop(answer.send(value)))
+            let outcome = catch_unwind(AssertUnwindSafe(|| exchange(collective)));
+            match outcome.unwrap_or_else(|panic| Err(Error::Panicked(words(panic.as_ref())))) {
+                // Nobody waits any more where the step has ended already.
+                Ok(value) => {
+                    drop(answer.send(value));
+                    true
+                }
+                // Known before the ticket hears that no answer comes: `answer` is still there.
+                Err(error) => {
+                    failure.set(error);
+                    false
+                }
+            }
         };
         match &mut self.hands {
             Hands::Own(collective) => {
-                if let Err(error) = job(collective.as_mut()) {
-                    self.failure.set(error);
-                }
+                job(collective.as_mut());
             }
             // The thread is gone after a failure; then the ticket says so.
             Hands::Thread(jobs, _) => drop(jobs.as_ref().map(|jobs| jobs.send(Box::new(job)))),
@@ -110,13 +122,18 @@ impl Courier {
     }
 }
 
-fn carry(mut collective: Box<dyn Collective + Send>, queue: &Receiver<Job>, failure: &Failure) {
+fn carry(mut collective: Box<dyn Collective + Send>, queue: &Receiver<Job>) {
     for job in queue {
-        if let Err(error) = job(collective.as_mut()) {
-            failure.set(error);
+        if !job(collective.as_mut()) {
             return;
         }
     }
+}
+
+/// What a panic said.
+fn words(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("a panic without words").to_owned()
 }
 
 impl Drop for Courier {
@@ -187,6 +204,16 @@ mod tests {
         left.check().unwrap();
         left.stopper.stop();
         assert!(left.check().is_err());
+    }
+
+    #[test]
+    fn a_panic_in_an_exchange_is_told_in_its_words() {
+        for world in [1, 2] {
+            let mut couriers = couriers(world);
+            let broken = couriers[0].send(|_| -> Result<(), Error> { panic!("the {} is out of tune", "second voice") });
+            let error = broken.wait().unwrap_err();
+            assert!(matches!(&error, Error::Panicked(said) if said == "the second voice is out of tune"), "{error}");
+        }
     }
 
     #[test]

@@ -91,7 +91,7 @@ impl Secret {
 }
 
 /// Fresh random bytes from the kernel; they reach no result.
-fn nonce() -> io::Result<[u8; 32]> {
+pub fn nonce() -> io::Result<[u8; 32]> {
     let mut nonce = [0; 32];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut nonce)?;
     Ok(nonce)

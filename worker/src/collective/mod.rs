@@ -4,7 +4,9 @@
 mod bytes;
 pub mod courier;
 pub(crate) mod handshake;
-mod piece;
+mod meeting;
+mod neighbour;
+pub(crate) mod piece;
 pub mod tcp;
 
 use std::ops::Range;
@@ -47,4 +49,20 @@ pub enum Error {
     Listen { address: String, source: std::io::Error },
     #[error("the exchange was stopped on request")]
     Stopped,
+    #[error("an internal error, please report it: {0}")]
+    Panicked(String),
+}
+
+impl Error {
+    /// The rank that did not do its part. Who says so did.
+    pub fn culprit(&self) -> Option<u32> {
+        match self {
+            Error::Silent { peer, .. }
+            | Error::Lost { peer, .. }
+            | Error::Unreachable { peer, .. }
+            | Error::Refused { peer, .. }
+            | Error::Missing { peer, .. } => Some(*peer as u32),
+            Error::Protocol { .. } | Error::Listen { .. } | Error::Stopped | Error::Panicked(_) => None,
+        }
+    }
 }

@@ -25,6 +25,13 @@ fn width_of(sums: &[i64]) -> usize {
 
 vectorised! { fn width(sums: &[i64]) -> usize { width_of(sums) } }
 
+vectorised! {
+    /// Adds sums to sums.
+    pub fn add(sums: &mut [i64], more: &[i64]) {
+        sums.iter_mut().zip(more).for_each(|(q, more)| *q = q.wrapping_add(*more));
+    }
+}
+
 /// Bytes of the two planes of one sum.
 fn planes(width: usize) -> Option<(usize, usize)> {
     match width {

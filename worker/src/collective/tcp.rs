@@ -1,30 +1,20 @@
 //! The collective over plain TCP: one connection between each pair of ranks. An operation is `world - 1` rounds; in round
 //! `r` every rank sends to `rank + r` from a thread of its own and receives from `rank - r`, so no exchange can deadlock.
+//! Between ranks on one machine only word goes over the connection of what can be read from memory.
 
 use super::bytes::bytes_mut;
-use super::handshake::{Failure, Secret};
+use super::meeting;
+use super::neighbour::{self, Lease, Neighbour};
 use super::piece::{self, PIECE};
-use super::{Collective, Error};
-use std::collections::BTreeMap;
+use super::{handshake, Collective, Error};
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tch::Tensor;
 
-/// Which ranks form a generation and how they know each other.
-#[derive(Clone)]
-pub struct Membership {
-    pub rank: usize,
-    /// host:port of every rank.
-    pub addresses: Vec<String>,
-    pub key: [u8; 32],
-    pub term: u64,
-    pub generation: u64,
-    /// A peer that is silent for longer is given up.
-    pub timeout: Duration,
-}
+pub use super::meeting::{host_and_port, listen, Membership};
 
 /// Ends every exchange of a mesh, from any thread.
 #[derive(Debug, Clone, Default)]
@@ -72,57 +62,74 @@ pub struct Mesh {
     peers: Vec<Option<TcpStream>>,
     timeout: Duration,
     stopper: Stopper,
+    /// Peers on this machine, in rank order, and what is lent to them.
+    neighbours: Vec<Option<Neighbour>>,
+    lease: Lease,
     /// Buffers of the sending and the receiving side, kept between operations.
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
-}
-
-/// A connection that has not introduced itself after this long makes room for others.
-const INTRODUCTION: Duration = Duration::from_secs(10);
-
-/// The host of `host` or `host:port`, and the port where it has one.
-pub fn host_and_port(address: &str) -> (&str, Option<&str>) {
-    match address.rsplit_once(':') {
-        // An IPv6 address without brackets has colons of its own.
-        Some((host, port)) if !host.contains(':') || host.ends_with(']') => (host, Some(port)),
-        _ => (address, None),
-    }
-}
-
-/// Listens for peers on `host`, which may name a port, else on any; returns the address to announce.
-pub fn listen(host: &str) -> Result<(TcpListener, String), Error> {
-    let failed = |source| Error::Listen { address: host.to_owned(), source };
-    let (name, port) = host_and_port(host);
-    let unknown = |_| failed(std::io::Error::other("that is not a port"));
-    let port: u16 = port.map_or(Ok(0), str::parse).map_err(unknown)?;
-    let listener = TcpListener::bind((name.trim_matches(['[', ']']), port)).map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
-    Ok((listener, address.to_string()))
+    lent: Vec<i64>,
 }
 
 impl Mesh {
     /// Meets all peers: calls the lower ranks, is called by the higher ones.
     pub fn meet(listener: &TcpListener, membership: &Membership, stopper: &Stopper) -> Result<Self, Error> {
-        let world = membership.addresses.len();
-        let mut peers: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
-        let (lower, higher) = peers.split_at_mut(membership.rank);
-        std::thread::scope(|scope| {
-            let callers = scope.spawn(|| accept(listener, membership, stopper, &mut higher[1..]));
-            let called = lower
-                .iter_mut()
-                .enumerate()
-                .try_for_each(|(peer, slot)| connect(membership, stopper, peer).map(|stream| *slot = Some(stream)));
-            let accepted = callers.join().expect("accepting does not panic");
-            called.and(accepted)
-        })?;
-        Ok(Mesh {
+        let (world, peers) = (membership.addresses.len(), meeting::meet(listener, membership, stopper)?);
+        let first = handshake::nonce().map_err(|source| Error::Listen { address: "/dev/urandom".into(), source })?;
+        let first = u64::from_le_bytes(first[..8].try_into().expect("32 bytes"));
+        let mut mesh = Mesh {
             rank: membership.rank,
+            neighbours: vec![None; world],
             peers,
             timeout: membership.timeout,
             stopper: stopper.clone(),
+            lease: Lease::new(first),
             outgoing: Vec::new(),
             incoming: Vec::new(),
-        })
+            lent: Vec::new(),
+        };
+        mesh.greet(membership.lends)?;
+        Ok(mesh)
+    }
+
+    /// Finds out which peers are on this machine and can read from here, and be read from.
+    fn greet(&mut self, lends: bool) -> Result<(), Error> {
+        const GREETING: usize = 36;
+        if lends {
+            neighbour::admit_siblings();
+        }
+        let (machine, pid) = (if lends { neighbour::machine() } else { [0; 16] }, std::process::id());
+        let loan = self.lease.lend();
+        let greeting = [&machine[..], &pid.to_le_bytes(), &self.lease.address().to_le_bytes(), &loan.1.to_le_bytes()];
+        let greeting = greeting.concat();
+        let what = Transfer { operation: "greet", bytes: GREETING };
+        let mesh = &*self;
+        let all = || mesh.peers.iter().enumerate().filter_map(|(peer, stream)| Some((peer, stream.as_ref()?)));
+        let failed = |peer: usize, e: io::Error| mesh.error(peer, what, Fault::Io(e));
+        for (peer, mut stream) in all() {
+            stream.write_all(&greeting).map_err(|e| failed(peer, e))?;
+        }
+        let mut found = Vec::new();
+        for (peer, mut stream) in all() {
+            let mut theirs = [0; GREETING];
+            stream.read_exact(&mut theirs).map_err(|e| failed(peer, e))?;
+            let word = |at: usize| u64::from_le_bytes(theirs[at..at + 8].try_into().expect("8 bytes"));
+            let pid = u32::from_le_bytes(theirs[16..20].try_into().expect("4 bytes"));
+            let neighbour = Neighbour { pid, lease: word(20) };
+            let can = lends && theirs[..16] == machine && neighbour.vouches_for(word(28)).unwrap_or(false);
+            stream.write_all(&[u8::from(can)]).map_err(|e| failed(peer, e))?;
+            found.push(can.then_some(neighbour));
+        }
+        let mut neighbours = vec![None; self.peers.len()];
+        for ((peer, mut stream), neighbour) in all().zip(found) {
+            let mut can = [0];
+            stream.read_exact(&mut can).map_err(|e| failed(peer, e))?;
+            neighbours[peer] = neighbour.filter(|_| can == [1]);
+        }
+        drop(loan);
+        tracing::debug!(ranks = ?neighbours.iter().flatten().count(), "read from each other's memory");
+        self.neighbours = neighbours;
+        Ok(())
     }
 
     /// Ends this mesh's exchanges.
@@ -130,14 +137,24 @@ impl Mesh {
         &self.stopper
     }
 
-    /// Runs one round: `send` to one peer on a thread of its own while `receive` listens to another.
-    fn round<S, R>(&self, round: usize, what: Transfer, send: S, receive: R) -> Result<(), Error>
+    /// Runs one round: one peer is sent the `offer`, by `send` on a thread of its own unless it reads it from here, while
+    /// `receive` listens to another.
+    fn round<S, R>(&self, round: usize, what: Transfer, offer: Option<Offer>, send: S, receive: R) -> Result<(), Error>
     where
         S: FnOnce(usize, &TcpStream) -> io::Result<()> + Send,
         R: FnOnce(usize, &TcpStream) -> Result<(), Fault>,
     {
         let (to, from) = self.partners(round);
         let stream = |peer: usize| self.peers[peer].as_ref().expect("a connection to every other rank");
+        if let (Some(offer), Some(_)) = (offer, self.neighbours[to]) {
+            let loan = self.lease.lend();
+            let mut borrower = stream(to);
+            let failed = |e| self.error(to, what, Fault::Io(e));
+            borrower.write_all(&offer.header(loan.1)).map_err(failed)?;
+            receive(from, stream(from)).map_err(|fault| self.error(from, what, fault))?;
+            // What is lent must not change before it was read.
+            return borrower.read_exact(&mut [0]).map_err(failed);
+        }
         std::thread::scope(|scope| {
             let sender = scope.spawn(|| send(to, stream(to)).map_err(|e| self.error(to, what, Fault::Io(e))));
             let received = receive(from, stream(from)).map_err(|fault| self.error(from, what, fault));
@@ -193,6 +210,52 @@ impl From<io::Error> for Fault {
     }
 }
 
+/// What a peer is to have: `length` elements from `address` on in this process's memory.
+#[derive(Clone, Copy)]
+struct Offer {
+    tag: Tag,
+    length: usize,
+    address: u64,
+}
+
+const OFFER: usize = 25;
+
+impl Offer {
+    fn of<T>(tag: Tag, elements: &[T]) -> Self {
+        Offer { tag, length: elements.len(), address: elements.as_ptr() as u64 }
+    }
+
+    fn header(&self, loan: u64) -> [u8; OFFER] {
+        let mut bytes = [self.tag as u8 | LENT; OFFER];
+        bytes[1..9].copy_from_slice(&(self.length as u64).to_le_bytes());
+        bytes[9..17].copy_from_slice(&self.address.to_le_bytes());
+        bytes[17..].copy_from_slice(&loan.to_le_bytes());
+        bytes
+    }
+}
+
+/// Has `read` take what a neighbour offers, and gives it back.
+fn borrow(
+    mut stream: &TcpStream,
+    neighbour: &Neighbour,
+    (tag, length): (Tag, usize),
+    read: impl FnOnce(u64) -> io::Result<()>,
+) -> Result<(), Fault> {
+    let mut offer = [0; OFFER];
+    stream.read_exact(&mut offer)?;
+    let word = |at: usize| u64::from_le_bytes(offer[at..at + 8].try_into().expect("8 bytes"));
+    let (found, address, loan) = (word(1) as usize, word(9), word(17));
+    if (offer[0], found) != (tag as u8 | LENT, length) {
+        let (expected, found) = (format!("{length} of {tag:?}"), format!("{found} of message type {}", offer[0]));
+        return Err(Fault::Protocol { expected, found });
+    }
+    read(address)?;
+    if !neighbour.vouches_for(loan)? {
+        return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it took back what it had lent").into());
+    }
+    Ok(stream.write_all(&[1])?)
+}
+
 /// Opens every transfer, so that workers out of step notice.
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[repr(u8)]
@@ -201,6 +264,11 @@ enum Tag {
     Parameters = 2,
     Bytes = 3,
 }
+
+/// Marks the tag of what is to be read from the sender's memory.
+const LENT: u8 = 0x80;
+/// Sums that are read at one time: they and those that they are added to stay in a core's cache.
+const LENT_PIECE: usize = 16_384;
 
 fn header(tag: Tag, length: usize) -> [u8; 9] {
     let mut header = [tag as u8; 9];
@@ -252,13 +320,20 @@ impl Collective for Mesh {
         let mut parts = split(sums, owners, 1);
         let own = std::mem::take(&mut parts[self.rank]);
         let (mut outgoing, mut incoming) = (std::mem::take(&mut self.outgoing), std::mem::take(&mut self.incoming));
+        let mut lent = std::mem::take(&mut self.lent);
         let outcome = (1..self.world()).try_for_each(|round| {
             let theirs = std::mem::take(&mut parts[self.partners(round).0]);
+            let offer = Offer::of(Tag::Sums, theirs);
             let send = |_, stream: &TcpStream| send_sums(stream, theirs, &mut outgoing);
-            let receive = |_, stream: &TcpStream| add_sums(stream, own, &mut incoming);
-            self.round(round, what, send, receive)
+            let receive = |from: usize, stream: &TcpStream| match &self.neighbours[from] {
+                Some(neighbour) => borrow(stream, neighbour, (Tag::Sums, own.len()), |address| {
+                    add_lent(neighbour, address, own, &mut lent)
+                }),
+                None => add_sums(stream, own, &mut incoming),
+            };
+            self.round(round, what, Some(offer), send, receive)
         });
-        (self.outgoing, self.incoming) = (outgoing, incoming);
+        (self.outgoing, self.incoming, self.lent) = (outgoing, incoming, lent);
         outcome
     }
 
@@ -274,11 +349,16 @@ impl Collective for Mesh {
                 stream.write_all(&header(Tag::Parameters, own.len()))?;
                 stream.write_all(own)
             };
-            let receive = |_, mut stream: &TcpStream| {
-                expect_header(stream, Tag::Parameters, theirs.len())?;
-                Ok(stream.read_exact(theirs)?)
+            let receive = |from: usize, mut stream: &TcpStream| match &self.neighbours[from] {
+                Some(neighbour) => borrow(stream, neighbour, (Tag::Parameters, theirs.len()), |address| {
+                    neighbour.read(address, theirs)
+                }),
+                None => {
+                    expect_header(stream, Tag::Parameters, theirs.len())?;
+                    Ok(stream.read_exact(theirs)?)
+                }
             };
-            self.round(round, what, send, receive)
+            self.round(round, what, Some(Offer::of(Tag::Parameters, own)), send, receive)
         })
     }
 
@@ -303,7 +383,7 @@ impl Collective for Mesh {
                 slot.resize(length, 0);
                 Ok(stream.read_exact(slot)?)
             };
-            self.round(round, what, send, receive)?;
+            self.round(round, what, None, send, receive)?;
         }
         Ok(all)
     }
@@ -315,6 +395,18 @@ fn send_sums(mut stream: &TcpStream, sums: &[i64], wire: &mut Vec<u8>) -> io::Re
     for piece in sums.chunks(PIECE) {
         piece::pack(piece, wire);
         stream.write_all(wire)?;
+    }
+    Ok(())
+}
+
+/// Adds the sums that a neighbour lends to the own ones.
+fn add_lent(neighbour: &Neighbour, mut address: u64, own: &mut [i64], lent: &mut Vec<i64>) -> io::Result<()> {
+    lent.resize(LENT_PIECE, 0);
+    for piece in own.chunks_mut(LENT_PIECE) {
+        let lent = &mut lent[..piece.len()];
+        neighbour.read_sums(address, lent)?;
+        piece::add(piece, lent);
+        address += size_of_val(lent) as u64;
     }
     Ok(())
 }
@@ -335,111 +427,6 @@ fn add_sums(mut stream: &TcpStream, own: &mut [i64], wire: &mut Vec<u8>) -> Resu
         piece::unpack_add(width, &wire[..body], piece).ok_or_else(|| Fault::width(width))?;
     }
     Ok(())
-}
-
-fn prepare(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))
-}
-
-fn connect(membership: &Membership, stopper: &Stopper, peer: usize) -> Result<TcpStream, Error> {
-    let address = &membership.addresses[peer];
-    let unreachable = |source| Error::Unreachable { peer, address: address.clone(), source };
-    let dial = || -> io::Result<TcpStream> {
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for candidate in address.to_socket_addrs()? {
-            match TcpStream::connect_timeout(&candidate, membership.timeout) {
-                Ok(stream) => {
-                    prepare(&stream, membership.timeout)?;
-                    stopper.watch(&stream)?;
-                    return Ok(stream);
-                }
-                Err(e) => last = e,
-            }
-        }
-        Err(last)
-    };
-    let stream = dial().map_err(unreachable)?;
-    match membership.secret().connect(&stream, membership.rank, peer) {
-        Ok(()) => Ok(stream),
-        Err(_) if stopper.stopped() => Err(Error::Stopped),
-        Err(Failure::Refused(reason)) => Err(Error::Refused { peer, address: address.clone(), reason: reason.into() }),
-        Err(Failure::Io(e)) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-            Err(Error::Missing { peer, seconds: membership.timeout.as_secs_f64() })
-        }
-        Err(Failure::Io(e)) => {
-            Err(Error::Refused { peer, address: address.clone(), reason: format!("it hung up ({e})") })
-        }
-    }
-}
-
-/// Waits for every higher rank to call. Strangers are turned away and cost nobody else's place.
-fn accept(
-    listener: &TcpListener,
-    membership: &Membership,
-    stopper: &Stopper,
-    slots: &mut [Option<TcpStream>],
-) -> Result<(), Error> {
-    let first = membership.rank + 1;
-    let deadline = Instant::now() + membership.timeout;
-    let failed = |source| Error::Listen { address: membership.addresses[membership.rank].clone(), source };
-    listener.set_nonblocking(true).map_err(failed)?;
-    let mut calls = 0u64;
-    std::thread::scope(|scope| {
-        let (sender, introduced) = std::sync::mpsc::channel();
-        // Callers who have not introduced themselves yet.
-        let mut callers: BTreeMap<u64, TcpStream> = BTreeMap::new();
-        let mut gather = || loop {
-            while let Ok((caller, rank)) = introduced.try_recv() {
-                let stream = callers.remove(&caller);
-                let slot = usize::checked_sub(rank, first).and_then(|i| slots.get_mut(i));
-                if let Some(empty @ None) = slot {
-                    *empty = stream;
-                }
-            }
-            let Some(missing) = slots.iter().position(Option::is_none) else { return Ok(()) };
-            if stopper.stopped() {
-                return Err(Error::Stopped);
-            }
-            if Instant::now() >= deadline {
-                return Err(Error::Missing { peer: first + missing, seconds: membership.timeout.as_secs_f64() });
-            }
-            match listener.accept() {
-                Ok((stream, address)) => {
-                    let (sender, caller) = (sender.clone(), calls);
-                    calls += 1;
-                    callers.insert(caller, stream.try_clone().map_err(failed)?);
-                    scope.spawn(move || match introduce(&stream, membership, stopper) {
-                        // The receiver is gone once everybody is there.
-                        Ok(rank) => drop(sender.send((caller, rank))),
-                        Err(failure) => tracing::warn!(%address, ?failure, "turned a connection away"),
-                    });
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(2)),
-                Err(e) => return Err(failed(e)),
-            }
-        };
-        let outcome = gather();
-        // The scope waits for introductions under way: those that are left have nobody to meet.
-        callers.values().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
-        outcome
-    })
-}
-
-fn introduce(stream: &TcpStream, membership: &Membership, stopper: &Stopper) -> Result<usize, Failure> {
-    stream.set_nonblocking(false)?;
-    prepare(stream, membership.timeout.min(INTRODUCTION))?;
-    stopper.watch(stream)?;
-    let rank = membership.secret().accept(stream, membership.rank)?;
-    prepare(stream, membership.timeout)?;
-    Ok(rank)
-}
-
-impl Membership {
-    fn secret(&self) -> Secret {
-        Secret { key: self.key, term: self.term, generation: self.generation }
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Worlds of threads over loopback: right sums, right order, and every failure names its culprit.
 
 use super::*;
+use std::time::Instant;
 use tch::{Device, Kind};
 
 /// A membership of `world` ranks on loopback with short timeouts, and each rank's listener.
@@ -12,7 +13,8 @@ pub fn memberships(world: usize, timeout: f64) -> Vec<(TcpListener, Membership)>
         .enumerate()
         .map(|(rank, (listener, _))| {
             let timeout = Duration::from_secs_f64(timeout);
-            (listener, Membership { rank, addresses: addresses.clone(), key: [7; 32], term: 3, generation: 5, timeout })
+            let (addresses, key) = (addresses.clone(), [7; 32]);
+            (listener, Membership { rank, addresses, key, term: 3, generation: 5, timeout, lends: true })
         })
         .collect()
 }
@@ -31,8 +33,16 @@ pub fn mesh(world: usize) -> Vec<Mesh> {
 }
 
 fn each<T: Send>(world: usize, work: impl Fn(Mesh) -> T + Sync) -> Vec<T> {
+    each_lending(world, |_| true, work)
+}
+
+/// The same where only some ranks read from memory, or can be read.
+fn each_lending<T: Send>(world: usize, lends: fn(usize) -> bool, work: impl Fn(Mesh) -> T + Sync) -> Vec<T> {
+    let mut members = memberships(world, 20.0);
+    members.iter_mut().for_each(|(_, member)| member.lends = lends(member.rank));
     std::thread::scope(|scope| {
-        let threads: Vec<_> = mesh(world).into_iter().map(|m| scope.spawn(|| work(m))).collect();
+        let meshes = meet_all(members).into_iter().map(|m| m.unwrap());
+        let threads: Vec<_> = meshes.map(|m| scope.spawn(|| work(m))).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     })
 }
@@ -41,15 +51,20 @@ fn owners(world: usize, length: usize) -> Vec<Range<usize>> {
     (0..world).map(|r| r * length / world..(r + 1) * length / world).collect()
 }
 
+const LENDING: [fn(usize) -> bool; 3] = [|_| true, |_| false, |rank| rank != 1];
+
 #[test]
 fn reduce_scatter_gives_each_owner_the_total_and_leaves_the_rest() {
     // Longer than two pieces, with magnitudes of every width.
     let length = 3 * PIECE + 17;
     let value =
         |rank: usize, i: usize| ((i as i64).wrapping_mul(0x9E37_79B9_7F4A_7C15u64 as i64) >> (i % 60)) >> (3 + rank);
-    for world in [1, 2, 3, 5] {
+    for (world, lends) in [1, 2, 3, 5].into_iter().flat_map(|world| LENDING.map(|lends| (world, lends))) {
         let owners = owners(world, length);
-        let results = each(world, |mut mesh| {
+        let results = each_lending(world, lends, |mut mesh| {
+            let together = |peer: &usize| lends(*peer) && lends(mesh.rank) && *peer != mesh.rank;
+            let neighbours = (0..world).filter(|&peer| mesh.neighbours[peer].is_some());
+            assert!(neighbours.eq((0..world).filter(together)), "whoever can reads from memory");
             let mut sums: Vec<i64> = (0..length).map(|i| value(mesh.rank(), i)).collect();
             mesh.reduce_scatter(&mut sums, &owners).unwrap();
             sums
@@ -66,11 +81,12 @@ fn reduce_scatter_gives_each_owner_the_total_and_leaves_the_rest() {
 
 #[test]
 fn all_gather_spreads_every_owner_s_elements() {
-    for (world, kind) in [(1, Kind::Float), (2, Kind::Float), (3, Kind::BFloat16), (5, Kind::Float)] {
+    let worlds = [(1, Kind::Float), (2, Kind::Float), (3, Kind::BFloat16), (5, Kind::Float)].into_iter();
+    for ((world, kind), lends) in worlds.flat_map(|world| LENDING.map(|lends| (world, lends))) {
         let length = 1003;
         let owners = owners(world, length);
         let whole = || Tensor::arange(length as i64, (Kind::Float, Device::Cpu)).to_kind(kind);
-        let results = each(world, |mut mesh| {
+        let results = each_lending(world, lends, |mut mesh| {
             let own = &owners[mesh.rank()];
             let mut bucket = Tensor::zeros([length as i64], (kind, Device::Cpu));
             let part = |tensor: &Tensor| tensor.narrow(0, own.start as i64, own.len() as i64);

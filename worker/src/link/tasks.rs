@@ -1,7 +1,8 @@
 //! What the link's own thread does: heartbeats, reading the coordinator's messages, fetching micro-batches.
 
-use super::{keys, Error, Progress, CREDIT};
+use super::{keys, Error, CREDIT};
 use crate::collective::tcp::Stopper;
+use crate::progress::Progress;
 use crate::snapshot::Verdicts;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{mpsc as plain, Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -27,7 +28,7 @@ pub(super) type OnEnd = dyn Fn(&Error, Option<u32>) + Send + Sync;
 
 /// What asynchronous tasks and the compute thread share.
 pub(super) struct Shared {
-    pub progress: Progress,
+    pub progress: Arc<Progress>,
     /// Ends blocked collectives when the link ends.
     pub stopper: Stopper,
     pub epoch: Mutex<Option<Epoch>>,

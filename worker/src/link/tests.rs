@@ -2,7 +2,7 @@
 
 use super::fake::{Attendant, Fake};
 use super::*;
-use unisono_proto::v1::{Abort, Checkpoint, Finish, Go, Step, StepReport};
+use unisono_proto::v1::{Abort, Checkpoint, Finish, Go, Phase, Step, StepReport};
 
 fn batch(key: &BatchKey) -> Batch {
     Batch { tokens: vec![key.micro_batch; 3], targets: vec![1, 2, unisono_proto::NO_TARGET], starts: vec![0, 2] }

@@ -202,13 +202,6 @@ impl ExactSum {
         &view::elements(&sums.memory)[..self.layout.buckets[bucket].elements]
     }
 
-    /// As [`ExactSum::bucket`], for exchanging.
-    pub fn bucket_mut(&mut self, bucket: usize) -> &mut [i64] {
-        let sums = self.buckets[bucket].as_mut().expect("open while it is exchanged");
-        debug_assert!(!sums.stale.contains(&true), "settled before it is exchanged");
-        &mut view::elements_mut(&mut sums.memory)[..self.layout.buckets[bucket].elements]
-    }
-
     /// Ends the leaves of all open buckets: what received none is zero.
     pub fn settle(&mut self) {
         (0..self.buckets.len()).for_each(|bucket| self.settle_bucket(bucket));

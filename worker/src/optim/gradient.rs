@@ -3,7 +3,7 @@
 use super::exact::{self, Exactly, Nearest, Reduced};
 use super::norm;
 use super::state::Form;
-use crate::ops::simd::vectorised;
+use crate::collective::piece;
 use crate::ops::view;
 use half::bf16;
 use std::ops::Range;
@@ -42,7 +42,7 @@ impl Gradient {
                 return None;
             }
             Gradient::Sums(so_far) if first => so_far.copy_from_slice(total),
-            Gradient::Sums(so_far) => add(so_far, total),
+            Gradient::Sums(so_far) => piece::add(so_far, total),
             Gradient::Wide(gradient) => exact::round(total, gradient),
             Gradient::Narrow(gradient) => exact::round_narrow(total, gradient),
         }
@@ -78,11 +78,5 @@ impl View<'_> {
             View::Wide(gradient) => of(gradient, form),
             View::Narrow(gradient) => of(gradient, form),
         }
-    }
-}
-
-vectorised! {
-    fn add(sums: &mut [i64], more: &[i64]) {
-        sums.iter_mut().zip(more).for_each(|(q, more)| *q = q.wrapping_add(*more));
     }
 }

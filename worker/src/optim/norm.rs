@@ -33,8 +33,15 @@ fn sum_of_squares<G: Reduced, R: Rounding>(chunk: &[G], rounding: R) -> f64 {
     lanes.iter().fold(0.0, |sum, lane| sum + lane)
 }
 
-/// All ranks' partials in (bucket, chunk) order, from what each has sent: the fp64 partials of its own chunks.
-pub fn in_order(all: &[Vec<u8>], shard: &Shard) -> Vec<f64> {
+/// All ranks' partials in (bucket, chunk) order, from what each has sent: the fp64 partials of its own chunks. The rank that
+/// sent another number of them is the error.
+pub fn in_order(all: &[Vec<u8>], shard: &Shard) -> Result<Vec<f64>, usize> {
+    for (rank, bytes) in all.iter().enumerate() {
+        let chunks = |bucket| -> usize { shard.owners(bucket)[rank].len().div_ceil(CHUNK) };
+        if bytes.len() != 8 * (0..shard.buckets()).map(chunks).sum::<usize>() {
+            return Err(rank);
+        }
+    }
     let mut cursors: Vec<_> = all.iter().map(|bytes| bytes.as_chunks::<8>().0.iter()).collect();
     let mut partials = Vec::new();
     for bucket in 0..shard.buckets() {
@@ -43,7 +50,7 @@ pub fn in_order(all: &[Vec<u8>], shard: &Shard) -> Vec<f64> {
             partials.extend(cursor.take(owned.len().div_ceil(CHUNK)).map(|bytes| f64::from_le_bytes(*bytes)));
         }
     }
-    partials
+    Ok(partials)
 }
 
 /// Euclidean norm from all partials in (bucket, chunk) order.

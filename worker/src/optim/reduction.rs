@@ -192,7 +192,13 @@ impl Reduction {
         }
         let mine: Vec<u8> = self.partials.iter().flatten().flat_map(|partial| partial.to_le_bytes()).collect();
         let all = courier.send(move |collective: &mut dyn Collective| collective.all_gather_bytes(&mine)).wait()?;
-        Ok(norm::norm(norm::in_order(&all, &self.shard).into_iter()))
+        let partials = norm::in_order(&all, &self.shard).map_err(|peer| collective::Error::Protocol {
+            peer,
+            operation: "exchange",
+            expected: "the sums of squares of its chunks".into(),
+            found: format!("{} bytes", all[peer].len()),
+        })?;
+        Ok(norm::norm(partials.into_iter()))
     }
 
     /// Waits for all buckets and forgets the step.

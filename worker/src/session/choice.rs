@@ -58,8 +58,11 @@ pub(super) fn agree(
         let numbers = all.iter().map(move |bytes| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes));
         numbers.collect::<Option<Vec<u32>>>().ok_or_else(|| Error::Unsupported("a peer sent no plan".into()))
     };
-    let (most, least) = (said(0)?.into_iter().max(), said(4)?.into_iter().min());
-    demand.range.stage = stage(most.unwrap_or(0))?;
+    let (stages, waves) = (said(0)?, said(4)?);
+    let most = stages.iter().copied().max().unwrap_or(0);
+    // Whoever planned another stage said nothing of its wave in this one.
+    let least = stages.iter().zip(waves).filter(|(stage, _)| **stage == most).map(|(_, wave)| wave).min();
+    demand.range.stage = stage(most)?;
     demand.range.wave = least.map(|wave| wave as usize);
     match (demand.range.stage, demand.range.wave) == (Some(own.choice.stage), Some(own.choice.wave)) {
         true => Ok(own),
@@ -76,8 +79,8 @@ pub(super) fn try_worst(assign: &Assign, engine: &mut Engine, plan: &Plan) -> Re
     let alone =
         engine.model.dry_run(std::slice::from_ref(&batch), plan.choice.recompute, assign.trains).map_err(failed)?;
     let beside = std::hint::black_box(vec![1u8; (plan.activations as usize).saturating_sub(alone)]);
-    let scale = 1.0 / batch.tokens.len() as f64;
-    engine.rehearse(vec![batch], assign.trains, scale)?;
+    // Others' parameters may be absent here, and gradients without them of any size: they are all zero times as large.
+    engine.rehearse(vec![batch], assign.trains, 0.0)?;
     drop(beside);
     Ok(())
 }

@@ -41,7 +41,7 @@ impl Loading<'_> {
             let fetched = exchange::get(circle, self.link.stopper(), address, rank, held, store)?;
             tracing::info!(step = name.step, rank = name.rank, world = name.world, from = rank, "fetched a snapshot");
             let own = (name.rank, name.world) == (self.assign.rank, self.assign.world);
-            images.push(if own { store.insert(fetched) } else { Arc::new(fetched) });
+            images.push(if own { store.insert(store.turn(), fetched) } else { Arc::new(fetched) });
         }
         Ok(images)
     }

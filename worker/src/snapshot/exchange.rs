@@ -149,6 +149,7 @@ fn answer(mut stream: &TcpStream, stranger: Stranger, circle: &Circle, store: &S
     circle.secret.accept(stream, circle.rank)?;
     drop(stranger);
     prepare(stream, circle.timeout)?;
+    let turn = store.turn();
     let mut request = [0; REQUEST];
     stream.read_exact(&mut request)?;
     let (kind, name, bytes, hash) = parse(&request);
@@ -163,7 +164,7 @@ fn answer(mut stream: &TcpStream, stranger: Stranger, circle: &Circle, store: &S
             let image = read(stream, name, hash, bytes, store.buffer())?;
             let intact = image.is_intact();
             match intact {
-                true => drop(store.insert(image)),
+                true => drop(store.insert(turn, image)),
                 false => store.give_back(image.bytes),
             }
             stream.write_all(&[if intact { YES } else { NO }])?;

@@ -79,7 +79,10 @@ impl Keeper {
     }
 
     fn send(&mut self, step: u64, what: Unhashed) {
+        // A stopper keeps a handle of every connection; that of the last snapshot is over.
+        self.stopper = Stopper::default();
         let (store, circle, stopper) = (self.means.store.clone(), self.means.circle.clone(), self.stopper.clone());
+        let turn = store.turn();
         let (neighbour, reporter, epoch) =
             (self.means.neighbour.clone(), self.means.reporter.clone(), self.means.epoch);
         let work = move || {
@@ -88,7 +91,7 @@ impl Keeper {
                 Unhashed::No(image) => image,
                 Unhashed::Yes(name, bytes) => {
                     let hash = *blake3::hash(&bytes).as_bytes();
-                    store.insert(Image { name, hash, bytes })
+                    store.insert(turn, Image { name, hash, bytes })
                 }
             };
             fail_point::reached("snapshot");

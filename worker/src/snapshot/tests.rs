@@ -113,7 +113,7 @@ fn strangers_and_wrong_copies_are_turned_away() {
     assert_eq!(other.store.held(), []);
     // A copy that has rotted in memory is no source, and is forgotten once that is found.
     let rotten = Image { bytes: image(20, 0).bytes.into_iter().map(|b| b ^ 1).collect(), ..image(10, 0) };
-    let held = other.store.insert(rotten).held();
+    let held = other.store.insert(other.store.turn(), rotten).held();
     let told = get(&circle(0, 4), &stopper, &other.address, 1, &held, &Store::default()).unwrap_err().to_string();
     assert!(told.contains("rank 1") && told.contains("damaged"), "{told}");
     let begun = std::time::Instant::now();
