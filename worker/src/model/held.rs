@@ -3,6 +3,7 @@
 
 use super::{BadNumber, Leaves};
 use crate::ops::buffer::Buffer;
+use crate::ops::operation::operation;
 use tch::{Kind, Tensor};
 
 /// So many leaves are added at one time.
@@ -18,6 +19,8 @@ pub struct Held<'a> {
     bytes: usize,
     /// Of the wave, whose leaves come now.
     micro_batch: usize,
+    /// No other follows.
+    last: bool,
     /// Whose leaf was refused.
     culprit: Option<usize>,
 }
@@ -33,12 +36,12 @@ struct Place {
 
 impl<'a> Held<'a> {
     pub fn new(leaves: &'a mut dyn Leaves) -> Self {
-        Held { leaves, places: Vec::new(), bytes: 0, micro_batch: 0, culprit: None }
+        Held { leaves, places: Vec::new(), bytes: 0, micro_batch: 0, last: true, culprit: None }
     }
 
-    /// The leaves of micro-batch `index` of the wave come.
-    pub fn begin(&mut self, index: usize) {
-        self.micro_batch = index;
+    /// The leaves of micro-batch `index` of the wave come, perhaps the last of it.
+    pub fn begin(&mut self, index: usize, last: bool) {
+        (self.micro_batch, self.last) = (index, last);
     }
 
     /// The micro-batch whose leaf was refused; `now` if none was.
@@ -53,10 +56,13 @@ impl<'a> Held<'a> {
 
     fn add(&mut self, place: usize) -> Result<(), BadNumber> {
         let Place { bucket, offset, waiting, .. } = &mut self.places[place];
+        if waiting.is_empty() {
+            return Ok(());
+        }
         let (from, buffers): (Vec<_>, Vec<_>) = std::mem::take(waiting).into_iter().unzip();
         self.bytes -= buffers.iter().map(bytes).sum::<usize>();
         let gradients: Vec<&Tensor> = buffers.iter().map(|buffer| &**buffer).collect();
-        self.leaves.together(*bucket, *offset, &gradients).map_err(|(which, bad)| {
+        operation("leaves", || self.leaves.together(*bucket, *offset, &gradients)).map_err(|(which, bad)| {
             self.culprit = Some(from[which]);
             bad
         })
@@ -78,11 +84,12 @@ impl Leaves for Held<'_> {
 
     fn matrix(&mut self, bucket: usize, offset: usize, gradient: Buffer) -> Result<(), BadNumber> {
         let size = bytes(&gradient);
-        if self.bytes + size > WAITING {
-            return self.leaves.dense(bucket, offset, &gradient);
-        }
         let key = (bucket, offset, gradient.kind());
         let here = self.places.iter().position(|place| (place.bucket, place.offset, place.kind) == key);
+        let alone = self.last && here.is_none_or(|place| self.places[place].waiting.is_empty());
+        if alone || self.bytes + size > WAITING {
+            return operation("leaves", || self.leaves.dense(bucket, offset, &gradient));
+        }
         let here = here.unwrap_or_else(|| {
             let waiting = Vec::with_capacity(TOGETHER);
             self.places.push(Place { bucket, offset, kind: gradient.kind(), waiting });
@@ -92,6 +99,7 @@ impl Leaves for Held<'_> {
         self.places[here].waiting.push((self.micro_batch, gradient));
         match self.places[here].waiting.len() {
             TOGETHER => self.add(here),
+            _ if self.last => self.add(here),
             _ => Ok(()),
         }
     }
@@ -135,7 +143,7 @@ mod tests {
         let (pool, mut seen) = (Pool::new(Device::Cpu), Seen::default());
         let mut held = Held::new(&mut seen);
         for micro_batch in 0..6 {
-            held.begin(micro_batch);
+            held.begin(micro_batch, micro_batch == 5);
             held.matrix(0, 0, leaf(&pool, micro_batch as f64, 3)).expect("taken");
             held.matrix(0, 3, leaf(&pool, 10.0 + micro_batch as f64, 3)).expect("taken");
         }
@@ -145,10 +153,22 @@ mod tests {
     }
 
     #[test]
+    fn the_last_one_waits_for_nobody() {
+        let (pool, mut seen) = (Pool::new(Device::Cpu), Seen::default());
+        let mut held = Held::new(&mut seen);
+        held.begin(0, true);
+        held.matrix(0, 0, leaf(&pool, 1.0, 3)).expect("taken");
+        assert_eq!(held.bytes, 0);
+        held.finish().expect("finite");
+        assert_eq!(seen.0, [vec![1.0]]);
+    }
+
+    #[test]
     fn no_more_waits_than_there_is_room_for() {
         let (pool, mut seen) = (Pool::new(Device::Cpu), Seen::default());
         let mut held = Held::new(&mut seen);
         for value in [1.0, 2.0, 3.0] {
+            held.begin(0, false);
             held.matrix(0, 0, leaf(&pool, value, WAITING / 8)).expect("taken");
         }
         held.finish().expect("finite");
@@ -160,7 +180,7 @@ mod tests {
         let (pool, mut seen) = (Pool::new(Device::Cpu), Seen::default());
         let mut held = Held::new(&mut seen);
         for (micro_batch, value) in [(0, 1.0), (2, f64::NAN), (5, 2.0)] {
-            held.begin(micro_batch);
+            held.begin(micro_batch, false);
             held.matrix(0, 0, leaf(&pool, value, 3)).expect("taken");
         }
         assert!(held.finish().is_err());

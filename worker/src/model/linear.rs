@@ -36,7 +36,7 @@ impl Sink<'_> {
     }
 
     pub fn matrix(&mut self, offset: usize, gradient: Buffer) -> Result<(), Error> {
-        Ok(operation("leaves", || self.leaves.matrix(self.bucket, offset, gradient))?)
+        Ok(self.leaves.matrix(self.bucket, offset, gradient)?)
     }
 }
 

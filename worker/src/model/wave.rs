@@ -50,13 +50,14 @@ impl Wave {
             Station::Evaluate(bucket) if bucket == model.head_bucket() => passage.evaluate(model),
             Station::Evaluate(bucket) => passage.forward(model, bucket, false),
         };
+        let last = self.passages.iter().rposition(|passage| !passage.rows.is_empty());
         let moving = self.passages.iter_mut().enumerate().filter(|(_, passage)| !passage.rows.is_empty());
         tch::no_grad(|| {
             for (index, passage) in moving {
-                held.begin(index);
+                held.begin(index, Some(index) == last);
                 pass(passage, &mut held).map_err(|source| Fault { index: held.culprit(index), source })?;
             }
-            operation("leaves", || held.finish()).map_err(|bad| Fault { index: held.culprit(0), source: bad.into() })
+            held.finish().map_err(|bad| Fault { index: held.culprit(0), source: bad.into() })
         })
     }
 
