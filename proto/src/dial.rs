@@ -44,6 +44,13 @@ pub enum Error {
     Tls { address: String, problem: String },
 }
 
+impl Error {
+    /// Whether the coordinator may only not be there yet, or not any more for a moment.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Error::Connect { .. } | Error::Timeout { .. } | Error::Tls { .. })
+    }
+}
+
 /// What the holder of a token may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {

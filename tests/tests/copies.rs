@@ -36,8 +36,13 @@ fn a_run_goes_on_from_its_copy_where_its_directory_is_gone() {
     assert_eq!(ended.code(), Some(75), "{}", ended.stderr);
     std::fs::remove_dir_all(&ended.run_dir).unwrap();
 
+    // The coordinator that has just brought it dies.
+    let armed = tempfile::tempdir().unwrap();
+    std::fs::write(armed.path().join("read"), "").unwrap();
     let name = ended.run_dir.file_name().unwrap().to_str().unwrap();
-    let finished = Train::brought(&format!("{url}/{name}"), dir.path()).workers(3).succeed();
+    let brought = Train::brought(&format!("{url}/{name}"), dir.path()).workers(3);
+    let finished = brought.env("UNISONO_FAIL_POINTS", armed.path()).succeed();
+    assert!(!armed.path().join("read").exists(), "nobody came there");
     assert!(finished.stderr.contains("brought the checkpoint after step"), "{}", finished.stderr);
     assert_eq!(finished.digest(), whole.digest());
 }

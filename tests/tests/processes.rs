@@ -88,6 +88,46 @@ fn a_coordinator_that_dies_when_it_has_just_made_the_directory_is_replaced() {
 }
 
 #[test]
+fn a_coordinator_that_dies_while_it_reads_is_replaced_where_the_run_has_a_configuration() {
+    let (dir, tiny) = (tempfile::tempdir().unwrap(), fixture::tiny());
+    let armed = tempfile::tempdir().unwrap();
+    std::fs::write(armed.path().join("read"), "").unwrap();
+    let config = dir.path().join("recipe.toml");
+    let (model, data) = (&tiny.model, &tiny.data);
+    std::fs::write(&config, format!("[model]\npath = {model:?}\n[[data]]\npath = {data:?}\n[train]\nsteps = 2\n"))
+        .unwrap();
+    let train = Train::configured(&config, dir.path()).workers(1);
+    let ended = train.env("UNISONO_FAIL_POINTS", armed.path()).succeed();
+    assert!(!armed.path().join("read").exists(), "nobody came there");
+    assert_eq!(ended.events("done").len(), 1);
+}
+
+/// The next coordinator reads its data for longer than workers have patience.
+#[test]
+fn workers_wait_for_a_coordinator_that_takes_its_time() {
+    let (dir, tiny) = (tempfile::tempdir().unwrap(), fixture::tiny());
+    let armed = tempfile::tempdir().unwrap();
+    let train = Train::new(&tiny.model, &tiny.data, dir.path()).workers(2).set("train.steps", 400);
+    let train = train.set("cluster.rejoin_timeout", 1).env("UNISONO_FAIL_POINTS", armed.path());
+    let mut live = train.start();
+    live.wait_for("step");
+    std::fs::write(armed.path().join("serve"), "hang").unwrap();
+    let before = live.coordinator().pid;
+    kill(before);
+    // Workers dial for ten seconds, and the supervisor used to wait five more before it gave up.
+    std::thread::sleep(Duration::from_secs(20));
+    assert!(!armed.path().join("serve").exists(), "nobody came there");
+    let slow = live.coordinator().pid;
+    assert_ne!(slow, before);
+    // A worker that dies meanwhile is replaced when there is something to join.
+    kill(live.workers()[0].pid);
+    std::thread::sleep(Duration::from_secs(1));
+    kill(slow);
+    let ended = live.finish();
+    assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+}
+
+#[test]
 fn a_killed_supervisor_leaves_no_process() {
     let dir = tempfile::tempdir().unwrap();
     let live = under_way(dir.path());

@@ -276,9 +276,9 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
     let mut standing = session::Standing::new(listener);
     standing.snapshots = Some(exchange);
     let mut known = None;
-    let mut link = match Link::open(address, token.clone(), join.clone(), known, leave_soon) {
+    let mut link = match reach(address, &token, &join, known, standing.patience) {
         Ok(link) => link,
-        Err(e) => return complain(&e, BAD_INPUT),
+        Err(e) => return complain(&e, code(&e)),
     };
     loop {
         *coordinator() = Some(link.reporter());
@@ -292,7 +292,7 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
         ROUNDS.fetch_add(1, Ordering::SeqCst);
         link.close();
         join.held = held.held();
-        link = match rejoin(address, &token, &join, known, standing.patience) {
+        link = match reach(address, &token, &join, known, standing.patience) {
             Ok(link) => link,
             Err(e) => return complain(&e, code(&e)),
         };
@@ -336,8 +336,9 @@ fn take_part(link: &Link, standing: &mut session::Standing) -> Option<ExitCode> 
     }
 }
 
-/// A new link to the coordinator, which may be on its way back.
-fn rejoin(
+/// A new link to the coordinator, which may be on its way: it may have to read much before it listens. A supervisor knows
+/// whether one will come, and ends this process where none does; without one, patience has an end.
+fn reach(
     address: &str,
     token: &Token,
     join: &Join,
@@ -345,10 +346,15 @@ fn rejoin(
     patience: Duration,
 ) -> Result<Link, link::Error> {
     let begun = Instant::now();
-    let mut pause = Duration::from_millis(20);
+    let (mut pause, mut silent) = (Duration::from_millis(20), true);
     loop {
         match Link::open(address, token.clone(), join.clone(), known, leave_soon) {
-            Err(error @ link::Error::Dial(_)) if begun.elapsed() < patience => {
+            Err(link::Error::Dial(error))
+                if error.may_pass() && (lifeline::is_supervised() || begun.elapsed() < patience) =>
+            {
+                if std::mem::take(&mut silent) && !lifeline::is_supervised() {
+                    eprintln!("unisono-worker: {error}; trying for {} s", patience.as_secs());
+                }
                 tracing::info!(%error, "no coordinator yet");
                 std::thread::sleep(pause);
                 pause = (2 * pause).min(Duration::from_secs(1));
@@ -394,6 +400,7 @@ fn code(error: &link::Error) -> u8 {
         link::Error::Aborted(failure) if failure.bad_input => BAD_INPUT,
         link::Error::Refused(_) => BAD_INPUT,
         link::Error::Dismissed => 0,
+        link::Error::Dial(error) if !error.may_pass() => BAD_INPUT,
         _ => RUN_FAILED,
     }
 }

@@ -37,6 +37,8 @@ pub enum Error {
     Publish { source: model::Error },
     #[error(transparent)]
     BadState(#[from] BadState),
+    #[error("the coordinator asked for a checkpoint after step {asked}, and the state here is that after step {here}: coordinator and worker must be of the same build")]
+    OtherState { asked: u64, here: u64 },
     #[error("this run keeps no optimizer state, and the coordinator asked for {0}")]
     NoOptimizer(&'static str),
 }
@@ -77,6 +79,8 @@ pub struct Trainer<'l> {
     /// Micro-batches that go through the model together.
     pub wave: usize,
     pub planned_bytes: u64,
+    /// The step after which the state here is.
+    pub here: u64,
 }
 
 impl Trainer<'_> {
@@ -112,6 +116,7 @@ impl Trainer<'_> {
 
         link.progress().enter(Phase::Update);
         self.engine.update(step.step, step.learning_rate, norm);
+        self.here = step.step;
         seconds.update = clock.lap();
         // Parameters go on travelling while the report does, and while others compute.
         link.progress().enter(Phase::Gather);
@@ -198,7 +203,11 @@ impl Trainer<'_> {
         let (Some(optimizer), Some(saver)) = (&self.engine.optimizer, &mut self.saver) else {
             return Err(Error::NoOptimizer("a checkpoint"));
         };
-        let (step, attempt) = (checkpoint.step, checkpoint.attempt);
+        let (step, attempt, here) = (checkpoint.step, checkpoint.attempt, self.here);
+        // Under another step's name it would be loaded one day.
+        if step != here {
+            return Err(Error::OtherState { asked: step, here });
+        }
         saver.save(&optimizer.source(&self.engine.model), checkpoint)?;
         Ok(CheckpointCopied { step, attempt })
     }

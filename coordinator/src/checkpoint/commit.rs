@@ -93,11 +93,12 @@ pub fn discard(disk: &dyn Disk, run_dir: &Path, step: u64, files: &[Vec<Checkpoi
     }
 }
 
-/// Deletes all but the newest `keep` checkpoints, the manifest first, so that no half of one is ever taken for whole; and
-/// what saves that were never committed have left of earlier steps.
-pub fn retain(disk: &dyn Disk, run_dir: &Path, keep: usize) -> Result<(), Error> {
+/// Deletes all but the newest `keep` checkpoints and that after step `spare`, the manifest first, so that no half of one is
+/// ever taken for whole; and what saves that were never committed have left of earlier steps.
+pub fn retain(disk: &dyn Disk, run_dir: &Path, keep: usize, spare: Option<u64>) -> Result<(), Error> {
     let found = manifest::list(run_dir);
-    for (_, directory) in found.iter().take(found.len().saturating_sub(keep.max(1))) {
+    let old = found.iter().take(found.len().saturating_sub(keep.max(1)));
+    for (_, directory) in old.filter(|(step, _)| Some(*step) != spare) {
         let remove = || {
             disk.remove_file(&directory.join(MANIFEST))?;
             disk.sync_directory(directory)?;
@@ -303,9 +304,12 @@ mod tests {
         let second = try_commit(dir.path(), &pending(dir.path(), 4)).unwrap();
         assert_eq!(second.parent.unwrap().step, 2);
         try_commit(dir.path(), &pending(dir.path(), 6)).unwrap();
-        retain(&Local, dir.path(), 2).unwrap();
-        let kept: Vec<u64> = manifest::list(dir.path()).into_iter().map(|(step, _)| step).collect();
-        assert_eq!(kept, [4, 6]);
+        retain(&Local, dir.path(), 1, Some(2)).unwrap();
+        let kept = || manifest::list(dir.path()).into_iter().map(|(step, _)| step).collect::<Vec<_>>();
+        assert_eq!(kept(), [2, 6], "one that is being loaded stays");
+        try_commit(dir.path(), &pending(dir.path(), 8)).unwrap();
+        retain(&Local, dir.path(), 2, None).unwrap();
+        assert_eq!(kept(), [6, 8]);
     }
 
     #[test]

@@ -170,6 +170,17 @@ pub fn probe(url: &str) -> Result<(), Error> {
     store.delete(&name).map_err(fail)
 }
 
+/// Whether the run in `run_dir` is the one whose copies are at `url`.
+pub fn is_of(url: &str, run_dir: &Path) -> Result<bool, Error> {
+    let fail = |source| Error::Store { url: url.into(), source };
+    let Ok(own) = std::fs::read(run_dir.join(OWNER)) else { return Ok(false) };
+    match Store::open(url).map_err(fail)?.get(OWNER) {
+        Ok(owner) => Ok(owner == own),
+        Err(error) if error.is_absence() => Ok(false),
+        Err(error) => Err(fail(error)),
+    }
+}
+
 /// Where the copies of the run in `run_dir` are.
 fn url_of(url: &str, run_dir: &Path) -> String {
     let name = run_dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();

@@ -232,7 +232,7 @@ fn save(disk: &dyn Disk, run_dir: &Path, step: u64) {
     let manifest = draft(&pending, &facts).unwrap();
     let state = State::verify(&directory, manifest).unwrap();
     create(disk, &directory, &state.manifest).unwrap();
-    retain(disk, run_dir, 1).unwrap();
+    retain(disk, run_dir, 1, None).unwrap();
 }
 
 /// The step whose state is found, after it was read whole.

@@ -56,7 +56,7 @@ pub struct Args {
     /// One JSON object per event on standard output
     #[arg(long)]
     json: bool,
-    /// Take --run-dir over from a coordinator that died before its run began
+    /// Take over what a coordinator left that died before its run began: --run-dir, or the copy that --resume URL brought
     #[arg(long, hide = true)]
     adopt: bool,
 }
@@ -65,7 +65,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut reporter = Reporter::from_environment();
     // Bound before the data is read: an address that is taken is known at once.
     let listener = listener(args.listen.as_deref())?;
-    let resumed = resume::target(args.resume.as_deref(), args.run_dir.as_deref(), &args.config)?;
+    let resumed = resume::target(args.resume.as_deref(), args.run_dir.as_deref(), &args.config, args.adopt)?;
     let (config, spec) = match &resumed {
         Some(run_dir) => args.config.load_again(run_dir)?,
         None => args.config.load()?,
@@ -81,6 +81,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     // Locks the run: nobody else serves it while its checkpoints are looked at.
     let ledger = resumed.as_deref().map(Ledger::open).transpose().map_err(Error::bad_input)?;
+    fail_point::reached("read");
     let dataset = data::prepare(&config, Extent::Start, &Reading::default()).map_err(Error::bad_input)?;
     dataset.reports().iter().for_each(|report| eprint!("{}", data_lines(report)));
     if resumed.is_none() {
@@ -140,6 +141,7 @@ pub fn run(args: Args) -> Result<()> {
         resume: Some(resumption),
         conclude: Some(conclude),
     };
+    fail_point::reached("serve");
     if let Err(error) = serve(setup, &screen) {
         if matches!(error, Error::BadInput(_)) && term.is_none() {
             run_dir::withdraw(&run_dir);

@@ -24,9 +24,14 @@ const PAGE: usize = 1024;
 
 /// The directory of the run that `--resume` means, brought here first where it names a copy elsewhere; `None`: a new run is
 /// to be started.
-pub fn target(resume: Option<&str>, wanted: Option<&Path>, config: &ConfigArgs) -> Result<Option<PathBuf>> {
+pub fn target(
+    resume: Option<&str>,
+    wanted: Option<&Path>,
+    config: &ConfigArgs,
+    adopt: bool,
+) -> Result<Option<PathBuf>> {
     if let Some(url) = resume.filter(|resume| is_url(resume)) {
-        return bring(url, wanted).map(Some);
+        return bring(url, wanted, adopt).map(Some);
     }
     let found = here(resume, wanted, config)?;
     if found.is_some() || resume != Some(AUTO) {
@@ -35,15 +40,18 @@ pub fn target(resume: Option<&str>, wanted: Option<&Path>, config: &ConfigArgs) 
     // Nothing is here, on a machine that has perhaps just been given: what was copied elsewhere goes on.
     let Some(copies) = config.copy_to()? else { return Ok(None) };
     match courier::newest_run(&copies, &config.name()).map_err(Error::bad_input)? {
-        Some(url) => bring(&url, wanted).map(Some),
+        Some(url) => bring(&url, wanted, adopt).map(Some),
         None => Ok(None),
     }
 }
 
-/// Brings the newest copy of the run at `url`.
-fn bring(url: &str, wanted: Option<&Path>) -> Result<PathBuf> {
+/// Brings the newest copy of the run at `url`; `adopt`: a coordinator that died may have brought it already.
+fn bring(url: &str, wanted: Option<&Path>, adopt: bool) -> Result<PathBuf> {
     let name = url.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     let run_dir = wanted.map_or_else(|| Path::new("runs").join(name), Path::to_owned);
+    if adopt && is_run(&run_dir) && courier::is_of(url, &run_dir).map_err(Error::bad_input)? {
+        return Ok(run_dir);
+    }
     if run_dir.symlink_metadata().is_ok() {
         return Err(Error::BadInput(format!(
             "{0} exists; go on with --resume {0}, or bring the copy elsewhere with --run-dir",
@@ -77,7 +85,7 @@ fn here(resume: Option<&str>, wanted: Option<&Path>, config: &ConfigArgs) -> Res
         }
         (Some(path), None) => PathBuf::from(path),
     };
-    match found.join(run_dir::CONFIG).is_file() && found.join(LEDGER).is_file() {
+    match is_run(&found) {
         true => Ok(Some(found)),
         false => Err(Error::BadInput(format!(
             "{}: holds no run ({} and {LEDGER} are missing); give --resume the directory of a run, for example runs/tiny-001",
@@ -85,6 +93,10 @@ fn here(resume: Option<&str>, wanted: Option<&Path>, config: &ConfigArgs) -> Res
             run_dir::CONFIG
         ))),
     }
+}
+
+fn is_run(path: &Path) -> bool {
+    path.join(run_dir::CONFIG).is_file() && path.join(LEDGER).is_file()
 }
 
 /// A run that is gone on with.

@@ -87,11 +87,12 @@ fn cannot(path: &Path, error: &io::Error) -> Error {
     Error::BadInput(format!("{}: cannot be created ({error}); choose a --run-dir that you may write", path.display()))
 }
 
-/// The run called `name` with the highest number that has recorded its configuration.
+/// The run called `name` with the highest number that has recorded its configuration and opened its ledger.
 pub fn newest(runs: &Path, name: &str) -> Option<PathBuf> {
     let number = |entry: fs::DirEntry| -> Option<(u64, PathBuf)> {
         let number = entry.file_name().to_str()?.strip_prefix(name)?.strip_prefix('-')?.parse().ok()?;
-        entry.path().join(CONFIG).is_file().then(|| (number, entry.path()))
+        let begun = entry.path().join(CONFIG).is_file() && entry.path().join(LEDGER).is_file();
+        begun.then(|| (number, entry.path()))
     };
     fs::read_dir(runs).ok()?.flatten().filter_map(number).max().map(|(_, path)| path)
 }
@@ -120,10 +121,12 @@ mod tests {
         assert!(numbered(dir.path(), "a", &always).unwrap().ends_with("a-002"));
         assert!(numbered(dir.path(), "b", &always).unwrap().ends_with("b-001"));
         assert!(newest(dir.path(), "a").is_none(), "nothing is recorded");
-        for (run, other) in [("a-001", "a-x"), ("a-002", "b-007")] {
+        for run in ["a-001", "a-002", "a-x", "b-007", "a-003"] {
+            fs::create_dir_all(dir.path().join(run)).unwrap();
             fs::write(dir.path().join(run).join(CONFIG), "").unwrap();
-            fs::create_dir_all(dir.path().join(other)).unwrap();
-            fs::write(dir.path().join(other).join(CONFIG), "").unwrap();
+            if run != "a-003" {
+                fs::write(dir.path().join(run).join(LEDGER), "").unwrap();
+            }
         }
         assert!(newest(dir.path(), "a").unwrap().ends_with("a-002"));
         let path = dir.path().join("deep/own");

@@ -93,6 +93,7 @@ impl Observer for Screen {
                 let steps = inner.display.state.steps();
                 inner.reporter.send(&report::Report::Progress { step: step.step, steps });
             }
+            Some(Body::Done(_) | Body::Failed(_) | Body::Stopped(_)) => inner.reporter.send(&report::Report::Over),
             Some(Body::Lost(lost)) => inner.reporter.send(&report::Report::Lost { pid: lost.pid }),
             _ => {}
         }

@@ -41,8 +41,12 @@ pub(super) struct Crew {
     /// Where a coordinator that is started again goes on.
     run_dir: Option<PathBuf>,
     progress: Option<(u64, u64)>,
-    /// Somebody asked the run to stop: nobody is started again.
-    pub asked: bool,
+    /// The signal by which somebody asked the run to stop: nobody is started again.
+    pub asked: Option<i32>,
+    /// A coordinator accepts workers. While it reads the data, none of them can join, and none of their deaths tells anything.
+    ready: bool,
+    /// The run has ended: nobody is needed any more, and whoever joins is sent away.
+    over: bool,
     sender: mpsc::UnboundedSender<Report>,
     lifeline: PipeReader,
     /// Held, never written: its end is the children's.
@@ -79,7 +83,9 @@ impl Crew {
             starts: 1,
             run_dir: None,
             progress: None,
-            asked: false,
+            asked: None,
+            ready: false,
+            over: false,
             sender,
             lifeline,
             _lifeline_writer: writer,
@@ -150,13 +156,18 @@ impl Crew {
             let now = Instant::now();
             if self.coordinators.due().is_none() {
                 if let Some(status) = self.coordinator.reap() {
-                    if self.asked
+                    if let Some(signal) = self.asked.filter(|asked| status.signal() == Some(*asked)) {
+                        // It had not come so far that it could save.
+                        return Ok(Ended::Interrupted { signal, place: self.place() });
+                    }
+                    if self.asked.is_some()
                         || status.code().is_some()
                         || self.coordinators.died(now.into(), COORDINATORS).is_none()
                     {
                         return self.judge_coordinator(status);
                     }
                     self.say_restart("the coordinator", self.coordinator.child.id(), status);
+                    (self.ready, suspicion) = (false, None);
                 }
             }
             if self.reap_workers(now).await? {
@@ -170,10 +181,11 @@ impl Crew {
                 // The coordinator saves and ends the run; it knows how long that may take. Before there are workers there
                 // is nothing to save, and whoever asks twice does not want to wait.
                 signal = signals.requests.next() => {
-                    if self.asked || self.workers.is_empty() || self.coordinators.due().is_some() {
+                    if self.asked.is_some() || self.workers.is_empty() || self.coordinators.due().is_some() {
                         return Ok(Ended::Interrupted { signal, place: self.place() });
                     }
-                    self.asked = true;
+                    // How long saving may take, and who is missing for it, the coordinator knows.
+                    (self.asked, suspicion) = (Some(signal), None);
                     self.coordinator.send(signal);
                 }
                 () = sleep_until(deadline.unwrap_or(now)), if deadline.is_some() => {
@@ -197,13 +209,19 @@ impl Crew {
             if status.code() == Some(CANNOT_LOAD) {
                 return Err(self.cannot_load(slot).await);
             }
+            // Once the next coordinator is there, it says how many it wants.
+            if !self.ready || self.over {
+                continue;
+            }
             // One that was dismissed by an earlier coordinator may be needed by this one.
             if status.success() && self.workers[slot].start == self.starts {
                 continue;
             }
-            let again = !self.asked
-                && status.code() != Some(BAD_INPUT)
-                && self.workers[slot].restarts.died(now.into(), most).is_some();
+            if self.asked.is_some() {
+                continue;
+            }
+            let again =
+                status.code() != Some(BAD_INPUT) && self.workers[slot].restarts.died(now.into(), most).is_some();
             match again {
                 true => self.say_restart("a worker", self.workers[slot].worker.child.id(), status),
                 false => hopeless = true,
@@ -227,7 +245,10 @@ impl Crew {
                 Some(run) => [self.launch.again.clone(), vec!["--resume".into(), run.into()]].concat(),
                 // The one before may have died when it had just made the run's directory.
                 None if self.launch.arguments.first().is_some_and(|first| first == "coordinator") => {
-                    [self.launch.arguments.clone(), vec!["--adopt".into()]].concat()
+                    let mut arguments = self.launch.arguments.clone();
+                    // In front of what a user may have put behind "--".
+                    arguments.insert(1, "--adopt".into());
+                    arguments
                 }
                 None => self.launch.arguments.clone(),
             };
@@ -235,12 +256,15 @@ impl Crew {
             self.coordinators.started();
             self.starts += 1;
         }
+        // Those whose time comes meanwhile start when the coordinator has said that it is there.
+        let wanted = self.ready && !self.over && self.asked.is_none();
         for slot in 0..self.workers.len() {
-            if ripe(&self.workers[slot].restarts) {
+            if wanted && ripe(&self.workers[slot].restarts) {
                 self.fill(slot)?;
             }
         }
-        let due = self.workers.iter().map(|slot| &slot.restarts).chain([&self.coordinators]);
+        let workers = self.workers.iter().map(|slot| &slot.restarts).filter(|_| wanted);
+        let due = workers.chain([&self.coordinators]);
         Ok(due.filter_map(Restarts::due).min().map(Instant::from_std))
     }
 
@@ -249,8 +273,14 @@ impl Crew {
             Report::Created { run_dir } => self.run_dir = Some(run_dir),
             Report::Ready { address, workers, token, restarts } => {
                 self.terms = Some(Terms { address, token, restarts });
-                self.hire(workers)?;
+                (self.ready, self.over) = (true, false);
+                match self.asked {
+                    // It may not have heard it while it came up.
+                    Some(signal) => self.coordinator.send(signal),
+                    None => self.hire(workers)?,
+                }
             }
+            Report::Over => self.over = true,
             Report::Progress { step, steps } => {
                 if self.progress.is_none_or(|(before, _)| step > before) {
                     self.workers.iter_mut().for_each(|slot| slot.restarts.forgive());
@@ -328,7 +358,7 @@ impl Crew {
     /// Ends whoever still lives: the coordinator is asked first, workers get `patience`, then all are killed.
     /// A further signal to the supervisor ends the patience, and there is none where a second one brought it here.
     pub async fn stop(&mut self, signals: &mut Signals, patience: Duration) {
-        if self.coordinator.reap().is_none() && !self.asked {
+        if self.coordinator.reap().is_none() && self.asked.is_none() {
             self.coordinator.send(libc::SIGTERM);
             let deadline = Instant::now() + STOP;
             while self.coordinator.reap().is_none() && signals.wait_until(deadline).await {}

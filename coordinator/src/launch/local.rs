@@ -120,7 +120,7 @@ pub fn run(launch: Launch) -> Result<Ended, Error> {
         let ended = crew.watch(&mut signals, &mut reports).await;
         let patience = match ended {
             Ok(Ended::Code(0 | STOPPED)) => DRAIN,
-            Ok(Ended::Interrupted { .. }) if crew.asked => Duration::ZERO,
+            Ok(Ended::Interrupted { .. }) if crew.asked.is_some() => Duration::ZERO,
             _ => SCATTER,
         };
         crew.stop(&mut signals, patience).await;

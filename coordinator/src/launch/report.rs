@@ -27,6 +27,8 @@ pub enum Report {
     },
     /// The run goes on without this worker, which may still live.
     Lost { pid: u32 },
+    /// The run has come to an end, whichever: workers that leave from now on are not missed.
+    Over,
     /// How far the run is, for the case that the coordinator cannot tell any more.
     Progress { step: u64, steps: u64 },
 }

@@ -89,6 +89,10 @@ pub enum Effect {
     /// Every rank's files are on disk: check them and write the manifest, then answer with
     /// [`Event::CheckpointCommitted`]. Training goes on meanwhile.
     CommitCheckpoint(PendingCheckpoint),
+    /// Delete checkpoints that are older than those to be kept, but not the one after step `spare`, which is being loaded.
+    Prune {
+        spare: Option<u64>,
+    },
     /// All work is done: write what the run leaves behind, then answer with [`Event::Concluded`].
     Conclude {
         step: u64,

@@ -52,6 +52,9 @@ impl Machine {
     /// Spares take the places that are left, and everyone is assigned where none is. Those who hold the newest state come
     /// before spares.
     fn fill_up(&mut self, now: f64) -> Vec<Effect> {
+        if self.is_stopping() {
+            return self.assemble_to_stop(now);
+        }
         if self.roster.len() < self.settings.world as usize && self.awaits_holders(now) {
             return Vec::new();
         }
@@ -71,6 +74,8 @@ impl Machine {
     /// Everyone here gets a rank. What a rank had before, it keeps.
     pub(super) fn assign(&mut self) -> Vec<Effect> {
         self.phase = Phase::Loading;
+        // What somebody complained of was a peer of the generation before.
+        self.complaint = None;
         if self.regrouping.take().is_none() {
             self.generation += 1;
         }
@@ -138,6 +143,8 @@ impl Machine {
                 self.started = now;
             }
             effects.extend(self.broadcast(Order::Go(Go { snapshot_every: self.snapshot_every() })));
+            self.save_and_stop();
+            effects.extend(self.prune_spared());
             effects.extend(self.queue_ahead(now));
         }
         effects
@@ -148,7 +155,7 @@ impl Machine {
         let silent = self.roster.silent(now, self.settings.lease);
         silent.iter().for_each(|&from| self.roster.forget(from));
         let closed = silent.into_iter().map(|to| Effect::Close { to }).collect();
-        if !self.spares.is_empty() {
+        if !self.spares.is_empty() || self.is_stopping() {
             let assigned = self.fill_up(now);
             if self.phase != Phase::Gathering {
                 return [closed, assigned].concat();

@@ -15,7 +15,7 @@ impl Machine {
     /// Worker `rank` is lost, as `failure` tells: the rest regroup, unless this has happened too often at this place.
     pub(super) fn regroup(&mut self, now: f64, rank: usize, mut failure: Failure) -> Vec<Effect> {
         if self.is_stopping() {
-            return self.stopped(now);
+            return self.lost_while_stopping(now, rank);
         }
         self.stumbles += 1;
         if self.stumbles > self.settings.restarts {
@@ -65,6 +65,8 @@ impl Machine {
             None => Agenda::new(&self.program),
         };
         self.kept.begin(held);
+        // A commit of the generation before may have failed meanwhile.
+        self.saves.give_up_again();
         // A checkpoint that was due before is not waited for until the next one is.
         if self.saves.take_voided() && held.is_some() {
             self.agenda.save_now();
@@ -102,6 +104,8 @@ impl Machine {
         }
         self.generation += 1;
         self.saves.void();
+        self.queue.clear();
+        self.complaint = None;
         self.phase = Phase::Gathering;
         let workers = std::mem::take(&mut self.roster).into_workers();
         let expected = workers.iter().map(|w| w.join.listen.clone()).collect();

@@ -184,6 +184,32 @@ fn a_late_worker_gets_a_place_at_the_next_checkpoint() {
     assert_eq!(losses(&world).len(), 1, "growing is no loss");
 }
 
+/// Somebody complained of a peer just before everyone regrouped for another reason: nobody is blamed for it afterwards.
+#[test]
+fn a_complaint_ends_with_its_generation() {
+    let mut world = running(2);
+    world.dies(Connection(1));
+    world.joining.retain(|listen| listen == "ada:0");
+    world.next_joins();
+    world.now += 31.0;
+    world.apply(Event::Tick).unwrap();
+    world.apply(Event::Tick).unwrap();
+    while world.machine.phase() != Phase::Running || world.commits.is_empty() {
+        world.say(Connection(2));
+    }
+    world.joins("ada:7".into());
+    complain(&mut world, Connection(2), "peer closed");
+    world.commit();
+    assert_eq!(world.machine.status(world.now).state, "regrouping");
+    while world.next_joins() {}
+    assert_eq!(world.machine.phase(), Phase::Loading);
+    world.now += 3.0;
+    world.apply(Event::Tick).unwrap();
+    world.settle();
+    assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(9)));
+    assert_eq!(losses(&world).len(), 1, "growing is no loss");
+}
+
 #[test]
 fn a_worker_that_is_lost_again_and_again_ends_the_run() {
     let mut world = running(2);

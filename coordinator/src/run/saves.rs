@@ -12,6 +12,7 @@
 
 use super::event::{Effect, NotCommitted, PendingCheckpoint};
 use super::machine::Machine;
+use super::phases::Phase;
 use super::program::Item;
 use std::collections::VecDeque;
 use unisono_proto::v1::event::Body as Entry;
@@ -56,6 +57,8 @@ pub(super) struct Saves {
     again: Option<Again>,
     /// One that was due was given up with its generation.
     voided: bool,
+    /// One that could have gone was kept because workers were loading it.
+    spared: bool,
     /// The newest committed one.
     pub(super) newest: u64,
 }
@@ -116,14 +119,25 @@ impl Saves {
 
     /// The generation is over: what is not being committed is void.
     pub(super) fn void(&mut self) {
-        self.voided |= self.again.is_some() || self.under_way.iter().any(|save| !save.committing);
+        self.voided |= self.under_way.iter().any(|save| !save.committing);
         self.under_way.retain(|save| save.committing);
-        self.again = None;
+        self.give_up_again();
+    }
+
+    /// The next attempt was to be at a place that will not come any more.
+    pub(super) fn give_up_again(&mut self) {
+        self.voided |= self.again.take().is_some();
     }
 
     /// Whether one that was due was given up since this was asked last.
     pub(super) fn take_voided(&mut self) -> bool {
         std::mem::take(&mut self.voided)
+    }
+
+    /// Of what is under way, every rank has written its part.
+    pub(super) fn are_written(&self) -> bool {
+        let all = |save: &Save| save.written.iter().all(|written| matches!(written, Some(Ok(_))));
+        self.under_way.iter().all(|save| save.committing || all(save))
     }
 
     /// Forgets that an attempt was to come.
@@ -201,8 +215,12 @@ impl Machine {
                 let Saves { under_way, failures, newest, .. } = &mut self.saves;
                 (*failures, *newest) = (0, step.max(*newest));
                 under_way.pop_front();
-                let mut effects = vec![Effect::Append(Entry::Checkpoint(entry))];
+                let mut effects = vec![Effect::Append(Entry::Checkpoint(entry)), self.prune()];
                 effects.extend(self.advance_saves(now));
+                if self.is_bereft() {
+                    effects.extend(self.stop_bereft(now));
+                    return Some(effects);
+                }
                 effects.extend(self.grow(now));
                 effects.extend(self.queue_ahead(now));
                 effects.extend(self.conclude(now));
@@ -222,13 +240,18 @@ impl Machine {
         let (step, failures) = (save.step, self.saves.failures);
         // Another save of a later state may be under way: then that is the next attempt.
         let superseded = !self.saves.under_way.is_empty();
-        let stays = step == self.program.steps() || self.is_stopping();
+        // Only where everyone stands after this very step can its state be saved again: a generation that goes back, or has
+        // yet to begin, does not stand there any more.
+        let stands = self.phase == Phase::Running && self.committed == step;
+        let stays = (step == self.program.steps() || self.is_stopping()) && stands;
         let doubled = |exponent: u32| 1u64 << exponent.min(20);
         if stays && !superseded && failures >= ATTEMPTS {
             let message = format!("the checkpoint after step {step} failed {failures} times: {problem}");
             return self.fail(now, self.failure(rank, wire::Phase::Checkpoint, Some(step), message));
         }
+        let bereft = self.is_bereft();
         let next = match (superseded, stays) {
+            (false, _) if bereft => "when the run goes on".to_owned(),
             (true, _) => "with the save that follows".to_owned(),
             (false, true) => {
                 let pause = PAUSE * doubled(failures - 1) as f64;
@@ -255,8 +278,32 @@ impl Machine {
         let mut effects =
             vec![Effect::Append(Entry::Warning(Warning { kind: "checkpoint".into(), step: Some(step), message }))];
         effects.extend(self.advance_saves(now));
-        effects.extend(self.queue_ahead(now));
+        match bereft {
+            true => effects.extend(self.stop_bereft(now)),
+            false => effects.extend(self.queue_ahead(now)),
+        }
         effects
+    }
+
+    /// Somebody who would be needed for more is lost: the run stops once nothing is under way any more.
+    pub(super) fn stop_bereft(&mut self, now: f64) -> Vec<Effect> {
+        match self.saves.under_way.is_empty() {
+            true => self.stopped(now),
+            false => Vec::new(),
+        }
+    }
+
+    /// A checkpoint more is in the ledger: older ones may go, except for the one that workers are loading.
+    fn prune(&mut self) -> Effect {
+        let loading = self.phase == Phase::Loading && !self.kept.is_start() && self.committed > 0;
+        let spare = loading.then_some(self.committed);
+        self.saves.spared = spare.is_some();
+        Effect::Prune { spare }
+    }
+
+    /// Everybody has loaded: what was spared may go.
+    pub(super) fn prune_spared(&mut self) -> Option<Effect> {
+        std::mem::take(&mut self.saves.spared).then_some(Effect::Prune { spare: None })
     }
 
     /// What comes next on the agenda, saves that are tried again included; `None`: nothing yet, or nothing any more.

@@ -89,6 +89,114 @@ fn a_commit_that_fails_is_tried_again_and_one_that_cannot_succeed_fails_the_run(
     }
 }
 
+/// The generation that asked for the last save is over when its commit fails: the next one goes back, and does not save
+/// what it has then under the last step's name.
+#[test]
+fn a_commit_that_fails_late_is_tried_again_only_where_the_run_stands_there_again() {
+    for (steps, joins_first) in [(3, false), (9, false), (12, false), (12, true)] {
+        let mut world = World::new(2, steps, Assignment::Balanced);
+        while world.commits.front().is_none_or(|pending| pending.step < steps) {
+            let commits = world.commits.front().is_some();
+            if commits {
+                world.commit();
+            }
+            for id in [0, 1] {
+                world.say(Connection(id));
+            }
+        }
+        world.dies(Connection(1));
+        if joins_first {
+            while world.next_joins() {}
+            (2..4).for_each(|id| assert!(world.say(Connection(id))));
+            assert_eq!(world.machine.phase(), Phase::Running);
+        }
+        world.refusals = 1;
+        world.commit();
+        world.now += 1.0;
+        world.settle_for(60.0);
+        assert_eq!(world.machine.phase(), Phase::Finished);
+        assert_eq!((world.steps(), saved(&world).last().copied()), (alone(steps), Some(steps)));
+    }
+}
+
+/// Everything is written, and only the commit is under way: whoever is lost now is not missed.
+#[test]
+fn a_worker_lost_while_the_last_commit_of_a_stop_is_under_way_costs_nothing() {
+    for fails in [false, true] {
+        let mut world = World::new(2, 12, Assignment::Balanced);
+        while world.steps().len() < 2 {
+            for id in [0, 1] {
+                world.say(Connection(id));
+            }
+        }
+        world.apply(Event::Interrupt { by: "SIGTERM".into() }).unwrap();
+        while world.commits.is_empty() {
+            for id in [0, 1] {
+                world.say(Connection(id));
+            }
+        }
+        world.dies(Connection(1));
+        assert_eq!(world.machine.phase(), Phase::Running, "the commit is waited for");
+        world.refusals = u32::from(fails);
+        world.commit();
+        assert_eq!(world.machine.phase(), Phase::Stopped);
+        let RunStopped { step, checkpoint, message } = stopped(&world);
+        assert_eq!((step, checkpoint), (world.steps().len() as u64, if fails { 0 } else { step }), "{message}");
+        assert_eq!(world.kinds()[world.kinds().len() - 2..], [if fails { "warning" } else { "checkpoint" }, "stopped"]);
+    }
+}
+
+/// What only the survivors' memory has is saved before the run stops, without waiting for anybody to come.
+#[test]
+fn a_run_that_is_asked_to_stop_after_a_loss_saves_what_the_others_hold() {
+    for (loading, both_survive) in [(false, true), (true, true), (false, false)] {
+        let mut world = World::with(snapshotting(3, 12, Assignment::Balanced, 1), 3, Vec::new());
+        while world.steps().len() < 3 {
+            for id in 0..3 {
+                world.say(Connection(id));
+            }
+        }
+        world.dies(Connection(2));
+        world.joining.retain(|listen| listen == "ada:0" || listen == "ada:1" && both_survive);
+        if loading {
+            world.joins("ada:7".into());
+            while world.next_joins() {}
+            assert_eq!(world.machine.phase(), Phase::Loading);
+        }
+        world.apply(Event::Interrupt { by: "SIGTERM".into() }).unwrap();
+        world.settle_for(20.0);
+        assert_eq!(world.machine.phase(), Phase::Stopped);
+        let RunStopped { step, checkpoint, message } = stopped(&world);
+        match both_survive {
+            true => assert!(checkpoint > 0 && checkpoint == step && saved(&world) == [step], "{loading} {message}"),
+            // One does not come back: when the grace is over, the run ends as it is.
+            false => assert!(checkpoint == 0 && step > 0, "{message}"),
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_that_is_being_loaded_is_kept_until_it_is() {
+    let mut world = World::new(2, 12, Assignment::Balanced);
+    while world.commits.front().is_none_or(|pending| pending.step < 8) {
+        if !world.commits.is_empty() {
+            world.commit();
+        }
+        for id in [0, 1] {
+            world.say(Connection(id));
+        }
+    }
+    world.dies(Connection(1));
+    while world.next_joins() {}
+    assert_eq!(world.machine.phase(), Phase::Loading);
+    world.commit();
+    assert_eq!(world.pruned, Some((Some(8), Some(4))));
+    for id in [2, 3] {
+        world.say(Connection(id));
+    }
+    assert_eq!((world.machine.phase(), world.pruned), (Phase::Running, Some((Some(8), None))));
+}
+
 #[test]
 fn a_directory_that_cannot_be_made_fails_the_attempt_in_its_own_words() {
     let mut world = World::new(1, 3, Assignment::Balanced);

@@ -1,6 +1,6 @@
 //! Simulated workers and a world around the machine, for its tests: no clock, no network.
 
-use super::event::{Connection, Effect, Event, PendingCheckpoint, Refusal};
+use super::event::{Connection, Effect, Event, NotCommitted, PendingCheckpoint, Refusal};
 use super::machine::{Machine, Settings};
 use super::phases::Phase;
 use super::program::Program;
@@ -29,6 +29,8 @@ pub(super) struct Simulated {
     pub(super) steps: Vec<u64>,
     pub(super) acknowledged: u64,
     pub(super) begun: u64,
+    /// The step after which its state is.
+    state: u64,
     /// It has been asked what it has begun, and begins nothing until it hears how far to go.
     halted: bool,
     /// It has said that it cannot go on, and waits for what becomes of it.
@@ -48,8 +50,12 @@ pub(super) struct World {
     pub(super) workers: BTreeMap<Connection, Simulated>,
     pub(super) ledger: Vec<Entry>,
     pub(super) commits: VecDeque<PendingCheckpoint>,
+    /// Commits that will fail, though another attempt may not.
+    pub(super) refusals: u32,
     /// Problems that the next writes have, one a rank and save.
     pub(super) disk: VecDeque<Option<String>>,
+    /// The newest checkpoint when older ones were let go, and which one was not.
+    pub(super) pruned: Option<(Option<u64>, Option<u64>)>,
     pub(super) concluding: bool,
     pub(super) over: bool,
     next: u64,
@@ -91,6 +97,8 @@ impl World {
             workers: BTreeMap::new(),
             ledger,
             commits: VecDeque::new(),
+            refusals: 0,
+            pruned: None,
             disk: VecDeque::new(),
             concluding: false,
             over: false,
@@ -189,6 +197,13 @@ impl World {
                 Effect::Append(entry) => self.ledger.push(entry),
                 Effect::Send { to, message } => self.deliver(to, message.epoch.unwrap(), message.body.unwrap()),
                 Effect::Assign { to, epoch, assign, .. } => self.deliver(to, epoch, Order::Assign(*assign)),
+                Effect::Prune { spare } => {
+                    let newest = self.ledger.iter().rev().find_map(|entry| match entry {
+                        Entry::Checkpoint(checkpoint) => Some(checkpoint.step),
+                        _ => None,
+                    });
+                    self.pruned = Some((newest, spare));
+                }
                 Effect::Close { .. } | Effect::MakeCheckpoint { .. } | Effect::DiscardCheckpoint { .. } => {}
                 Effect::CommitCheckpoint(pending) => self.commits.push_back(pending),
                 Effect::Conclude { step } => {
@@ -227,6 +242,7 @@ impl World {
                 };
                 worker.outbox.push_back((0, word));
                 let resumed = assign.snapshot.as_ref().map(|s| s.step);
+                worker.state = resumed.or(assign.resume.as_ref().map(|r| r.step)).unwrap_or(0);
                 for image in assign.snapshot.iter().flat_map(|s| &s.images) {
                     let (held, holder) = (image.held.as_ref().unwrap(), image.holder.as_ref().unwrap());
                     assert_eq!(Some(held.step), resumed, "never a mix of steps");
@@ -335,6 +351,13 @@ impl World {
             Held { step, rank, world, timeline: timeline.clone(), bytes: 1, blake3 }
         };
         match &body {
+            Report::Step(StepReport { step, .. }) => worker.state = *step,
+            Report::Copied(CheckpointCopied { step, .. }) => {
+                assert_eq!(*step, worker.state, "what is saved as the state after a step is that");
+            }
+            _ => {}
+        }
+        match &body {
             Report::Step(StepReport { step, .. }) if every > 0 && step.is_multiple_of(every) => {
                 let own = self.memory.entry(worker.listen.clone()).or_default();
                 let room = own.iter().filter(|h| (h.rank, h.world) == (rank, world)).count() < KEPT;
@@ -367,8 +390,13 @@ impl World {
     pub(super) fn commit(&mut self) {
         let over = self.machine.phase().is_final();
         let told = if let Some(PendingCheckpoint { step, attempt, .. }) = self.commits.pop_front() {
-            let entry = CheckpointCommitted { step, ..Default::default() };
-            self.apply(Event::CheckpointCommitted { attempt, result: Ok(entry) })
+            let refused = self.refusals > 0;
+            self.refusals = self.refusals.saturating_sub(1);
+            let result = match refused {
+                true => Err(NotCommitted { message: "MANIFEST.json: the disk is full".into(), fatal: false }),
+                false => Ok(CheckpointCommitted { step, ..Default::default() }),
+            };
+            self.apply(Event::CheckpointCommitted { attempt, result })
         } else if std::mem::take(&mut self.concluding) {
             self.apply(Event::Concluded { result: Ok(Default::default()) })
         } else {

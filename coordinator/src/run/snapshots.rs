@@ -175,6 +175,11 @@ pub(super) struct Kept {
 }
 
 impl Kept {
+    /// The generation began with a state from memory.
+    pub(super) fn is_start(&self) -> bool {
+        self.start.is_some()
+    }
+
     /// Another generation begins, with the state after `start` where that comes from memory.
     pub(super) fn begin(&mut self, start: Option<u64>) {
         let passed_over = std::mem::take(&mut self.passed_over);
@@ -195,6 +200,12 @@ impl Machine {
         let mut holdings = Holdings::new(&snapshotting.layout, &snapshotting.timeline, lists);
         holdings.all.retain(|(h, _)| !self.kept.passed_over.contains(&h.held.step));
         holdings.newest(self.saves.newest, self.settings.recorded.newest())
+    }
+
+    /// Those who are here hold a newer state than the newest checkpoint, or did when the generation was over.
+    pub(super) fn may_hold_more(&self) -> bool {
+        let held = self.regrouping.is_some() && self.kept.whole > self.saves.newest;
+        held && self.kept.whole <= self.settings.recorded.newest() || self.held_step().is_some()
     }
 
     /// Workers that are still there hold a newer state than those here and the spares that would have a place: as long as

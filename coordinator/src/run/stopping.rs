@@ -3,6 +3,8 @@
 //! ```text
 //! Interrupt --> Halt to all --(each says which directive it has begun)--> Proceed to the highest of them
 //!           --> Checkpoint, unless that state is saved already --(committed)--> Finish --> Stopped
+//! a worker is lost --> Stopped, if all is written once that is committed; one was lost before, and the memory of the others
+//!           has what is not saved --> they assemble and load it --> Checkpoint
 //! the grace is over, or nothing is there to save --> Stopped at once; the newest checkpoint stands
 //! ```
 
@@ -27,6 +29,8 @@ pub(super) struct Stopping {
 enum Stage {
     /// Workers are asked what they have begun; by rank.
     Asking(Vec<Option<u64>>),
+    /// A worker was lost before somebody asked. Those who are left assemble once more, for a state that only their memory has.
+    Assembling,
     /// What has been begun is carried out; the state after this step is saved.
     Saving(u64),
     /// Workers are leaving.
@@ -48,9 +52,21 @@ impl Machine {
         }
         let deadline = now + self.settings.grace;
         let stopping = |stage| Some(Stopping { by, deadline, stage });
-        if self.phase != Phase::Running || !matches!(self.program, Program::Train(_)) {
-            self.stopping = stopping(Stage::Leaving);
-            return self.stopped(now);
+        let trains = matches!(self.program, Program::Train(_));
+        match self.phase {
+            Phase::Gathering if trains && self.may_hold_more() => {
+                self.stopping = stopping(Stage::Assembling);
+                return self.assemble_to_stop(now);
+            }
+            Phase::Loading if trains && self.kept.is_start() => {
+                self.stopping = stopping(Stage::Assembling);
+                return Vec::new();
+            }
+            Phase::Running if trains => {}
+            _ => {
+                self.stopping = stopping(Stage::Leaving);
+                return self.stopped(now);
+            }
         }
         if self.is_leaving() {
             // All work is done and the last checkpoint is on its way: nothing can be spared.
@@ -59,6 +75,45 @@ impl Machine {
         }
         self.stopping = stopping(Stage::Asking(vec![None; self.roster.len()]));
         self.broadcast(Order::Halt(Halt {}))
+    }
+
+    /// Whoever survived a loss gets a rank, without waiting for anybody to come in the lost one's place, if together they hold
+    /// something that is not saved.
+    pub(super) fn assemble_to_stop(&mut self, now: f64) -> Vec<Effect> {
+        let here = |listen: &String| self.roster.workers().iter().any(|w| w.join.listen == *listen);
+        if self.regrouping.as_ref().is_some_and(|regrouping| !regrouping.expected.iter().all(here)) {
+            return Vec::new();
+        }
+        match self.held_step() {
+            Some(_) => self.assign(),
+            None => self.stopped(now),
+        }
+    }
+
+    /// A generation that assembled to stop has loaded: its state is what is to be saved.
+    pub(super) fn save_and_stop(&mut self) {
+        let committed = self.committed;
+        if let Some(stopping) = self.stopping.as_mut().filter(|stopping| stopping.stage == Stage::Assembling) {
+            stopping.stage = Stage::Saving(committed);
+        }
+    }
+
+    /// Rank `rank` is lost while the run is stopping: it is missed only where it has not written all that is to be saved.
+    pub(super) fn lost_while_stopping(&mut self, now: f64, rank: usize) -> Vec<Effect> {
+        let stage = self.stopping.as_ref().map(|stopping| &stopping.stage);
+        let written = matches!(stage, Some(&Stage::Saving(step)) if self.saves.cover(step)) && self.saves.are_written();
+        if !written {
+            return self.stopped(now);
+        }
+        let worker = self.roster.get_mut(rank);
+        (worker.gone, worker.drained) = (true, true);
+        self.complaint = None;
+        self.stop_bereft(now)
+    }
+
+    /// Nothing more can be saved by those who are left, nor anything done that is not.
+    pub(super) fn is_bereft(&self) -> bool {
+        self.is_stopping() && self.roster.workers().iter().any(|w| w.gone)
     }
 
     /// A rank says what it has begun.
@@ -86,7 +141,7 @@ impl Machine {
         let idle = self.queue.is_empty();
         let (saves, stopping) = (&self.saves, self.stopping.as_mut()?);
         Some(match stopping.stage {
-            Stage::Asking(_) => None,
+            Stage::Asking(_) | Stage::Assembling => None,
             Stage::Saving(step) if !saves.cover(step) => match saves.is_waiting(now) {
                 true => None,
                 false => Some(Item::Checkpoint(step)),
@@ -113,7 +168,8 @@ impl Machine {
         self.phase = Phase::Stopped;
         self.queue.clear();
         self.close_outcome(now);
-        let (step, checkpoint) = (self.committed, self.saves.newest);
+        // A commit may outlive a generation that had got further than this one.
+        let (step, checkpoint) = (self.committed.max(self.saves.newest), self.saves.newest);
         let run = self.settings.run_dir.display();
         let message = match &self.program {
             Program::Train(_) if step == checkpoint => {

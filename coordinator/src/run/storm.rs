@@ -93,6 +93,7 @@ impl Storm {
         let mut calm = 0.0;
         while !self.is_done() {
             self.world.disk.clear();
+            self.world.refusals = 0;
             self.sleepers.values_mut().for_each(|until| *until = 0.0);
             self.wake();
             self.world.settle();
@@ -194,7 +195,13 @@ impl Storm {
                 self.world.next_joins();
                 self.note("join", 0);
             }
-            280..340 => self.commit(),
+            280..340 => {
+                if self.dice.roll(5) == 0 {
+                    self.note("commit fails", 0);
+                    self.world.refusals = 1;
+                }
+                self.commit();
+            }
             _ => {
                 let Some(from) = someone(&mut self.dice, &awake) else { return };
                 self.world.say(from);
@@ -341,6 +348,7 @@ impl World {
         self.machine = machine;
         self.commits.clear();
         self.disk.clear();
+        self.refusals = 0;
         self.asleep.clear();
         self.mail.clear();
         (self.concluding, self.over) = (false, false);

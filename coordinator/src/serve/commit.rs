@@ -2,7 +2,7 @@
 
 use super::ledger::{Reader, LEDGER};
 use super::setup::Conclude;
-use super::steering::{Clock, Command, Handle};
+use super::steering::{Alarm, Clock, Command, Handle};
 use super::work::Work;
 use crate::checkpoint::commit::{create, discard, draft, retain, Error, Facts};
 use crate::checkpoint::courier::{self, Courier};
@@ -20,8 +20,17 @@ use unisono_proto::v1::{CheckpointCommitted, CheckpointFile};
 
 pub enum Job {
     Commit(PendingCheckpoint),
-    Discard { step: u64, files: Vec<Vec<CheckpointFile>> },
-    Conclude { step: u64 },
+    Discard {
+        step: u64,
+        files: Vec<Vec<CheckpointFile>>,
+    },
+    /// Older checkpoints go, but not that after step `spare`.
+    Prune {
+        spare: Option<u64>,
+    },
+    Conclude {
+        step: u64,
+    },
 }
 
 /// Hands jobs to the thread, which does them in order. The thread ends when this is dropped.
@@ -37,7 +46,7 @@ impl Committer {
     }
 
     pub fn send(&self, job: Job) {
-        // Fails only when the thread has panicked; the loop then never hears of a commit and the run is stopped by hand.
+        // Fails only when the thread has panicked, which has ended the run.
         if self.jobs.send(job).is_err() {
             tracing::error!("the thread that commits checkpoints is gone");
         }
@@ -79,6 +88,7 @@ pub fn courier(
 }
 
 fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue: Receiver<Job>) {
+    let _alarm = Alarm { handle: handle.clone(), thread: "commits checkpoints" };
     let clock = Clock::new();
     let mut newest = String::new();
     for job in queue {
@@ -100,6 +110,11 @@ fn work(archive: Archive, handle: Handle, mut conclude: Option<Conclude>, queue:
                 handle.send(Command::CheckpointCommitted { attempt, result });
             }
             Job::Discard { step, files } => discard(&Local, &archive.run_dir, step, &files),
+            Job::Prune { spare } => {
+                if let Err(error) = retain(&Local, &archive.run_dir, archive.keep, spare) {
+                    tracing::warn!(%error, "an old checkpoint could not be deleted");
+                }
+            }
             Job::Conclude { step } => {
                 fail_point::reached("conclude");
                 let directory = manifest::directory(&archive.run_dir, step);
@@ -140,9 +155,6 @@ impl Archive {
         fail_point::reached("before-commit");
         create(&Local, &directory, &manifest).map_err(not_committed)?;
         fail_point::reached("after-commit");
-        if let Err(error) = retain(&Local, &self.run_dir, self.keep) {
-            tracing::warn!(%error, "an old checkpoint could not be deleted");
-        }
         let bytes = manifest.files.iter().map(|f| f.bytes).sum();
         Ok(CheckpointCommitted { step, path: directory.display().to_string(), bytes, seconds: 0.0, digest })
     }

@@ -31,7 +31,7 @@ use rustls::crypto::ring;
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use steering::{Command, Handle, Steering};
+use steering::{Alarm, Command, Handle, Steering};
 use tokio::sync::{oneshot, watch};
 use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
@@ -121,8 +121,9 @@ pub async fn serve(
     let machine = Machine::new(settings, program);
     let observer = setup.observer.clone();
     let steering = Steering::new(machine, ledger, run_dir.clone(), setup.observer, progress, committer, handle.clone());
-    let preparing = handle.clone();
-    let tell = move |notice| preparing.send(notice_command(notice));
+    // Goes down with the thread that tells.
+    let preparing = Alarm { handle: handle.clone(), thread: "tokenizes rows" };
+    let tell = move |notice| preparing.handle.send(notice_command(notice));
     // Held to the end of the run; dropping it ends its thread.
     let _ahead = setup.work.ahead(tell).map_err(Error::Socket)?;
     let (ended, mut end) = oneshot::channel();

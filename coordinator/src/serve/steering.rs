@@ -102,6 +102,22 @@ impl Handle {
     }
 }
 
+/// Held by a thread without which the run cannot go on: where it panics, the run fails instead of waiting for ever.
+pub struct Alarm {
+    pub handle: Handle,
+    /// Completes the sentence "the thread that ...".
+    pub thread: &'static str,
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let reason = format!("the thread that {} has panicked; this is a defect, please report it", self.thread);
+            self.handle.send(Command::Stop { reason });
+        }
+    }
+}
+
 /// Wall time that never goes back while the process lives.
 pub struct Clock {
     origin: f64,
@@ -269,6 +285,7 @@ impl Steering {
                 }
                 Effect::DiscardCheckpoint { step, files } => self.committer.send(Job::Discard { step, files }),
                 Effect::CommitCheckpoint(pending) => self.committer.send(Job::Commit(pending)),
+                Effect::Prune { spare } => self.committer.send(Job::Prune { spare }),
                 Effect::Conclude { step } => self.committer.send(Job::Conclude { step }),
                 Effect::Done(done) => outcome = Some(done),
             }
