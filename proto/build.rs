@@ -16,6 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "CheckpointCommitted",
         "Membership",
         "Member",
+        "Fingerprint",
         "RunDone",
         "Failure",
         "WorkerLost",

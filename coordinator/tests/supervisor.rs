@@ -13,6 +13,7 @@ use unisono::launch::local::{self, Ended, Launch};
 
 const COORDINATOR: &str = "TEST_COORDINATOR";
 const WORKER: &str = "TEST_WORKER";
+const EVENTS: &str = "TEST_EVENTS";
 
 /// Waits for its lifeline like a real child, and leaves word of its pid.
 const JOIN: &str = r#"echo $$ >> "$0.pids"; exec cat /proc/self/fd/$UNISONO_LIFELINE_FD > /dev/null"#;
@@ -24,7 +25,8 @@ const READY: &str =
 fn supervisor_process() {
     let (Some(coordinator), Some(worker)) = (std::env::var_os(COORDINATOR), std::env::var_os(WORKER)) else { return };
     let arguments: Vec<OsString> = Vec::new();
-    let launch = Launch { program: coordinator.into(), arguments, again: Vec::new(), worker: worker.into() };
+    let events = std::env::var_os(EVENTS).is_some();
+    let launch = Launch { program: coordinator.into(), arguments, again: Vec::new(), worker: worker.into(), events };
     let code = match local::run(launch) {
         Ok(Ended::Code(code)) => code.into(),
         Ok(Ended::Interrupted { signal, .. }) => 128 + signal,
@@ -58,15 +60,19 @@ impl Stage {
         Stage { coordinator: write("coordinator", coordinator), worker: write("worker", worker), dir }
     }
 
-    fn start(&self) -> Child {
-        Command::new(std::env::current_exe().unwrap())
+    fn command(&self) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
             .args(["--exact", "supervisor_process", "--nocapture"])
             .env(COORDINATOR, &self.coordinator)
             .env(WORKER, &self.worker)
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn start(&self) -> Child {
+        self.command().spawn().unwrap()
     }
 
     /// Pids of the dummy children, once `count` of them have started.
@@ -201,6 +207,26 @@ fn a_killed_worker_is_started_again_and_a_lost_one_is_killed() {
     signal(supervisor.id() as i32, "KILL");
     end(supervisor);
     all_gone(&[second, third]);
+}
+
+#[test]
+fn events_are_passed_on_whole_and_the_next_coordinator_goes_on_after_the_last() {
+    let stage = Stage::new(
+        &format!(
+            r#"if test -e "$0.second"; then echo "{{\"sequence\":8,\"with\":\"$*\"}}"; exit 0; fi
+            touch "$0.second"; echo '{{"report":"created","run_dir":"/runs/one"}}' > /proc/self/fd/$UNISONO_REPORT_FD;
+            {READY} printf '{{"sequence":6}}\n{{"sequence":7}}\n{{"sequ'; sleep 0.3; kill -9 $$"#
+        ),
+        "sleep 1",
+    );
+    let mut command = stage.command();
+    let supervisor = command.env(EVENTS, "1").stdout(Stdio::piped()).spawn().unwrap();
+    let output = supervisor.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with('{')).collect();
+    assert_eq!(output.status.code(), Some(0));
+    let last = r#"{"sequence":8,"with":"--resume /runs/one --told 7"}"#;
+    assert_eq!(lines, [r#"{"sequence":6}"#, r#"{"sequence":7}"#, last]);
 }
 
 #[test]

@@ -156,6 +156,15 @@ impl fmt::Debug for Token {
 /// and stays alive by HTTP/2 pings. Calls still need [`Token::authorize`]; wrap the channel in [`training`] or
 /// [`monitor`], which set the message limits.
 pub async fn dial(address: &str, token: &Token) -> Result<Channel, Error> {
+    dial_with(address, token, |endpoint| endpoint).await
+}
+
+/// The same, with `settings` of the caller's.
+pub async fn dial_with(
+    address: &str,
+    token: &Token,
+    settings: impl FnOnce(Endpoint) -> Endpoint,
+) -> Result<Channel, Error> {
     let wrong = || Error::Address { address: address.into() };
     let port = address.rsplit_once(':').ok_or_else(wrong)?.1;
     port.parse::<u16>().map_err(|_| wrong())?;
@@ -174,7 +183,7 @@ pub async fn dial(address: &str, token: &Token) -> Result<Channel, Error> {
             })
         }
     });
-    Endpoint::from(uri)
+    settings(Endpoint::from(uri))
         .http2_keep_alive_interval(Duration::from_secs(5))
         .keep_alive_timeout(Duration::from_secs(20))
         .keep_alive_while_idle(true)

@@ -4,10 +4,12 @@ use crate::scale;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::sync::oneshot;
 use unisono::data::{Dataset, Example};
 use unisono::run::event::Outcome;
 use unisono::serve::control::Control;
+use unisono::serve::setup::VIEWER_PATIENCE;
 use unisono::serve::{serve, Error, Observer, Setup, Work};
 use unisono_configs::model::{Layout, ModelSpec};
 use unisono_configs::run::{Compute, Count, Device, RunConfig, ZeroStage};
@@ -18,6 +20,7 @@ pub struct Served {
     pub config: RunConfig,
     pub spec: ModelSpec,
     pub dataset: Arc<Dataset>,
+    pub viewer_patience: Duration,
     home: tempfile::TempDir,
 }
 
@@ -83,7 +86,7 @@ impl Served {
         let tasks = vec!["copy".into(), "count".into()];
         let dataset =
             Dataset::given(tasks, examples(0..rows), examples(rows..rows + 9), examples(rows + 9..rows + 14), 0);
-        Served { config, spec, dataset: Arc::new(dataset), home }
+        Served { config, spec, dataset: Arc::new(dataset), viewer_patience: VIEWER_PATIENCE, home }
     }
 
     /// As many steps of about 1,000 tokens for each of `workers` workers, over rows of [`scale::row`], each once.
@@ -128,6 +131,7 @@ impl Served {
             config: self.config.clone(),
             spec: self.spec.clone(),
             work,
+            viewer_patience: self.viewer_patience,
             observer: Arc::new(Notes { control: Mutex::new(Some(told)), events: events.clone() }),
             resume: None,
             conclude: None,

@@ -99,7 +99,7 @@ async fn three_workers_and_one_commit_the_same_steps_and_state() {
                 .map(|micro_batch| {
                     assert!(computed.contains(&(step, micro_batch)));
                     let key = BatchKey { suite: Suite::Train.into(), step, micro_batch };
-                    judge(&work.micro_batch(key).unwrap())
+                    judge(&work.micro_batch(key).unwrap().unwrap())
                 })
                 .collect();
             let loss =
@@ -355,4 +355,20 @@ async fn a_run_directory_is_served_by_one_coordinator_at_a_time() {
     assert_eq!(first.control.term, 1);
     let refused = unisono::serve::ledger::Ledger::open(&first.run_dir).unwrap_err().to_string();
     assert!(refused.contains("another coordinator"), "{refused}");
+}
+
+/// Somebody else holds the ledger for longer than SQLite waits by itself: the run stands still, and goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ledger_that_cannot_be_written_for_a_while_ends_nothing() {
+    let served = Served::new(30, 1);
+    let serving = served.start("run", served.training()).await;
+    let other = rusqlite::Connection::open(serving.run_dir.join(LEDGER)).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let life = tokio::spawn(worker(&served, &serving).live());
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    other.execute_batch("ROLLBACK").unwrap();
+    life.await.unwrap();
+    let outcome = serving.outcome().await;
+    assert_eq!(outcome.failure, None);
+    assert!(outcome.steps > 0);
 }

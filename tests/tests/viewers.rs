@@ -4,9 +4,11 @@
 
 use serde_json::json;
 use std::time::Duration;
-use unisono_proto::dial::{dial, monitor, Token};
+use unisono_proto::dial::{dial, dial_with, monitor, Role, Token};
 use unisono_proto::v1::{Event, WatchRequest};
+use unisono_tests::fake_worker::FakeWorker;
 use unisono_tests::processes::{cpu_seconds, resident_bytes};
+use unisono_tests::served::Served;
 use unisono_tests::train::{Live, Train};
 use unisono_tests::{chronicle, fixture};
 
@@ -18,6 +20,44 @@ fn cpu_for_a_step(live: &mut Live, steps: u64) -> f64 {
         std::thread::sleep(Duration::from_millis(20));
     }
     (cpu_seconds(pid).unwrap() - cpu) / (live.newest_step() - begun) as f64
+}
+
+/// A viewer that reads nothing answers pings all the same: its connection is ended, and what waited for it is given back. One
+/// that reads is served to the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_viewer_that_never_reads_is_cut_off() {
+    let mut served = Served::new(600, 1);
+    (served.config.train.epochs, served.config.train.global_batch_size) = (20, 8);
+    (served.config.eval.every, served.config.checkpoint.every) = (0, 0);
+    served.viewer_patience = Duration::from_millis(500);
+    let serving = served.start("run", served.training()).await;
+    let token = serving.control.token(Role::Monitor).unwrap();
+    let watch = async |window: u32| {
+        let channel =
+            dial_with(&serving.control.address, &token, |e| e.initial_stream_window_size(window)).await.unwrap();
+        let mut request = tonic::Request::new(WatchRequest { after: 0 });
+        token.authorize(&mut request);
+        monitor(channel).watch(request).await.unwrap().into_inner()
+    };
+    let (mut deaf, mut reader) = (watch(1 << 10).await, watch(1 << 20).await);
+    let worker =
+        FakeWorker::new(&serving.control.address, serving.control.token(Role::Worker).unwrap(), served.layout());
+    let life = tokio::spawn(worker.live());
+    let mut last = 0;
+    while let Some(event) = reader.message().await.unwrap() {
+        assert_eq!(event.sequence, last + 1);
+        last = event.sequence;
+    }
+    assert!(last > 1000, "{last} events do not fill what lies on the way");
+    life.await.unwrap();
+    let mut seen = 0;
+    let end = loop {
+        match deaf.message().await {
+            Ok(Some(_)) => seen += 1,
+            end => break end,
+        }
+    };
+    assert!(end.is_err() && seen < last, "it saw {seen} of {last} events: {end:?}");
 }
 
 /// `UNISONO_MONITORS` (default 1,000) of them.

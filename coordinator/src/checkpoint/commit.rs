@@ -85,6 +85,11 @@ pub fn prepare(disk: &dyn Disk, run_dir: &Path, step: u64) -> Result<PathBuf, Er
 /// Deletes files that ranks wrote towards the checkpoint after `step`, as far as that is possible.
 pub fn discard(disk: &dyn Disk, run_dir: &Path, step: u64, files: &[Vec<CheckpointFile>]) {
     let directory = manifest::directory(run_dir, step);
+    // However the attempt failed: what a manifest names stays.
+    if directory.join(MANIFEST).exists() {
+        tracing::warn!(path = %directory.display(), "files of a failed save stay behind beside a checkpoint");
+        return;
+    }
     for file in files.iter().flatten().filter(|file| is_plain(&file.name)) {
         let path = directory.join(&file.name);
         if let Err(error) = disk.remove_file(&path) {
@@ -225,14 +230,24 @@ pub fn create(disk: &dyn Disk, directory: &Path, manifest: &Manifest) -> Result<
     disk.sync_directory(directory).map_err(fail)?;
     disk.write_new(&draft, &content).map_err(fail)?;
     let linked = disk.link(&draft, &path);
-    disk.remove_file(&draft).map_err(fail)?;
+    if let Err(error) = disk.remove_file(&draft) {
+        // It is not named by anything.
+        tracing::warn!(path = %draft.display(), %error, "a draft stays behind");
+    }
     match linked {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(fail(error)),
         // A file system without hard links: a torn manifest does not parse, so it is never taken for one.
         Err(_) => disk.write_new(&path, &content).map_err(fail)?,
     }
-    disk.sync_directory(directory).map_err(fail)
+    disk.sync_directory(directory).map_err(|error| {
+        // Nobody knows whether it is there after a crash, so nobody may hear that it is: neither now nor then.
+        let taken_back = disk.remove_file(&path).and_then(|()| disk.sync_directory(directory));
+        if let Err(error) = taken_back {
+            tracing::warn!(path = %path.display(), %error, "a manifest that may not be durable stays behind");
+        }
+        fail(error)
+    })
 }
 
 #[cfg(test)]
@@ -310,6 +325,75 @@ mod tests {
         try_commit(dir.path(), &pending(dir.path(), 8)).unwrap();
         retain(&Local, dir.path(), 2, None).unwrap();
         assert_eq!(kept(), [6, 8]);
+    }
+
+    /// Says no to some operations.
+    #[derive(Debug)]
+    struct Failing {
+        /// Syncs of a directory before one fails.
+        syncs: std::cell::Cell<u32>,
+        keeps_drafts: bool,
+    }
+
+    impl Disk for Failing {
+        fn make_directories(&self, path: &Path) -> io::Result<()> {
+            Local.make_directories(path)
+        }
+        fn create(&self, path: &Path) -> io::Result<()> {
+            Local.create(path)
+        }
+        fn write(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+            Local.write(path, content)
+        }
+        fn sync_file(&self, path: &Path) -> io::Result<()> {
+            Local.sync_file(path)
+        }
+        fn sync_directory(&self, path: &Path) -> io::Result<()> {
+            let left = self.syncs.get();
+            self.syncs.set(left.wrapping_sub(1));
+            match left {
+                0 => Err(io::ErrorKind::StorageFull.into()),
+                _ => Local.sync_directory(path),
+            }
+        }
+        fn link(&self, from: &Path, to: &Path) -> io::Result<()> {
+            Local.link(from, to)
+        }
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            Local.rename(from, to)
+        }
+        fn remove_file(&self, path: &Path) -> io::Result<()> {
+            let draft = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+            match draft && self.keeps_drafts {
+                true => Err(io::ErrorKind::PermissionDenied.into()),
+                false => Local.remove_file(path),
+            }
+        }
+        fn remove_directory(&self, path: &Path) -> io::Result<()> {
+            Local.remove_directory(path)
+        }
+    }
+
+    /// What a manifest names is there, and where nobody heard of a checkpoint there is none.
+    #[test]
+    fn an_error_in_the_middle_of_a_commit_tears_nothing() {
+        for (syncs, keeps_drafts, commits) in [(9, true, true), (0, false, false), (1, false, false)] {
+            let dir = tempfile::tempdir().unwrap();
+            let pending = pending(dir.path(), 2);
+            let cursor = Cursor { step: 2, epoch: 0, position: 2 };
+            let (run_dir, layout) = (dir.path(), layout());
+            let (disk, config, samples) = (&Local, "c", &[5, 3]);
+            let facts = Facts { disk, run_dir, cursor, config, layout: &layout, dtype: Dtype::F32, samples };
+            let draft = draft(&pending, &facts).unwrap();
+            let directory = manifest::directory(run_dir, 2);
+            let disk = Failing { syncs: std::cell::Cell::new(syncs), keeps_drafts };
+            let created = create(&disk, &directory, &draft);
+            assert_eq!(created.is_ok(), commits, "{created:?}");
+            assert_eq!(manifest::list(run_dir).len(), usize::from(commits));
+            discard(&Local, run_dir, 2, &pending.files);
+            let there = pending.files.iter().flatten().all(|file| directory.join(&file.name).exists());
+            assert_eq!(there, commits, "files go with their attempt, and stay with their manifest");
+        }
     }
 
     #[test]

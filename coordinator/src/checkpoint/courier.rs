@@ -170,6 +170,18 @@ pub fn probe(url: &str) -> Result<(), Error> {
     store.delete(&name).map_err(fail)
 }
 
+/// Copies the last checkpoint of a run that is finished, unless that was done.
+pub fn copy_last(url: &str, run_dir: &Path, step: u64, keep: usize, snapshot: Snapshot) -> Result<(), String> {
+    let (tell, told) = std::sync::mpsc::channel();
+    let hear = move |_, copied: Result<f64, String>| drop(tell.send(copied));
+    let courier = Courier::spawn(url, run_dir, keep, snapshot, hear).map_err(|error| error.to_string())?;
+    courier.take(step).map_err(|error| error.to_string())?;
+    match courier.finish() {
+        true => told.try_iter().last().unwrap_or(Ok(0.0)).map(drop),
+        false => Err(format!("{url}: nothing moves there")),
+    }
+}
+
 /// Whether the run in `run_dir` is the one whose copies are at `url`.
 pub fn is_of(url: &str, run_dir: &Path) -> Result<bool, Error> {
     let fail = |source| Error::Store { url: url.into(), source };
@@ -229,6 +241,10 @@ fn copy(
     progress: &dyn Fn(u64),
 ) -> Result<(), String> {
     let at = directory(parcel.step);
+    // The same checkpoint may have been copied before its coordinator died.
+    if matches!(store.get(&format!("{at}/{MANIFEST}")), Ok(there) if there == parcel.manifest) {
+        return Ok(());
+    }
     for (name, file, expected) in &mut parcel.files {
         let (_, hash) = store.upload(&format!("{at}/{name}"), file, progress).map_err(|e| format!("{name} {e}"))?;
         if hash.to_hex().as_str() != expected {

@@ -62,6 +62,17 @@ fn a_run_comes_back_from_its_newest_copy_and_old_copies_go() {
 }
 
 #[test]
+fn a_checkpoint_that_was_copied_is_not_copied_again_and_the_last_one_is_made_up_for() {
+    let (home, run_dir, url) = run(&[2]);
+    let snapshot = || -> Snapshot { Box::new(|to| std::fs::write(to, "the ledger").map_err(|e| e.to_string())) };
+    copy_last(&url, &run_dir, 2, 1, snapshot()).unwrap();
+    assert_eq!(bring(&format!("{url}/tiny-001"), &home.path().join("back")).unwrap().0, 2);
+    // A store that takes nothing any more is not asked to.
+    let read_only = |_: &Path| Err("nothing is to be copied".to_owned());
+    copy_last(&url, &run_dir, 2, 1, Box::new(read_only)).unwrap();
+}
+
+#[test]
 fn two_runs_of_one_name_never_mix() {
     let (home, run_dir, url) = run(&[2]);
     assert!(claim(&url, &run_dir).unwrap());

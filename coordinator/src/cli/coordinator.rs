@@ -1,31 +1,34 @@
 //! `coordinator`: reads the data, serves the run to its workers and leaves digest and export behind.
 
 use super::config::{workers, ConfigArgs};
-use super::screen::{data_lines, Reading, Screen};
+use super::screen::{data_lines, Reading, Screen, Show};
 use super::{check, print, resume, run_dir, shares, Error, Result};
 use crate::checkpoint::courier;
 use crate::data::{self, Extent};
 use crate::launch::report::{Report, Reporter};
 use crate::launch::signals::{self, Requests, STOPPED};
 use crate::launch::{child, LISTEN_FD};
+use crate::monitor::conn;
 use crate::monitor::plain::failure;
 use crate::monitor::state::RunState;
 use crate::monitor::summary::summary;
 use crate::run::composition::Composition;
 use crate::run::event::{Conclusion, Outcome};
 use crate::run::recorded::Recorded;
-use crate::serve::ledger::Ledger;
-use crate::serve::setup::{Conclude, Resumption, Setup};
+use crate::serve::ledger::{Ledger, Reader, LEDGER};
+use crate::serve::setup::{Conclude, Resumption, Setup, VIEWER_PATIENCE};
 use crate::serve::work::Work;
 use crate::{digest, export};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::watch;
 use unisono_configs::model::Layout;
 use unisono_configs::run::RunConfig;
 use unisono_proto::fail_point;
+use unisono_proto::v1::Event;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -56,6 +59,9 @@ pub struct Args {
     /// One JSON object per event on standard output
     #[arg(long)]
     json: bool,
+    /// With --json: the newest entry of the ledger that was told already, by a coordinator that died
+    #[arg(long, hide = true, value_name = "N")]
+    told: Option<u64>,
     /// Take over what a coordinator left that died before its run began: --run-dir, or the copy that --resume URL brought
     #[arg(long, hide = true)]
     adopt: bool,
@@ -65,6 +71,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut reporter = Reporter::from_environment();
     // Bound before the data is read: an address that is taken is known at once.
     let listener = listener(args.listen.as_deref())?;
+    check_address(&listener, args.advertise.as_deref())?;
     let resumed = resume::target(args.resume.as_deref(), args.run_dir.as_deref(), &args.config, args.adopt)?;
     let (config, spec) = match &resumed {
         Some(run_dir) => args.config.load_again(run_dir)?,
@@ -94,6 +101,10 @@ pub fn run(args: Args) -> Result<()> {
         (Some(run_dir), Some(ledger)) => {
             let resumed = resume::resume(&run_dir, ledger, work, &Layout::new(&spec))?;
             if let Some(done) = resumed.done {
+                if let (true, Some(told)) = (args.json, args.told) {
+                    tell_rest(&run_dir, told)?;
+                }
+                finish_copies(&config, &run_dir, done.steps);
                 eprintln!("{} is finished: {} steps, digest {}", run_dir.display(), done.steps, done.digest);
                 return Ok(());
             }
@@ -125,8 +136,10 @@ pub fn run(args: Args) -> Result<()> {
         }
     };
     // A path that holds wherever the coordinator is started again.
-    reporter.send(&Report::Created { run_dir: run_dir.canonicalize().map_err(Error::failed)? });
-    let screen = Arc::new(Screen::new(reporter, &run_dir, &config.cluster, args.json, false));
+    let entries = resumption.ledger.sequence();
+    reporter.send(&Report::Created { run_dir: run_dir.canonicalize().map_err(Error::failed)?, entries });
+    let show = if args.json { Show::Events { told: args.told.unwrap_or(entries) } } else { Show::Progress };
+    let screen = Arc::new(Screen::new(reporter, &run_dir, &config.cluster, show));
     let term = again.then(|| resumption.ledger.term());
     let conclude = conclude(config.clone(), run_dir.clone(), term);
     let told = Told { work: work.clone(), config: config.clone() };
@@ -138,6 +151,7 @@ pub fn run(args: Args) -> Result<()> {
         spec,
         work,
         observer: screen.clone(),
+        viewer_patience: VIEWER_PATIENCE,
         resume: Some(resumption),
         conclude: Some(conclude),
     };
@@ -148,7 +162,7 @@ pub fn run(args: Args) -> Result<()> {
         }
         return Err(error);
     }
-    let state = screen.finish();
+    let state = screen.finish(None);
     let (lines, events) = told.after(&state);
     let text = last_screen(&state, &lines, &run_dir);
     match args.json {
@@ -159,6 +173,31 @@ pub fn run(args: Args) -> Result<()> {
         false => print(&text),
     }
     Ok(())
+}
+
+/// The coordinator that finished the run may have died before its last checkpoint was copied, and before it took away what
+/// leads to nobody any more. What cannot be copied now is said, and changes nothing about the run.
+fn finish_copies(config: &RunConfig, run_dir: &Path, step: u64) {
+    crate::serve::forget(run_dir);
+    let Some(url) = &config.checkpoint.copy_to else { return };
+    let ledger = run_dir.join(LEDGER);
+    let snapshot =
+        move |to: &Path| Reader::open(&ledger).and_then(|reader| reader.copy_to(to)).map_err(|error| error.to_string());
+    let copied = match courier::claim(url, run_dir) {
+        Ok(true) => courier::copy_last(url, run_dir, step, config.checkpoint.keep, Box::new(snapshot)),
+        Ok(false) => Err(taken(url, run_dir)),
+        Err(error) => Err(error.to_string()),
+    };
+    if let Err(problem) = copied {
+        eprintln!("unisono: the checkpoint after step {step} is not copied: {problem}");
+    }
+}
+
+/// What a coordinator that died had written down and not told.
+fn tell_rest(run_dir: &Path, told: u64) -> Result<()> {
+    let mut state = RunState::after(told);
+    let tell = &mut |event: &Event| print(&format!("{}\n", serde_json::Value::Object(event.to_json())));
+    conn::replay(run_dir, &mut state, tell).map_err(Error::failed)
 }
 
 fn taken(url: &str, run_dir: &Path) -> String {
@@ -198,16 +237,30 @@ pub fn listener(address: Option<&str>) -> Result<TcpListener> {
         return Ok(fd.into());
     }
     let Some(address) = address else {
-        return Err(Error::bad_input("--listen HOST:PORT is missing; for example --listen 0.0.0.0:7070"));
+        return Err(Error::bad_input("--listen HOST:PORT is missing; for example --listen 10.0.0.1:7070, or --listen 0.0.0.0:7070 --advertise node1:7070"));
     };
     TcpListener::bind(address).map_err(|error| {
         Error::BadInput(format!("--listen {address}: {error}; choose a free host:port of this machine"))
     })
 }
 
+/// Workers are told where to dial, and nobody can dial "any address".
+fn check_address(listener: &TcpListener, advertise: Option<&str>) -> Result<()> {
+    let address = listener.local_addr().map_err(Error::failed)?;
+    match advertise.is_none() && address.ip().is_unspecified() {
+        false => Ok(()),
+        true => Err(Error::BadInput(format!(
+            "--listen {address} does not say how workers reach this machine; add --advertise HOST:{}",
+            address.port()
+        ))),
+    }
+}
+
 /// Serves to the end. A failed or interrupted run is an error.
 pub fn serve(setup: Setup, screen: &Screen) -> Result<Outcome> {
     let (supervised, trains) = (screen.supervised(), setup.work.plan().is_some());
+    // Whoever does not read what is told holds no stop up for longer.
+    let grace = Some(Duration::from_secs_f64(setup.config.checkpoint.grace));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::failed)?;
     let caught = Arc::new(AtomicI32::new(0));
     let outcome = runtime.block_on(async {
@@ -237,19 +290,20 @@ pub fn serve(setup: Setup, screen: &Screen) -> Result<Outcome> {
         crate::serve::serve(setup, interrupt, stop).await.map_err(Error::failed)
     })?;
     if let Some(stopped) = &outcome.stopped {
-        screen.finish();
+        screen.finish(grace);
         eprintln!("unisono: {}", stopped.message);
         let saved = trains && stopped.step == stopped.checkpoint;
         return Err(Error::Code(if saved { STOPPED } else { signals::code(caught.load(Ordering::SeqCst)) }));
     }
     match (&outcome.failure, caught.load(Ordering::SeqCst)) {
         (None, _) => Ok(outcome),
-        (Some(_), number) if number != 0 => {
-            screen.finish();
+        (Some(failed), number) if number != 0 => {
+            screen.finish(grace);
+            eprintln!("unisono: {}", failure(failed));
             Err(Error::Code(signals::code(number)))
         }
         (Some(failed), _) => {
-            screen.finish();
+            screen.finish(grace);
             let sentence = failure(failed);
             Err(if failed.bad_input { Error::BadInput(sentence) } else { Error::Failed(sentence) })
         }

@@ -1,12 +1,12 @@
 //! `generate`: the same coordinator and worker as in training, continuing prompts.
 
 use super::config::resolve;
-use super::screen::Screen;
+use super::screen::{Screen, Show};
 use super::{checkpoints, coordinator, print, train, Error, Result};
 use crate::data::TextTokenizer;
 use crate::launch::report::Reporter;
 use crate::model;
-use crate::serve::setup::Setup;
+use crate::serve::setup::{Setup, VIEWER_PATIENCE};
 use crate::serve::work::Work;
 use serde_json::{json, Value};
 use std::ffi::OsString;
@@ -57,7 +57,7 @@ pub fn run(args: Args) -> Result<()> {
             let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
             // In front of what a user may have put behind "--".
             arguments.splice(1..1, ["--scratch".into(), scratch.0.clone().into()]);
-            train::supervise(arguments, Vec::new())
+            train::supervise(arguments, Vec::new(), false)
         }
     }
 }
@@ -111,7 +111,7 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
         return Err(Error::BadInput(format!("{place}: {problem}")));
     }
     let work = Work::generate(ids, args.max_new_tokens, end_tokens(&config.model.path, tokenizer.eos()), &spec);
-    let screen = Arc::new(Screen::new(reporter, scratch, &config.cluster, false, true));
+    let screen = Arc::new(Screen::new(reporter, scratch, &config.cluster, Show::Nothing));
     let setup = Setup {
         listener,
         advertise: None,
@@ -120,6 +120,7 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
         spec,
         work,
         observer: screen.clone(),
+        viewer_patience: VIEWER_PATIENCE,
         resume: None,
         conclude: None,
     };

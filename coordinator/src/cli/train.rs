@@ -68,7 +68,7 @@ pub fn run(args: Args) -> Result<()> {
         again.push("--json".into());
     }
     arguments.extend(args.config.arguments());
-    supervise(arguments, again)
+    supervise(arguments, again, args.json)
 }
 
 /// Begins the file to which workers append, and lets them know of it.
@@ -82,12 +82,13 @@ fn begin_trace(path: &Path) -> Result<()> {
 }
 
 /// Runs this program again as a coordinator with `arguments`, and the workers it asks for, to their end. `again` are the
-/// arguments of a coordinator that is started anew on the run that it has made.
-pub fn supervise(arguments: Vec<OsString>, again: Vec<OsString>) -> Result<()> {
+/// arguments of a coordinator that is started anew on the run that it has made. `events`: what it writes on standard output is one
+/// event a line.
+pub fn supervise(arguments: Vec<OsString>, again: Vec<OsString>, events: bool) -> Result<()> {
     let program = std::env::current_exe().map_err(Error::failed)?;
     let worker = local::worker_binary(&program).map_err(Error::bad_input)?;
     local::probe(&worker).map_err(Error::bad_input)?;
-    match local::run(Launch { program, arguments, again, worker }) {
+    match local::run(Launch { program, arguments, again, worker, events }) {
         Ok(Ended::Code(0)) => Ok(()),
         Ok(Ended::Code(code)) => Err(Error::Code(code)),
         Ok(Ended::Interrupted { signal, place }) => {

@@ -73,7 +73,8 @@ pub fn monitor(args: MonitorArgs) -> Result<()> {
         Some(failed) => Err(Error::Failed(failure(failed))),
         None if args.json => Ok(()),
         None => {
-            print(&format!("\n{}", summary::summary(&state)));
+            let stopped = state.stopped.as_ref().map(|stopped| format!("\n{}\n", stopped.message));
+            print(&format!("\n{}{}", summary::summary(&state), stopped.unwrap_or_default()));
             Ok(())
         }
     }

@@ -2,13 +2,14 @@
 
 use super::local::{Ended, Error, Launch, Signals, LAST_WORDS};
 use super::member::{forward, manner, Member};
+use super::relay::Relay;
 use super::report::Report;
 use super::restarts::Restarts;
 use super::{child, LIFELINE_FD, LISTEN_FD, REPORT_FD, TOKEN};
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter};
 use std::net::TcpListener;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -40,6 +41,9 @@ pub(super) struct Crew {
     starts: u32,
     /// Where a coordinator that is started again goes on.
     run_dir: Option<PathBuf>,
+    /// Entries that the run's ledger had before the first of them.
+    history: u64,
+    relay: Option<Relay>,
     progress: Option<(u64, u64)>,
     /// The signal by which somebody asked the run to stop: nobody is started again.
     pub asked: Option<i32>,
@@ -72,7 +76,11 @@ impl Crew {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let (lifeline, writer) = io::pipe()?;
         let (sender, receiver) = mpsc::unbounded_channel();
-        let coordinator = coordinate(&launch, &launch.arguments, &listener, &lifeline, &sender)?;
+        let mut relay = match launch.events {
+            true => Some(Relay::new(std::fs::File::from(io::stdout().as_fd().try_clone_to_owned()?))),
+            false => None,
+        };
+        let coordinator = coordinate(&launch, &launch.arguments, &listener, &lifeline, &sender, relay.as_mut())?;
         let crew = Crew {
             launch,
             listener,
@@ -82,6 +90,8 @@ impl Crew {
             workers: Vec::new(),
             starts: 1,
             run_dir: None,
+            history: 0,
+            relay,
             progress: None,
             asked: None,
             ready: false,
@@ -242,7 +252,15 @@ impl Crew {
         let ripe = |restarts: &Restarts| restarts.due().is_some_and(|at| at <= now.into_std());
         if ripe(&self.coordinators) {
             let arguments: Vec<OsString> = match &self.run_dir {
-                Some(run) => [self.launch.again.clone(), vec!["--resume".into(), run.into()]].concat(),
+                Some(run) => {
+                    let mut arguments = self.launch.again.clone();
+                    arguments.extend(["--resume".into(), run.into()]);
+                    if let Some(relay) = &mut self.relay {
+                        let told = relay.told().max(self.history).to_string();
+                        arguments.extend(["--told".into(), told.into()]);
+                    }
+                    arguments
+                }
                 // The one before may have died when it had just made the run's directory.
                 None if self.launch.arguments.first().is_some_and(|first| first == "coordinator") => {
                     let mut arguments = self.launch.arguments.clone();
@@ -252,7 +270,14 @@ impl Crew {
                 }
                 None => self.launch.arguments.clone(),
             };
-            self.coordinator = coordinate(&self.launch, &arguments, &self.listener, &self.lifeline, &self.sender)?;
+            self.coordinator = coordinate(
+                &self.launch,
+                &arguments,
+                &self.listener,
+                &self.lifeline,
+                &self.sender,
+                self.relay.as_mut(),
+            )?;
             self.coordinators.started();
             self.starts += 1;
         }
@@ -270,7 +295,11 @@ impl Crew {
 
     fn heed(&mut self, report: Report) -> Result<(), Error> {
         match report {
-            Report::Created { run_dir } => self.run_dir = Some(run_dir),
+            Report::Created { run_dir, entries } => {
+                if self.run_dir.replace(run_dir).is_none() {
+                    self.history = entries;
+                }
+            }
             Report::Ready { address, workers, token, restarts } => {
                 self.terms = Some(Terms { address, token, restarts });
                 (self.ready, self.over) = (true, false);
@@ -375,6 +404,27 @@ impl Crew {
     }
 }
 
+impl Crew {
+    /// Waits until every event that was told is passed on, at most `patience`; nobody who asks again has to.
+    pub async fn pass_on(&mut self, signals: &mut Signals, patience: Option<Duration>) {
+        let Some(relay) = self.relay.take() else { return };
+        // The last of its words may have been told long before somebody reads them.
+        let written = relay.close();
+        let patience = async {
+            match patience {
+                Some(patience) => tokio::time::sleep(patience).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // An error is an end too.
+            _ = written => {}
+            () = patience => {}
+            _ = signals.requests.next() => {}
+        }
+    }
+}
+
 /// Starts a coordinator on the supervisor's socket. What it reports goes to `sender`.
 fn coordinate(
     launch: &Launch,
@@ -382,6 +432,7 @@ fn coordinate(
     listener: &TcpListener,
     lifeline: &PipeReader,
     sender: &mpsc::UnboundedSender<Report>,
+    relay: Option<&mut Relay>,
 ) -> Result<Member, Error> {
     let (reports, report_writer) = io::pipe()?;
     let mut command = Command::new(&launch.program);
@@ -392,7 +443,13 @@ fn coordinate(
         command.env(variable, fd.to_string());
     }
     child::bind(&mut command, vec![listener.as_raw_fd(), report_writer.as_raw_fd(), lifeline.as_raw_fd()]);
-    let child = command.spawn().map_err(|source| Error::Spawn { path: launch.program.clone(), source })?;
+    if relay.is_some() {
+        command.stdout(Stdio::piped());
+    }
+    let mut child = command.spawn().map_err(|source| Error::Spawn { path: launch.program.clone(), source })?;
+    if let (Some(relay), Some(stdout)) = (relay, child.stdout.take()) {
+        relay.read(stdout);
+    }
     let sender = sender.clone();
     std::thread::spawn(move || {
         for line in BufReader::new(reports).lines().map_while(Result::ok) {

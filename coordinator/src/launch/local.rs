@@ -76,6 +76,8 @@ pub struct Launch {
     pub again: Vec<OsString>,
     /// The worker binary.
     pub worker: PathBuf,
+    /// Its standard output is one event a line; with `--told N` it begins after entry N of the ledger.
+    pub events: bool,
 }
 
 /// The worker binary: UNISONO_WORKER, else beside `program`, else on PATH.
@@ -124,6 +126,8 @@ pub fn run(launch: Launch) -> Result<Ended, Error> {
             _ => SCATTER,
         };
         crew.stop(&mut signals, patience).await;
+        let reading = if matches!(ended, Ok(Ended::Code(0))) { None } else { Some(patience) };
+        crew.pass_on(&mut signals, reading).await;
         if matches!(ended, Err(Error::Coordinator { .. })) {
             crew.say_last_words();
         }

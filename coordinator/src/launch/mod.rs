@@ -4,6 +4,7 @@ pub mod child;
 mod crew;
 pub mod local;
 mod member;
+mod relay;
 pub mod report;
 mod restarts;
 pub mod signals;

@@ -12,7 +12,12 @@ use std::path::PathBuf;
 pub enum Report {
     /// The run's directory is made and its ledger is there: a coordinator that dies from now on is started again to go on
     /// with it.
-    Created { run_dir: PathBuf },
+    Created {
+        run_dir: PathBuf,
+        /// Entries that its ledger has from earlier.
+        #[serde(default)]
+        entries: u64,
+    },
     /// The input is good, the run directory exists, and workers may join.
     Ready {
         /// host:port that workers dial.

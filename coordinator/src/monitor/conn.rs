@@ -131,7 +131,8 @@ pub async fn follow(target: &Target, sink: &mut dyn FnMut(&Event)) -> Result<Run
         if state.ended() {
             return Ok(state);
         }
-        if state.sequence > before {
+        // A stream that ended in order was a coordinator's, also where it had nothing to tell.
+        if state.sequence > before || lost.is_none() {
             heard = Instant::now();
         }
         // One that was killed is started again.

@@ -9,11 +9,14 @@ use unisono_proto::v1::Event;
 /// Writes every event as a line of JSON.
 pub struct Json<W> {
     out: W,
+    /// What could not be written yet.
+    rest: Vec<u8>,
 }
 
 impl<W: Write + Send> Json<W> {
+    /// `out` must not keep anything back: a reader never sees half an object for long, and nothing is written twice.
     pub fn new(out: W) -> Self {
-        Json { out }
+        Json { out, rest: Vec::new() }
     }
 }
 
@@ -23,8 +26,19 @@ impl<W: Write + Send> View for Json<W> {
         if object.is_empty() {
             return Ok(());
         }
-        // One write per line: a reader on the pipe never sees half an object.
-        self.out.write_all(format!("{}\n", Value::Object(object)).as_bytes())?;
+        self.rest.extend(format!("{}\n", Value::Object(object)).as_bytes());
+        self.catch_up()
+    }
+
+    fn catch_up(&mut self) -> io::Result<()> {
+        while !self.rest.is_empty() {
+            match self.out.write(&self.rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => drop(self.rest.drain(..written)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
         self.out.flush()
     }
 }
@@ -47,6 +61,33 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    /// Takes a few bytes at a time, and has no room every other time.
+    struct Full(Sink, u32);
+
+    impl Write for Full {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            self.1 += 1;
+            match self.1 % 2 {
+                0 => Err(io::ErrorKind::StorageFull.into()),
+                _ => self.0.write(&data[..data.len().min(9)]).map(|_| data.len().min(9)),
+            }
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_at_once_is_written_later_and_once() {
+        let sink = Sink::default();
+        let mut display = Display::new(vec![Box::new(Json::new(Full(sink.clone(), 0)))]);
+        (1..=3).for_each(|number| display.observe(&event(number, 1.5, step(number, 1.0, 0.5))));
+        while !display.catch_up() {}
+        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        let steps: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(steps.iter().map(|s| s["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3]);
     }
 
     #[test]

@@ -18,6 +18,11 @@ use unisono_proto::v1::Event;
 pub trait View: Send {
     /// Shows `event`, which `state` already contains.
     fn show(&mut self, event: &Event, state: &RunState) -> io::Result<()>;
+
+    /// Writes what could not be written before.
+    fn catch_up(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A run's state and the views of it.
@@ -39,6 +44,22 @@ impl Display {
             return;
         }
         let state = &self.state;
-        self.views.retain_mut(|view| view.show(event, state).is_ok());
+        self.views.retain_mut(|view| is_there(&view.show(event, state)));
     }
+
+    /// Whether all is shown, what could not be written before included.
+    pub fn catch_up(&mut self) -> bool {
+        let mut caught_up = true;
+        self.views.retain_mut(|view| {
+            let outcome = view.catch_up();
+            caught_up &= outcome.is_ok() || !is_there(&outcome);
+            is_there(&outcome)
+        });
+        caught_up
+    }
+}
+
+/// Whether somebody may still read: on a full disk there may be room again, in a pipe that was closed nobody looks.
+fn is_there(outcome: &io::Result<()>) -> bool {
+    !matches!(outcome, Err(error) if error.kind() == io::ErrorKind::BrokenPipe)
 }

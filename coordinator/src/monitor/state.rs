@@ -46,6 +46,11 @@ pub struct RunState {
 }
 
 impl RunState {
+    /// Of a run whose events up to `sequence` were told before.
+    pub fn after(sequence: u64) -> Self {
+        RunState { sequence, ..RunState::default() }
+    }
+
     /// Folds `event` in; false where it was seen before (a reconnect may repeat events).
     pub fn apply(&mut self, event: &Event) -> bool {
         if event.sequence <= self.sequence {

@@ -236,7 +236,7 @@ impl Item {
             Item::Step(step) => (wire::Phase::Forward, Some(step)),
             Item::Evaluate { step, .. } => (wire::Phase::Evaluate, Some(step).filter(|&s| s > 0)),
             Item::Checkpoint(step) => (wire::Phase::Checkpoint, Some(step)),
-            Item::Generate => (wire::Phase::Generate, None),
+            Item::Generate(_) => (wire::Phase::Generate, None),
             Item::Finish => (wire::Phase::Drain, None),
         }
     }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
-use unisono_proto::v1::{self as wire, Assign, CheckpointSource, Go, Join, Membership, Ready};
+use unisono_proto::v1::{self as wire, Assign, CheckpointSource, Fingerprint, Go, Join, Membership, Ready, Warning};
 
 /// A generation that is over, while the next one gathers.
 #[derive(Debug, Clone)]
@@ -23,6 +23,7 @@ pub(super) struct Regrouping {
 
 impl Machine {
     pub(super) fn joined(&mut self, now: f64, from: Connection, join: Join) -> Result<Vec<Effect>, Refusal> {
+        self.roster.may_join(&join, self.standard.as_ref(), self.settings.recorded.fingerprint())?;
         let mut effects = Vec::new();
         // A worker that comes again has given its old stream up, also where that has not been noticed yet.
         let same = |w: &Join| (&w.host, w.pid, &w.listen) == (&join.host, join.pid, &join.listen);
@@ -34,11 +35,11 @@ impl Machine {
             }
         }
         if self.phase == Phase::Gathering {
-            self.roster.admit(from, join, now, self.standard.as_ref())?;
+            self.roster.admit(from, join, now);
             effects.extend(self.fill_up(now));
             return Ok(effects);
         }
-        self.spares.admit(from, join, now, self.standard.as_ref())?;
+        self.spares.admit(from, join, now);
         effects.extend(self.make_room(now));
         Ok(effects)
     }
@@ -80,6 +81,7 @@ impl Machine {
             self.generation += 1;
         }
         let first = self.roster.workers().first().and_then(|w| w.join.fingerprint.clone());
+        let other_build = self.other_build(first.as_ref());
         self.standard = self.standard.take().or(first);
         self.roster.arrange(&self.ranks);
         self.ranks = self.roster.workers().iter().map(|w| w.join.listen.clone()).collect();
@@ -91,10 +93,12 @@ impl Machine {
             members: self.roster.members(),
             resume_step: self.committed,
             from_memory: held.is_some(),
+            fingerprint: self.standard.clone(),
             replayed: self.settings.recorded.newest() - self.committed.min(self.settings.recorded.newest()),
         };
         let generation = self.generation;
         let mut effects = vec![Effect::Append(Entry::Membership(membership))];
+        effects.extend(other_build);
         let mut key = blake3::Hasher::new_keyed(&self.settings.peer_secret);
         key.update(&generation.to_le_bytes());
         let peer_key = bytes::Bytes::copy_from_slice(key.finalize().as_bytes());
@@ -124,6 +128,16 @@ impl Machine {
             effects.push(Effect::Assign { to, epoch, assign: Box::new(assign), peers });
         }
         effects
+    }
+
+    /// Another build of the same arithmetic may give the same bits; if it does not, the first step that is computed again says so.
+    fn other_build(&self, first: Option<&Fingerprint>) -> Option<Effect> {
+        let (before, first) = self.settings.recorded.fingerprint().zip(first)?;
+        if self.standard.is_some() || before.binary == first.binary {
+            return None;
+        }
+        let message = "these workers are of another build of unisono-worker than those that began the run; steps that are computed again must come out the same".into();
+        Some(Effect::Append(Entry::Warning(Warning { kind: "build".into(), step: Some(self.committed), message })))
     }
 
     pub(super) fn ready(&mut self, now: f64, rank: usize, ready: Ready) -> Vec<Effect> {

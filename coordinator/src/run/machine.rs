@@ -366,9 +366,9 @@ impl Machine {
             }
             // All have copied; what they write is heard of later.
             Item::Checkpoint(_) => Ok(Vec::new()),
-            Item::Generate => {
+            Item::Generate(_) => {
                 let reports: Vec<_> = answers().filter_map(generate_of).collect();
-                self.outcome.continuations = settle::continuations(&settled.expected, &reports)?;
+                self.outcome.continuations.extend(settle::continuations(&settled.expected, &reports)?);
                 Ok(Vec::new())
             }
             Item::Finish => Ok((0..self.roster.len()).map(|rank| self.memory(rank)).collect()),

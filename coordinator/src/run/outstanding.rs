@@ -38,7 +38,7 @@ impl Outstanding {
             (Item::Step(step), Report::Step(report)) => report.step == step,
             (Item::Evaluate { .. }, Report::Evaluate(report)) => report.id == self.id,
             (Item::Checkpoint(step), Report::Copied(report)) => report.step == step,
-            (Item::Generate, Report::Generate(report)) => report.id == self.id,
+            (Item::Generate(_), Report::Generate(report)) => report.id == self.id,
             (Item::Finish, Report::Drained(_)) => true,
             _ => false,
         }

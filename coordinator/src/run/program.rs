@@ -3,7 +3,7 @@
 use super::assign::{assign, Shares};
 use super::plan::{Plan, StepPlan, Worst};
 use super::schedule::LearningRate;
-use super::units::Units;
+use super::units::{Unit, Units};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use unisono_configs::run::Assignment;
@@ -49,7 +49,8 @@ pub enum Item {
         step: u64,
     },
     Checkpoint(u64),
-    Generate,
+    /// One of the parts that the prompts are continued in, from 0: each worker's answer is one message.
+    Generate(u32),
     Finish,
 }
 
@@ -136,13 +137,18 @@ impl Program {
                 let body = Body::Evaluate(Evaluate { suite: suite.into(), ..Evaluate::default() });
                 Instruction { body, shares, expected }
             }
-            Item::Generate => {
+            Item::Generate(part) => {
                 let Program::Generate { units, max_new_tokens, end_tokens } = self else {
                     unreachable!("only a generating program has prompts")
                 };
-                let shares = assign(assignment, &units.costs(), speeds, 0, seed);
+                let range =
+                    units.parts(*max_new_tokens).nth(part as usize).expect("the agenda names parts of the program");
+                let mut shares = assign(assignment, &units.costs()[range.clone()], speeds, 0, seed);
+                shares.iter_mut().flatten().for_each(|unit| *unit += range.start as u32);
                 let mut expected = Expected::of_units(units, &shares);
-                expected.prompts = units.as_slice().iter().map(|u| u.work.rows.len()).collect();
+                let prompts =
+                    |(index, unit): (usize, &Unit)| if range.contains(&index) { unit.work.rows.len() } else { 0 };
+                expected.prompts = units.as_slice().iter().enumerate().map(prompts).collect();
                 let (max_new_tokens, end_tokens) = (*max_new_tokens, end_tokens.clone());
                 let body = Body::Generate(Generate { max_new_tokens, end_tokens, ..Generate::default() });
                 Instruction { body, shares, expected }
@@ -254,7 +260,10 @@ impl Agenda {
                 let items = suites.iter().filter(|(_, units)| !units.is_empty());
                 items.map(|&(suite, _)| Item::Evaluate { suite, step: 0 }).chain([Item::Finish]).collect()
             }
-            Program::Generate { .. } => VecDeque::from([Item::Generate, Item::Finish]),
+            Program::Generate { units, max_new_tokens, .. } => {
+                let parts = units.parts(*max_new_tokens).zip(0..).map(|(_, part)| Item::Generate(part));
+                parts.chain([Item::Finish]).collect()
+            }
         };
         Agenda { due, planned: program.start() }
     }

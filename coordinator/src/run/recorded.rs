@@ -4,12 +4,33 @@
 use super::program::Program;
 use std::collections::BTreeMap;
 use unisono_proto::v1::event::Body as Entry;
-use unisono_proto::v1::{Evaluated, StepCommitted};
+use unisono_proto::v1::{Evaluated, Fingerprint, StepCommitted};
+
+/// What counts of a committed step when it is computed again.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    loss: f64,
+    grad_norm: f64,
+    lr: f64,
+    tokens: u64,
+}
+
+impl Known {
+    fn of(step: &StepCommitted) -> Self {
+        Known { loss: step.loss, grad_norm: step.grad_norm, lr: step.lr, tokens: step.tokens }
+    }
+
+    fn bits(&self) -> (u64, u64) {
+        (self.loss.to_bits(), self.grad_norm.to_bits())
+    }
+}
 
 #[derive(Debug, Clone, Default)]
 pub struct Recorded {
     generation: u64,
-    steps: BTreeMap<u64, StepCommitted>,
+    /// The arithmetic of the newest generation that told it.
+    fingerprint: Option<Fingerprint>,
+    steps: BTreeMap<u64, Known>,
     /// By step, split and task.
     evaluations: BTreeMap<(u64, String, String), Evaluated>,
 }
@@ -22,15 +43,23 @@ impl Recorded {
                 // A step is recorded again only when it was another one: whatever followed the old one is history.
                 self.steps.split_off(&step.step);
                 self.evaluations.retain(|(at, ..), _| *at < step.step);
-                self.steps.insert(step.step, step.clone());
+                self.steps.insert(step.step, Known::of(step));
             }
             Entry::Eval(eval) => {
                 self.evaluations.insert(key(eval), eval.clone());
             }
-            Entry::Membership(membership) => self.generation = self.generation.max(membership.generation),
+            Entry::Membership(membership) => {
+                self.generation = self.generation.max(membership.generation);
+                self.fingerprint = membership.fingerprint.clone().or(self.fingerprint.take());
+            }
             Entry::Lost(lost) => self.generation = self.generation.max(lost.generation),
             _ => {}
         }
+    }
+
+    /// The arithmetic that the run was computed with so far.
+    pub fn fingerprint(&self) -> Option<&Fingerprint> {
+        self.fingerprint.as_ref()
     }
 
     /// The newest generation that there was.
@@ -42,7 +71,8 @@ impl Recorded {
     /// have, and from the first step with another one on, all is new.
     pub fn follow(&mut self, program: &Program) {
         let Program::Train(training) = program else {
-            return *self = Recorded { generation: self.generation, ..Recorded::default() };
+            let fingerprint = self.fingerprint.take();
+            return *self = Recorded { generation: self.generation, fingerprint, ..Recorded::default() };
         };
         let same = |step: &u64| {
             let recorded = self.steps.get(step).map(|s| s.lr.to_bits());
@@ -76,8 +106,7 @@ impl Recorded {
     /// Whether the step was recorded before; an error where it came out differently.
     pub fn knows_step(&self, entry: &StepCommitted) -> Result<bool, String> {
         let Some(before) = self.steps.get(&entry.step) else { return Ok(false) };
-        let bits = |s: &StepCommitted| (s.loss.to_bits(), s.grad_norm.to_bits());
-        if bits(before) == bits(entry) {
+        if before.bits() == Known::of(entry).bits() {
             return Ok(true);
         }
         Err(format!(

@@ -75,6 +75,7 @@ impl Machine {
         self.next_id = 1;
         self.committed = start;
         self.spikes = Spikes::new(self.settings.spike, self.settings.recorded.losses(start));
+        self.outcome.continuations.clear();
         self.outcome.tokens = self.settings.recorded.tokens(start);
         let trains = matches!(self.program, Program::Train(_));
         self.outcome.evaluations.retain(|e| trains && e.step <= start && e.split != "test");

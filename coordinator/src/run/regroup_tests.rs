@@ -271,6 +271,29 @@ fn a_silent_worker_is_lost_and_its_late_words_are_refused() {
     assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(9)));
 }
 
+/// A run goes on with the arithmetic that it began with, also under another coordinator; another build is told.
+#[test]
+fn the_arithmetic_outlives_the_coordinator() {
+    let mut world = running(1);
+    while world.steps().len() < 5 {
+        world.say(Connection(0));
+        world.commit();
+    }
+    let again = |change: fn(&mut unisono_proto::v1::Fingerprint)| {
+        let mut world = World::resumed(0, 9, 4, &world.ledger);
+        let mut join = join("bob:0");
+        change(join.fingerprint.as_mut().unwrap());
+        let told = world.machine.apply(200.0, Event::Joined { from: Connection(7), join });
+        told.map(|effects| {
+            effects.iter().any(|e| matches!(e, super::event::Effect::Append(Entry::Warning(w)) if w.kind == "build"))
+        })
+    };
+    assert_eq!(again(|_| {}), Ok(false));
+    assert_eq!(again(|f| f.binary = "another".into()), Ok(true));
+    let refused = again(|f| f.libtorch = "2.12.0".into()).unwrap_err().to_string();
+    assert!(refused.contains("2.12.0") && refused.contains("2.11.0"), "{refused}");
+}
+
 #[test]
 fn only_those_who_load_for_the_first_time_share_what_memory_is_left() {
     let mut machine = machine(2, 5, Assignment::Balanced);

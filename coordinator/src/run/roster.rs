@@ -42,24 +42,32 @@ pub struct Roster {
 }
 
 impl Roster {
-    /// Takes a worker in, unless its arithmetic may differ from `standard`, or else from that of those here already.
-    pub fn admit(
-        &mut self,
-        from: Connection,
-        join: Join,
-        now: f64,
+    /// Whether a worker may be taken in: not where its arithmetic may differ from `standard`, else from that of those here, else
+    /// from what was `recorded` by an earlier coordinator, whose workers may have been of another build.
+    pub fn may_join(
+        &self,
+        join: &Join,
         standard: Option<&Fingerprint>,
+        recorded: Option<&Fingerprint>,
     ) -> Result<(), Refusal> {
         if join.listen.is_empty() {
-            return Err(Refusal::Listen { host: join.host });
+            return Err(Refusal::Listen { host: join.host.clone() });
         }
+        let theirs = join.fingerprint.clone().unwrap_or_default();
         let first = self.workers.first().and_then(|w| w.join.fingerprint.as_ref());
-        if let Some(ours) = standard.or(first) {
-            let told = differences(&join.fingerprint.clone().unwrap_or_default(), ours);
-            if !told.is_empty() {
-                return Err(Refusal::Fingerprint { host: join.host, differences: told });
-            }
+        let ours = match (standard.or(first), recorded) {
+            (Some(ours), _) => ours.clone(),
+            (None, Some(before)) => Fingerprint { binary: theirs.binary.clone(), ..before.clone() },
+            (None, None) => return Ok(()),
+        };
+        match differences(&theirs, &ours) {
+            told if told.is_empty() => Ok(()),
+            differences => Err(Refusal::Fingerprint { host: join.host.clone(), differences }),
         }
+    }
+
+    /// Takes a worker in, which may join.
+    pub fn admit(&mut self, from: Connection, join: Join, now: f64) {
         self.push(Worker {
             connection: from,
             join,
@@ -73,7 +81,6 @@ impl Roster {
             answered: 0,
             memory: MemoryReport::default(),
         });
-        Ok(())
     }
 
     pub fn push(&mut self, worker: Worker) {

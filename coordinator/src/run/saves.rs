@@ -169,7 +169,7 @@ impl Machine {
     /// A rank has written its files, or could not.
     pub(super) fn written(&mut self, now: f64, rank: usize, report: CheckpointReport) -> Vec<Effect> {
         let CheckpointReport { step, attempt, files, problem } = report;
-        let slot = self.saves.find(attempt).filter(|s| s.step == step).map(|s| &mut s.written[rank]);
+        let slot = self.saves.find(attempt).filter(|s| s.step == step).and_then(|s| s.written.get_mut(rank));
         let Some(slot @ None) = slot else {
             return self.blame(now, rank, format!("it wrote a checkpoint after step {step} that nobody waits for"));
         };

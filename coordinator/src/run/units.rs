@@ -4,11 +4,14 @@
 use super::bounds::{fits, limits};
 use super::cost::CostModel;
 use super::plan::{Error, MicroBatch, Size, Worst};
+use std::ops::Range;
 use unisono_configs::run::Train;
 
 /// Prompts continued side by side in one unit: as many as a worker decodes at once, fewer where there are not many, so
 /// that every worker finds some.
 const PROMPTS_PER_UNIT: std::ops::RangeInclusive<usize> = 16..=64;
+/// Bytes of continuations in one message, which has room for twice as many.
+const ANSWER_BYTES: usize = 2 << 20;
 
 /// The units of one suite, in the order in which their results are summed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -74,6 +77,7 @@ impl Units {
         let mut units = Units::default();
         let rows: Vec<u32> = (0..lengths.len() as u32).collect();
         let together = lengths.len().div_ceil(8).clamp(*PROMPTS_PER_UNIT.start(), *PROMPTS_PER_UNIT.end());
+        let together = together.min(ANSWER_BYTES / bytes(max_new_tokens)).max(1);
         for rows in rows.chunks(together) {
             units.push(0, MicroBatch::new(rows.iter().map(|&row| (row, sizes[row as usize])), cost), &sizes);
         }
@@ -82,6 +86,25 @@ impl Units {
             |unit: &Unit| u64::from(unit.work.tokens) + unit.work.rows.len() as u64 * u64::from(max_new_tokens);
         units.worst.positions = units.units.iter().map(positions).max().unwrap_or(0);
         units
+    }
+
+    /// Prompts' units, as many together as have their continuations in one message, whoever computes how many of them.
+    pub fn parts(&self, max_new_tokens: u32) -> impl Iterator<Item = Range<usize>> + '_ {
+        let each = bytes(max_new_tokens);
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let (mut end, mut sum) = (start, 0);
+            while let Some(unit) = self.units.get(end) {
+                sum += unit.work.rows.len() * each;
+                if end > start && sum > ANSWER_BYTES {
+                    break;
+                }
+                end += 1;
+            }
+            let part = start..end;
+            start = end;
+            (!part.is_empty()).then_some(part)
+        })
     }
 
     fn push(&mut self, task: u32, work: MicroBatch, sizes: &[Size]) {
@@ -111,6 +134,11 @@ impl Units {
     }
 }
 
+/// The most that a continuation takes in a message.
+fn bytes(max_new_tokens: u32) -> usize {
+    4 * max_new_tokens as usize + 16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +161,24 @@ mod tests {
             let cap = total.div_ceil(bins as u64).max(97);
             prop_assert!(units.as_slice().iter().all(|u| u64::from(u.work.tokens) <= cap));
         }
+    }
+
+    #[test]
+    fn the_continuations_of_a_part_fit_into_a_message() {
+        for (prompts, most) in [(1, 8), (40, 128), (20_000, 128), (3000, 4096), (9, 1_000_000)] {
+            let units = Units::prompts(&vec![5; prompts], most, COST);
+            let parts: Vec<_> = units.parts(most).collect();
+            assert!(parts
+                .iter()
+                .map(|part| part.start)
+                .eq(std::iter::once(0).chain(parts.iter().map(|part| part.end)).take(parts.len())));
+            assert_eq!(parts.last().unwrap().end, units.as_slice().len());
+            for part in parts {
+                let rows: usize = units.as_slice()[part.clone()].iter().map(|unit| unit.work.rows.len()).sum();
+                assert!(rows * (4 * most as usize + 16) <= ANSWER_BYTES || rows == 1, "{prompts} {most}: {part:?}");
+            }
+        }
+        assert_eq!(Units::prompts(&[5; 40], 128, COST).parts(128).count(), 1);
     }
 
     #[test]

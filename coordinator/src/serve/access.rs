@@ -1,5 +1,6 @@
 //! Who may call what: every RPC carries a secret, and every service asks for a role.
 
+use super::accept::Gate;
 use std::sync::Arc;
 use tonic::service::Interceptor;
 use tonic::{Request, Status};
@@ -25,7 +26,10 @@ impl Interceptor for Access {
         let role =
             self.tokens.iter().fold(None, |found, token| if token.admits(sent) { Some(token.role()) } else { found });
         match role {
-            Some(role) if self.roles.contains(&role) => Ok(request),
+            Some(role) if self.roles.contains(&role) => {
+                request.extensions().get::<Gate>().inspect(|gate| gate.admit());
+                Ok(request)
+            }
             Some(role) => {
                 let needed: Vec<&str> = self.roles.iter().map(|r| r.name()).collect();
                 Err(Status::permission_denied(format!(

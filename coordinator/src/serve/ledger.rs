@@ -6,7 +6,7 @@
 
 use super::filesystem;
 use prost::Message;
-use rusqlite::{params, Connection, OpenFlags, OptionalExtension};
+use rusqlite::{params, Connection, ErrorCode, OpenFlags, OptionalExtension};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use unisono_proto::v1::{event::Body, Event};
@@ -60,6 +60,15 @@ pub enum Error {
     Damaged { path: PathBuf, sequence: u64 },
 }
 
+impl Error {
+    /// A full disk may have room again, and whoever holds the file will let it go.
+    pub fn may_pass(&self) -> bool {
+        let Error::Sqlite { source, .. } = self else { return false };
+        let code = source.sqlite_error_code();
+        matches!(code, Some(ErrorCode::DiskFull | ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked))
+    }
+}
+
 /// The one writer. Holds the run's lock as long as it lives.
 #[derive(Debug)]
 pub struct Ledger {
@@ -107,14 +116,30 @@ impl Ledger {
         self.term
     }
 
+    /// Number of the newest entry; 0: there is none.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
     /// Appends `bodies` in one transaction and returns them as entries. All are durable when this returns, or none is.
     pub fn append(&mut self, time: f64, bodies: Vec<Body>) -> Result<Vec<Event>, Error> {
+        let events = self.number(time, bodies);
+        self.write(&events)?;
+        Ok(events)
+    }
+
+    /// The next entries, which are not written yet.
+    pub fn number(&self, time: f64, bodies: Vec<Body>) -> Vec<Event> {
         let number = |(sequence, body)| Event { sequence, time, body: Some(body) };
-        let events: Vec<Event> = (self.sequence + 1..).zip(bodies).map(number).collect();
+        (self.sequence + 1..).zip(bodies).map(number).collect()
+    }
+
+    /// Writes the next entries in one transaction. All are durable when this returns, or none is, and it may be tried again.
+    pub fn write(&mut self, events: &[Event]) -> Result<(), Error> {
         let write = |connection: &mut Connection| {
             let transaction = connection.transaction()?;
             let mut insert = transaction.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3, ?4, ?5)")?;
-            for event in &events {
+            for event in events {
                 let body = event.body.as_ref().expect("set above");
                 let json = serde_json::Value::Object(body.to_json()).to_string();
                 insert.execute(params![event.sequence, event.time, body.kind(), json, event.encode_to_vec()])?;
@@ -124,7 +149,7 @@ impl Ledger {
         };
         write(&mut self.connection).map_err(|source| Error::Sqlite { path: self.path.clone(), source })?;
         self.sequence += events.len() as u64;
-        Ok(events)
+        Ok(())
     }
 
     /// A reader of the same ledger.

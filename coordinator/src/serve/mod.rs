@@ -29,9 +29,10 @@ use control::{Control, CONTROL};
 use ledger::Ledger;
 use rustls::crypto::ring;
 use std::future::Future;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use steering::{Alarm, Command, Handle, Steering};
+use steering::{Alarm, Command, Handle, News, Steering};
 use tokio::sync::{oneshot, watch};
 use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
@@ -42,7 +43,7 @@ use unisono_proto::v1::monitor_server::MonitorServer;
 use unisono_proto::v1::training_server::TrainingServer;
 use unisono_proto::v1::{self as wire, Assign, ModelSource, Optimizer, RunStarted};
 use unisono_proto::MAX_MESSAGE_BYTES;
-use viewing::{Progress, ViewingService};
+use viewing::{Progress, Recent, Shelf, ViewingService};
 
 /// After the run's end, streams that are still open get this long to close.
 const LINGER: Duration = Duration::from_secs(3);
@@ -104,6 +105,12 @@ pub async fn serve(
     let (commands, queue) = std::sync::mpsc::channel();
     let handle = Handle::new(commands);
     let courier = commit::courier(&setup.config.checkpoint, &run_dir, &handle)?;
+    if let (Some(courier), step @ 1..) = (&courier, program.start()) {
+        // The coordinator that saved it may have died before it was copied.
+        if let Err(error) = courier.take(step) {
+            handle.send(Command::Warn { kind: "copy", step, message: error.to_string() });
+        }
+    }
     let archive = Archive {
         run_dir: run_dir.clone(),
         config: fingerprint(&setup.config),
@@ -120,10 +127,19 @@ pub async fn serve(
     let committer = Committer::spawn(archive, handle.clone(), setup.conclude).map_err(Error::Socket)?;
     let machine = Machine::new(settings, program);
     let observer = setup.observer.clone();
-    let steering = Steering::new(machine, ledger, run_dir.clone(), setup.observer, progress, committer, handle.clone());
+    let recent = Arc::new(Recent::default());
+    let news = News { progress, recent: recent.clone() };
+    let steering = Steering::new(machine, ledger, run_dir.clone(), setup.observer, news, committer, handle.clone());
     // Goes down with the thread that tells.
     let preparing = Alarm { handle: handle.clone(), thread: "tokenizes rows" };
-    let tell = move |notice| preparing.handle.send(notice_command(notice));
+    let prepared = Arc::new(AtomicU64::new(setup.work.program().prepared()));
+    let newly = prepared.clone();
+    let tell = move |notice| {
+        if let Notice::Prepared { steps } = notice {
+            newly.fetch_max(steps, Ordering::Relaxed);
+        }
+        preparing.handle.send(notice_command(notice))
+    };
     // Held to the end of the run; dropping it ends its thread.
     let _ahead = setup.work.ahead(tell).map_err(Error::Socket)?;
     let (ended, mut end) = oneshot::channel();
@@ -133,10 +149,10 @@ pub async fn serve(
 
     let control = Control { address, pid: std::process::id(), term, ca: identity.authority, tokens: identity.tokens };
     let (incoming, accepting) = accept::accept(listener, identity.server);
-    let training = TrainingServer::new(TrainingService { handle: handle.clone(), work: setup.work })
+    let training = TrainingServer::new(TrainingService { handle: handle.clone(), work: setup.work, prepared })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let viewing = ViewingService { handle: handle.clone(), reader: Arc::new(Mutex::new(reader)), progress: seen };
+    let viewing = ViewingService::new(handle.clone(), Shelf::new(recent, reader), seen, setup.viewer_patience);
     let viewing = MonitorServer::new(viewing)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -182,15 +198,19 @@ pub async fn serve(
             );
         }
     }
-    // The address and the secrets in it lead nowhere any more.
-    std::fs::remove_file(run_dir.join(CONTROL)).ok();
-    identity::forget(&run_dir);
+    forget(&run_dir);
     accepting.abort();
     drop(close);
     if tokio::time::timeout(LINGER, &mut server).await.is_err() {
         server.abort();
     }
     outcome?
+}
+
+/// The run is over: the address and the secrets lead nowhere any more.
+pub fn forget(run_dir: &std::path::Path) {
+    std::fs::remove_file(run_dir.join(CONTROL)).ok();
+    identity::forget(run_dir);
 }
 
 /// The number of workers, if the configuration is one that can be served.

@@ -18,9 +18,13 @@ use crate::run::recorded::Recorded;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use unisono_configs::model::ModelSpec;
 use unisono_configs::run::RunConfig;
 use unisono_proto::v1::Event;
+
+/// What [`Setup::viewer_patience`] is as a rule.
+pub const VIEWER_PATIENCE: Duration = Duration::from_secs(30);
 
 pub struct Setup {
     /// Bound already, so that a supervisor can hold it over restarts.
@@ -34,6 +38,8 @@ pub struct Setup {
     pub work: Work,
     /// Is told everything, from the loop's own thread: it must return soon.
     pub observer: Arc<dyn Observer>,
+    /// How long a viewer may take nothing of what is there for it, before its connection is ended.
+    pub viewer_patience: Duration,
     /// The run's ledger, where it is open already, as for a run that is gone on with.
     pub resume: Option<Resumption>,
     /// What a finished training run leaves behind, besides its last checkpoint.

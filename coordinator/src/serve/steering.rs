@@ -2,14 +2,14 @@
 //! else holds a [`Handle`] and sends commands.
 
 use super::commit::{Committer, Job};
-use super::ledger::Ledger;
+use super::ledger::{self, Ledger};
 use super::setup::{Error, Observer};
-use super::viewing::Progress;
+use super::viewing::{Progress, Recent};
 use crate::checkpoint::commit::prepare;
 use crate::checkpoint::disk::Local;
 use crate::run::event::{Conclusion, Connection, Effect, Event, NotCommitted, Outcome};
 use crate::run::machine::Machine;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -19,10 +19,16 @@ use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
 use tonic::Status;
 use unisono_proto::fail_point;
 use unisono_proto::v1::coordinator_message::Body;
-use unisono_proto::v1::{Abort, CheckpointCommitted, CoordinatorMessage, Failure, Join, StatusReply, WorkerMessage};
+use unisono_proto::v1::{
+    self as wire, Abort, CheckpointCommitted, CoordinatorMessage, Failure, Join, StatusReply, WorkerMessage,
+};
 
 /// The machine hears at least this often that time passes.
 const TICK: Duration = Duration::from_millis(200);
+
+/// Before a ledger that cannot be written is tried again, and for how long.
+const RETRY: Duration = Duration::from_secs(1);
+const STANDSTILL: Duration = Duration::from_secs(600);
 
 /// Commands decided on together: one transaction for all of their entries.
 const BATCH: usize = 256;
@@ -135,16 +141,24 @@ impl Clock {
     }
 }
 
+/// What viewers hear of.
+pub struct News {
+    pub progress: watch::Sender<Progress>,
+    pub recent: Arc<Recent>,
+}
+
 pub struct Steering {
     pub machine: Machine,
     pub ledger: Ledger,
     pub run_dir: PathBuf,
     pub observer: Arc<dyn Observer>,
-    pub progress: watch::Sender<Progress>,
+    pub news: News,
     pub committer: Committer,
     pub handle: Handle,
     pub clock: Clock,
     streams: BTreeMap<Connection, Outbound>,
+    /// What was asked while nothing could be decided.
+    backlog: VecDeque<Command>,
 }
 
 impl Steering {
@@ -153,12 +167,12 @@ impl Steering {
         ledger: Ledger,
         run_dir: PathBuf,
         observer: Arc<dyn Observer>,
-        progress: watch::Sender<Progress>,
+        news: News,
         committer: Committer,
         handle: Handle,
     ) -> Self {
-        let (clock, streams) = (Clock::new(), BTreeMap::new());
-        Steering { machine, ledger, run_dir, observer, progress, committer, handle, clock, streams }
+        let (clock, streams, backlog) = (Clock::new(), BTreeMap::new(), VecDeque::new());
+        Steering { machine, ledger, run_dir, observer, news, committer, handle, clock, streams, backlog }
     }
 
     /// Steers until the run is over.
@@ -166,16 +180,20 @@ impl Steering {
         let mut effects = self.machine.start();
         let mut ticked = Instant::now();
         loop {
-            if let Some(outcome) = self.carry_out(effects)? {
+            if let Some(outcome) = self.carry_out(effects, &commands)? {
                 return Ok(outcome);
             }
             effects = Vec::new();
-            match commands.recv_timeout(TICK.saturating_sub(ticked.elapsed())) {
-                Ok(command) => effects.extend(self.decide(command)),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(Error::Loop("everyone left".into())),
+            match self.backlog.pop_front() {
+                Some(command) => effects.extend(self.decide(command)),
+                None => match commands.recv_timeout(TICK.saturating_sub(ticked.elapsed())) {
+                    Ok(command) => effects.extend(self.decide(command)),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return Err(Error::Loop("everyone left".into())),
+                },
             }
-            for command in commands.try_iter().take(BATCH) {
+            for _ in 0..BATCH {
+                let Some(command) = self.backlog.pop_front().or_else(|| commands.try_recv().ok()) else { break };
                 effects.extend(self.decide(command));
             }
             if ticked.elapsed() >= TICK {
@@ -234,7 +252,7 @@ impl Steering {
     }
 
     /// Writes every entry first; only then does anything leave.
-    fn carry_out(&mut self, effects: Vec<Effect>) -> Result<Option<Outcome>, Error> {
+    fn carry_out(&mut self, effects: Vec<Effect>, commands: &Receiver<Command>) -> Result<Option<Outcome>, Error> {
         let (mut entries, mut rest) = (Vec::new(), Vec::new());
         for effect in effects {
             match effect {
@@ -244,13 +262,15 @@ impl Steering {
         }
         if !entries.is_empty() {
             fail_point::reached("before-append");
-            match self.ledger.append(self.clock.now(), entries) {
-                Ok(events) => {
+            let events = self.ledger.number(self.clock.now(), entries);
+            match self.write(&events, commands) {
+                Ok(()) => {
                     fail_point::reached("after-append");
                     events.iter().for_each(|event| self.observer.event(event));
                     let sequence = events.last().map_or(0, |e| e.sequence);
                     let over = self.machine.phase().is_final();
-                    self.progress.send_replace(Progress { sequence, over });
+                    self.news.recent.extend(&events);
+                    self.news.progress.send_replace(Progress { sequence, over });
                 }
                 Err(error) => {
                     self.abort(error.to_string());
@@ -291,6 +311,30 @@ impl Steering {
             }
         }
         Ok(outcome)
+    }
+
+    /// Makes the entries durable. Where the disk is full, or somebody holds the ledger, nothing has left yet: the run stands
+    /// still until it can be written, at most for [`STANDSTILL`], and unless somebody wants it to end.
+    fn write(&mut self, events: &[wire::Event], commands: &Receiver<Command>) -> Result<(), ledger::Error> {
+        let begun = Instant::now();
+        let mut warned = false;
+        loop {
+            let error = match self.ledger.write(events) {
+                Err(error) if error.may_pass() && begun.elapsed() < STANDSTILL => error,
+                outcome => return outcome,
+            };
+            if !std::mem::replace(&mut warned, true) {
+                tracing::warn!("the run stands still until its ledger can be written: {error}");
+            }
+            let pause = Instant::now() + RETRY;
+            while let Ok(command) = commands.recv_timeout(pause.saturating_duration_since(Instant::now())) {
+                let ends = matches!(command, Command::Interrupt { .. } | Command::Stop { .. });
+                self.backlog.push_back(command);
+                if ends {
+                    return self.ledger.write(events);
+                }
+            }
+        }
     }
 
     /// The ledger cannot be written, so nothing may be decided any more: everyone stops.

@@ -3,6 +3,8 @@
 use super::steering::{Command, Handle};
 use super::work::Work;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
@@ -10,7 +12,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 use unisono_proto::v1::training_server::Training;
 use unisono_proto::v1::worker_message::Body;
-use unisono_proto::v1::{BatchRequest, CoordinatorMessage, MicroBatch, WorkerMessage};
+use unisono_proto::v1::{BatchRequest, CoordinatorMessage, MicroBatch, Suite, WorkerMessage};
 
 /// A stream that does not begin with Join by then is closed.
 const JOIN_WITHIN: Duration = Duration::from_secs(10);
@@ -21,6 +23,8 @@ const PACKED_AHEAD: usize = 4;
 pub struct TrainingService {
     pub handle: Handle,
     pub work: Work,
+    /// Steps up to this one can be dealt: their rows are known.
+    pub prepared: Arc<AtomicU64>,
 }
 
 type Outgoing<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -71,7 +75,7 @@ impl Training for TrainingService {
     ) -> Result<Response<Self::BatchesStream>, Status> {
         let mut inbound = request.into_inner();
         let (packed, batches) = mpsc::channel(PACKED_AHEAD);
-        let work = self.work.clone();
+        let (work, handle, prepared) = (self.work.clone(), self.handle.clone(), self.prepared.clone());
         tokio::spawn(async move {
             while let Ok(Some(BatchRequest { key })) = inbound.message().await {
                 let key = key.unwrap_or_default();
@@ -79,7 +83,23 @@ impl Training for TrainingService {
                     let (suite, step, index) = (key.suite().as_str_name(), key.step, key.micro_batch);
                     Status::not_found(format!("the plan has no micro-batch {index} in step {step} of {suite}"))
                 };
-                let found = work.micro_batch(key).ok_or_else(none);
+                let known = key.suite() != Suite::Train || key.step <= prepared.load(Ordering::Relaxed);
+                let making = work.clone();
+                // Rows may have to be read, and packing takes a while: not on a thread that others wait for.
+                let made = tokio::task::spawn_blocking(move || match known {
+                    true => making.micro_batch(key),
+                    false => Ok(None),
+                });
+                let found = match made.await {
+                    Ok(Ok(found)) => found.ok_or_else(none),
+                    Ok(Err(error)) => {
+                        // The data is at fault, and no worker.
+                        let (step, message) = (key.step, error.to_string());
+                        handle.send(Command::Unprepared { step, message: message.clone() });
+                        Err(Status::aborted(message))
+                    }
+                    Err(_) => Err(none()),
+                };
                 if packed.send(found).await.is_err() {
                     break;
                 }

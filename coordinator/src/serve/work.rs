@@ -145,29 +145,25 @@ impl Work {
         left_out.as_deref().inspect(|rows| dataset.leave_out(rows)).is_some()
     }
 
-    /// The micro-batch of `key`, always the same; `None` where the program has no such.
-    pub fn micro_batch(&self, key: BatchKey) -> Option<MicroBatch> {
-        let rows = self.rows_of(key)?;
-        match &self.content {
+    /// The micro-batch of `key`, always the same; `None` where the program has no such. An error names the row that its file no
+    /// longer has as it was.
+    pub fn micro_batch(&self, key: BatchKey) -> Result<Option<MicroBatch>, crate::data::Error> {
+        let Some(rows) = self.rows_of(key) else { return Ok(None) };
+        Ok(match &self.content {
             Content::Rows(dataset) => {
                 let held_out = match key.suite() {
                     Suite::Train => None,
                     Suite::Validation => Some(&dataset.validation),
                     Suite::Test => Some(&dataset.test),
-                    _ => return None,
+                    _ => return Ok(None),
                 };
                 if let Some(from) = held_out {
                     let examples: Vec<&Example> = rows.iter().map(|&row| &from[row as usize]).collect();
-                    return Some(pack(&examples).into_micro_batch(key));
+                    return Ok(Some(pack(&examples).into_micro_batch(key)));
                 }
                 let read = |&row: &u32| dataset.example(row).map(|found| found.expect("a dealt row is not left out"));
-                match rows.iter().map(read).collect::<Result<Vec<Example>, _>>() {
-                    Ok(examples) => Some(pack(&examples.iter().collect::<Vec<_>>()).into_micro_batch(key)),
-                    Err(error) => {
-                        tracing::error!(%error, "a row cannot be read again");
-                        None
-                    }
-                }
+                let examples = rows.iter().map(read).collect::<Result<Vec<Example>, _>>()?;
+                Some(pack(&examples.iter().collect::<Vec<_>>()).into_micro_batch(key))
             }
             Content::Prompts(prompts) => {
                 let (mut tokens, mut starts, mut start) = (Vec::new(), Vec::new(), 0);
@@ -179,7 +175,7 @@ impl Work {
                 let (tokens, starts) = (tokens.into(), starts.into());
                 Some(MicroBatch { key: Some(key), tokens, targets: Default::default(), starts })
             }
-        }
+        })
     }
 
     /// The rows of the micro-batch of `key` as people find them: file and line, and the task; held-out rows by their place
