@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::Duration;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 use unisono_tests::processes::{kill, wait_until_gone};
 use unisono_tests::train::Live;
 use unisono_tests::{fixture, train::Train};
@@ -107,7 +108,7 @@ fn a_coordinator_that_dies_while_it_reads_is_replaced_where_the_run_has_a_config
 fn workers_wait_for_a_coordinator_that_takes_its_time() {
     let (dir, tiny) = (tempfile::tempdir().unwrap(), fixture::tiny());
     let armed = tempfile::tempdir().unwrap();
-    let train = Train::new(&tiny.model, &tiny.data, dir.path()).workers(2).set("train.steps", 400);
+    let train = Train::new(&tiny.model, &tiny.data, dir.path()).workers(2).set("train.steps", 120);
     let train = train.set("cluster.rejoin_timeout", 1).env("UNISONO_FAIL_POINTS", armed.path());
     let mut live = train.start();
     live.wait_for("step");
@@ -125,6 +126,35 @@ fn workers_wait_for_a_coordinator_that_takes_its_time() {
     kill(slow);
     let ended = live.finish();
     assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+}
+
+/// Nobody reads what the run tells, far beyond what a pipe holds: it trains to its end, and all is there for whoever reads then.
+#[test]
+fn an_output_that_nobody_reads_holds_no_step_up() {
+    const STEPS: u64 = 900;
+    let dir = tempfile::tempdir().unwrap();
+    let micro = fixture::of(fixture::MICRO);
+    let run_dir = dir.path().join("run");
+    let mut command = unisono_tests::binaries::command(&["train", "--json", "--workers", "1", "--set", "eval.every=0"]);
+    command.arg("--model").arg(&micro.model).arg("--data").arg(&micro.data).arg("--run-dir").arg(&run_dir);
+    command.args(["--set", "model.compute=fp32", "--set", "train.global_batch_size=8"]);
+    command.args(["--set", &format!("train.steps={STEPS}")]).env("XDG_CACHE_HOME", dir.path().join("cache"));
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let begun = Instant::now();
+    let done = || {
+        let ledger = rusqlite::Connection::open(run_dir.join("ledger.sqlite")).ok()?;
+        ledger.query_row("SELECT count(*) FROM events WHERE kind = 'done'", [], |row| row.get(0)).ok()
+    };
+    while !run_dir.exists() || done() != Some(1) {
+        assert!(begun.elapsed() < Duration::from_secs(100), "the run stands still");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let events = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let events: Vec<serde_json::Value> = events.map(|line| serde_json::from_slice(line).unwrap()).collect();
+    let steps = events.iter().filter(|event| event["event"] == "step").map(|event| event["step"].as_u64().unwrap());
+    assert!(steps.eq(1..=STEPS));
 }
 
 #[test]
