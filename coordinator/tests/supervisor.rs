@@ -209,6 +209,37 @@ fn a_killed_worker_is_started_again_and_a_lost_one_is_killed() {
     all_gone(&[second, third]);
 }
 
+/// Workers that go while the run is stopping, or when it is over, are not missed, however they go.
+#[test]
+fn nobody_is_suspected_while_the_run_stops_or_when_it_is_over() {
+    let over = r#"echo '{"report":"over"}' > /proc/self/fd/$UNISONO_REPORT_FD;"#;
+    let stage = Stage::new(&format!("{READY} {over} sleep 7; exit 0"), "sleep 0.5; exit 2");
+    assert_eq!(end(stage.start()).0.code(), Some(0));
+
+    let stops = format!(r#"trap 'sleep 7; exit 75' TERM; {READY} while :; do sleep 0.05; done"#);
+    let stage = Stage::new(&stops, r#"echo $$ >> "$0.pids"; sleep 1; exit 3"#);
+    let supervisor = stage.start();
+    stage.pids("worker", 2);
+    signal(supervisor.id() as i32, "TERM");
+    assert_eq!(end(supervisor).0.code(), Some(75));
+}
+
+/// One that was started again reads its data, and has nothing that it could save yet.
+#[test]
+fn a_coordinator_that_is_not_up_again_ends_by_the_signal() {
+    let coordinator = format!(
+        r#"if test -e "$0.second"; then echo $$ >> "$0.pids"; exec sleep 1000; fi
+        touch "$0.second"; echo $$ >> "$0.pids"; {READY} sleep 0.5; kill -9 $$"#
+    );
+    let stage = Stage::new(&coordinator, JOIN);
+    let supervisor = stage.start();
+    let mut pids = stage.pids("coordinator", 2);
+    pids.extend(stage.pids("worker", 2));
+    signal(supervisor.id() as i32, "TERM");
+    assert_eq!(end(supervisor).0.code(), Some(143));
+    all_gone(&pids);
+}
+
 #[test]
 fn events_are_passed_on_whole_and_the_next_coordinator_goes_on_after_the_last() {
     let stage = Stage::new(
