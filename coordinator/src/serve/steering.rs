@@ -347,3 +347,24 @@ impl Steering {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_panics_ends_the_run_and_one_that_ends_does_not() {
+        let (commands, queue) = std::sync::mpsc::channel();
+        let handle = Handle::new(commands);
+        for panics in [false, true] {
+            let alarm = Alarm { handle: handle.clone(), thread: "commits checkpoints" };
+            let work = move || {
+                let _alarm = alarm;
+                assert!(!panics, "a defect");
+            };
+            assert_eq!(std::thread::spawn(work).join().is_err(), panics);
+        }
+        let told: Vec<Command> = queue.try_iter().collect();
+        assert!(matches!(&told[..], [Command::Stop { reason }] if reason.contains("commits checkpoints has panicked")));
+    }
+}
