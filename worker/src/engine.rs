@@ -97,14 +97,20 @@ impl Engine {
             courier.check()?;
             let begun = Instant::now();
             let waiting = trace::span(Track::Compute, || format!("wait for {}", named()));
-            progress.waiting(|| {
+            let alone = courier.world() == 1;
+            let reach = || {
                 supply.reach(&needs[i], next, model, courier)?;
                 if let (Station::Backward(bucket), Some(optimizer)) = (station, optimizer.as_mut()) {
                     optimizer.reduction.open(bucket)?;
                     needs[i].iter().try_for_each(|&bucket| optimizer.reduction.open(bucket))?;
                 }
                 Ok::<_, Error>(())
-            })?;
+            };
+            // A world of one waits for nobody but its own device.
+            match alone {
+                true => reach()?,
+                false => progress.waiting(reach)?,
+            }
             drop(waiting);
             *waited += begun.elapsed().as_secs_f64();
             let _computing = trace::span(Track::Compute, named);

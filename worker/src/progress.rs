@@ -34,23 +34,24 @@ impl Progress {
 
     /// The compute thread gets on.
     pub fn mark(&self) {
-        self.marked.store(self.began.elapsed().as_micros() as u64, Ordering::Relaxed);
+        self.marked.store(self.began.elapsed().as_micros() as u64, Ordering::Release);
     }
 
     /// What `wait` waits for comes from the coordinator or from peers: as long as it does not come, nobody here hangs.
     pub fn waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
-        self.waits.store(true, Ordering::Relaxed);
+        self.waits.store(true, Ordering::Release);
         let outcome = wait();
         self.mark();
-        self.waits.store(false, Ordering::Relaxed);
+        self.waits.store(false, Ordering::Release);
         outcome
     }
 
     /// What a heartbeat tells.
     pub fn heartbeat(&self) -> Heartbeat {
-        let marked = Duration::from_micros(self.marked.load(Ordering::Relaxed));
+        // Before the mark, which is set before the waiting is over.
+        let waits = self.waits.load(Ordering::Acquire);
+        let marked = Duration::from_micros(self.marked.load(Ordering::Acquire));
         let seconds = self.began.elapsed().saturating_sub(marked).as_secs_f64();
-        let waits = self.waits.load(Ordering::Relaxed);
         Heartbeat { phase: self.phase() as i32, step: self.step(), seconds, waits }
     }
 

@@ -38,8 +38,16 @@ impl Machine {
         let (phase, step) = self.place_of(rank);
         let named = wire::Phase::try_from(told.phase).unwrap_or_default();
         let phase = if named == wire::Phase::Unspecified { phase } else { named };
-        let culprit = told.rank.filter(|&r| (r as usize) < self.roster.len()).unwrap_or(rank as u32);
-        let mut failure = self.failure(Some(culprit), phase, told.step.or(step), told.message);
+        let culprit = told.rank.map(|r| r as usize).filter(|&r| r < self.roster.len()).unwrap_or(rank);
+        let (phase, step, message) = match culprit == rank {
+            true => (phase, told.step.or(step), told.message),
+            false => {
+                let (theirs, step) = self.place_of(culprit);
+                let host = &self.roster.workers()[rank].join.host;
+                (theirs, step, format!("{} (rank {rank} on {host} says so, in {})", told.message, phase.word()))
+            }
+        };
+        let mut failure = self.failure(Some(culprit as u32), phase, step, message);
         (failure.bad_input, failure.recoverable, failure.snapshot) = (told.bad_input, told.recoverable, told.snapshot);
         if let Some(micro_batch) = told.micro_batch {
             failure.message += &self.rows_at_fault(rank, micro_batch);
@@ -50,10 +58,7 @@ impl Machine {
         }
         self.roster.get_mut(rank).complained = true;
         if failure.recoverable && self.phase != Phase::Gathering {
-            // Who could not load the state leaves the others alone, who may say so first.
-            let before = self.complaint.take_if(|_| failure.snapshot);
-            let since = before.map_or(now, |(since, ..)| since);
-            self.complaint.get_or_insert((since, culprit as usize, failure));
+            self.complaints.hear(now, rank, culprit, failure);
             return Vec::new();
         }
         self.fail(now, failure)
@@ -87,14 +92,12 @@ impl Machine {
             effects.extend(self.lost(now, rank, &how));
             return effects;
         }
-        match self.complaint.clone() {
-            Some((since, rank, failure)) if now - since > COMPLAINT_WAITS => {
-                if failure.snapshot {
-                    self.pass_over();
-                }
-                effects.extend(self.regroup(now, rank, failure));
+        let ripe = self.complaints.are_ripe(now, COMPLAINT_WAITS);
+        if let Some((rank, failure)) = self.blamed().filter(|_| ripe) {
+            if failure.snapshot {
+                self.pass_over();
             }
-            _ => {}
+            effects.extend(self.regroup(now, rank, failure));
         }
         // A save that failed may be due again.
         effects.extend(self.queue_ahead(now));

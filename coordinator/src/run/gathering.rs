@@ -76,7 +76,7 @@ impl Machine {
     pub(super) fn assign(&mut self) -> Vec<Effect> {
         self.phase = Phase::Loading;
         // What somebody complained of was a peer of the generation before.
-        self.complaint = None;
+        self.complaints.clear();
         if self.regrouping.take().is_none() {
             self.generation += 1;
         }
@@ -148,7 +148,7 @@ impl Machine {
         worker.ready = true;
         worker.memory = ready.memory.unwrap_or_default();
         worker.snapshots = ready.snapshots;
-        self.durations.note(&Report::Ready(ready), &self.roster.workers()[rank].heartbeat);
+        self.durations.note(&Report::Ready(ready), &self.roster.workers()[rank].told());
         let mut effects = vec![self.memory(rank)];
         if self.roster.workers().iter().all(|w| w.ready) {
             self.phase = Phase::Running;

@@ -5,6 +5,7 @@
 //! when all ranks have answered it, and directives are settled in order. Only settling writes results into the ledger,
 //! so nothing depends on who answered first.
 
+use super::complaints::Complaints;
 use super::event::{Connection, Effect, Event, Outcome, Refusal};
 use super::gathering::Regrouping;
 use super::hang::Durations;
@@ -113,8 +114,7 @@ pub struct Machine {
     pub(super) pace: Pace,
     pub(super) stopping: Option<Stopping>,
     pub(super) spikes: Spikes,
-    /// Since when, which rank, and what it said.
-    pub(super) complaint: Option<(f64, usize, Failure)>,
+    pub(super) complaints: Complaints,
     /// Time of the last tick.
     pub(super) ticked: f64,
     pub(super) outcome: Outcome,
@@ -149,7 +149,7 @@ impl Machine {
             pace: Pace::default(),
             stopping: None,
             spikes,
-            complaint: None,
+            complaints: Complaints::default(),
             ticked: 0.0,
             outcome,
         }
@@ -230,7 +230,7 @@ impl Machine {
         self.roster.get_mut(rank).heard = now;
         match body {
             Report::Heartbeat(heartbeat) => {
-                self.roster.get_mut(rank).heartbeat = heartbeat;
+                self.roster.get_mut(rank).beats(heartbeat);
                 Ok(Vec::new())
             }
             Report::Failure(failure) => Ok(self.complained(now, rank, failure)),
@@ -287,7 +287,8 @@ impl Machine {
             let memory = step.memory;
             self.roster.get_mut(rank).memory = memory.unwrap_or(self.roster.workers()[rank].memory);
         }
-        self.durations.note(&report, &self.roster.workers()[rank].heartbeat);
+        self.durations.note(&report, &self.roster.workers()[rank].told());
+        self.roster.get_mut(rank).longest = 0.0;
         let drained = matches!(report, Report::Drained(_));
         due.answer(rank, report);
         let worker = self.roster.get_mut(rank);

@@ -2,6 +2,7 @@
 
 pub mod assign;
 mod bounds;
+mod complaints;
 pub mod composition;
 pub mod cost;
 #[cfg(test)]

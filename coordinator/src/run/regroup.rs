@@ -28,7 +28,7 @@ impl Machine {
         self.generation += 1;
         self.phase = Phase::Gathering;
         self.queue.clear();
-        self.complaint = None;
+        self.complaints.clear();
         self.saves.void();
         let workers = std::mem::take(&mut self.roster).into_workers();
         let left = |(other, w): &(usize, super::roster::Worker)| *other != rank && !w.gone;
@@ -106,7 +106,7 @@ impl Machine {
         self.generation += 1;
         self.saves.void();
         self.queue.clear();
-        self.complaint = None;
+        self.complaints.clear();
         self.phase = Phase::Gathering;
         let workers = std::mem::take(&mut self.roster).into_workers();
         let expected = workers.iter().map(|w| w.join.listen.clone()).collect();

@@ -37,7 +37,12 @@ fn running(workers: u32) -> World {
 }
 
 fn complain(world: &mut World, from: Connection, message: &str) {
+    accuse(world, from, None, message);
+}
+
+fn accuse(world: &mut World, from: Connection, rank: Option<u32>, message: &str) {
     let complaint = Failure {
+        rank,
         phase: Place::Reduce.into(),
         step: Some(1),
         message: message.into(),
@@ -247,6 +252,20 @@ fn a_complaint_that_nothing_explains_is_a_loss_by_itself() {
     world.apply(Event::Tick).unwrap();
     let failure = losses(&world)[0].failure.clone().unwrap();
     assert_eq!((failure.rank, failure.message.as_str()), (Some(1), "bad frame"));
+}
+
+/// Ranks that wait for each other: the one that nobody hears, and that says nothing itself, is to blame.
+#[test]
+fn of_crossed_complaints_the_end_of_the_chain_is_blamed() {
+    let mut world = running(3);
+    for (by, of) in [(0, 1), (1, 2)] {
+        accuse(&mut world, Connection(by), Some(of), "silent");
+    }
+    world.now += 2.5;
+    world.apply(Event::Tick).unwrap();
+    let failure = losses(&world)[0].failure.clone().unwrap();
+    assert_eq!(failure.rank, Some(2));
+    assert!(failure.message.contains("rank 1 on ada says so, in reduce"), "{}", failure.message);
 }
 
 #[test]

@@ -13,6 +13,8 @@ pub struct Worker {
     pub heard: f64,
     /// What it said last that it was doing.
     pub heartbeat: Heartbeat,
+    /// Seconds that it computed at one time at most, since it answered last.
+    pub longest: f64,
     pub ready: bool,
     /// It has memory for snapshots.
     pub snapshots: bool,
@@ -27,6 +29,22 @@ pub struct Worker {
 }
 
 impl Worker {
+    /// A heartbeat came.
+    pub fn beats(&mut self, heartbeat: Heartbeat) {
+        if heartbeat.phase() != self.heartbeat.phase() {
+            self.longest = 0.0;
+        }
+        if !heartbeat.waits {
+            self.longest = self.longest.max(heartbeat.seconds);
+        }
+        self.heartbeat = heartbeat;
+    }
+
+    /// What it told last, with the longest time that it computed in that phase without a pause.
+    pub fn told(&self) -> Heartbeat {
+        Heartbeat { seconds: self.longest, ..self.heartbeat }
+    }
+
     /// Phase and step as the worker told them last.
     pub fn phase(&self) -> Phase {
         self.heartbeat.phase()
@@ -73,6 +91,7 @@ impl Roster {
             join,
             heard: now,
             heartbeat: Heartbeat { phase: Phase::Join.into(), ..Heartbeat::default() },
+            longest: 0.0,
             ready: false,
             snapshots: false,
             drained: false,

@@ -107,7 +107,7 @@ impl Machine {
         }
         let worker = self.roster.get_mut(rank);
         (worker.gone, worker.drained) = (true, true);
-        self.complaint = None;
+        self.complaints.clear();
         self.stop_bereft(now)
     }
 

@@ -37,6 +37,8 @@ pub enum Error {
     Lost { peer: usize, operation: &'static str, bytes: usize, source: std::io::Error },
     #[error("rank {peer} sent {found} in {operation} where {expected} was due: the workers are out of step")]
     Protocol { peer: usize, operation: &'static str, expected: String, found: String },
+    #[error("the memory of rank {peer} cannot be read any more in {operation} ({bytes} bytes): {source}; set cluster.transport = \"tcp\"")]
+    Unreadable { peer: usize, operation: &'static str, bytes: usize, source: std::io::Error },
     #[error("rank {peer} at {address} cannot be reached: {source}; peers must reach each other's --listen address")]
     Unreachable { peer: usize, address: String, source: std::io::Error },
     #[error("rank {peer} at {address} did not prove that it belongs to this run and generation: {reason}")]
@@ -62,7 +64,11 @@ impl Error {
             | Error::Unreachable { peer, .. }
             | Error::Refused { peer, .. }
             | Error::Missing { peer, .. } => Some(*peer as u32),
-            Error::Protocol { .. } | Error::Listen { .. } | Error::Stopped | Error::Panicked(_) => None,
+            Error::Protocol { .. }
+            | Error::Unreadable { .. }
+            | Error::Listen { .. }
+            | Error::Stopped
+            | Error::Panicked(_) => None,
         }
     }
 }

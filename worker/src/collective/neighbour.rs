@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{fence, AtomicU64, Ordering};
 
 /// The word that names the loan of this process, 0 where there is none.
 #[derive(Debug)]
@@ -43,6 +43,8 @@ impl Lease {
 impl Drop for Loan<'_> {
     fn drop(&mut self) {
         self.0.word.store(0, Ordering::SeqCst);
+        // Nothing that is written afterwards is seen before it.
+        fence(Ordering::SeqCst);
     }
 }
 
@@ -90,12 +92,14 @@ impl Neighbour {
 }
 
 /// Lets the processes that were started with this one read its memory where only parents may by default (the Yama security
-/// module). Elsewhere it does nothing.
+/// module). Elsewhere it does nothing, nor
+/// where the parent is gone: everybody's parent is the first process then.
 pub fn admit_siblings() {
-    #[cfg(target_os = "linux")]
+    let parent = rustix::process::getppid().filter(|parent| !parent.is_init());
+    let Some(parent) = parent else { return };
     // SAFETY: `prctl` with this option only notes a number; on kernels that do not know it, it fails and changes nothing.
     unsafe {
-        libc::prctl(libc::PR_SET_PTRACER, libc::getppid());
+        libc::prctl(libc::PR_SET_PTRACER, parent.as_raw_nonzero().get());
     }
 }
 

@@ -153,7 +153,11 @@ impl Mesh {
             borrower.write_all(&offer.header(loan.1)).map_err(failed)?;
             receive(from, stream(from)).map_err(|fault| self.error(from, what, fault))?;
             // What is lent must not change before it was read.
-            return borrower.read_exact(&mut [0]).map_err(failed);
+            let mut receipt = [0];
+            borrower.read_exact(&mut receipt).map_err(failed)?;
+            let out_of_step =
+                |[found]: [u8; 1]| Fault::Protocol { expected: "a receipt".into(), found: found.to_string() };
+            return if receipt == [1] { Ok(()) } else { Err(self.error(to, what, out_of_step(receipt))) };
         }
         std::thread::scope(|scope| {
             let sender = scope.spawn(|| send(to, stream(to)).map_err(|e| self.error(to, what, Fault::Io(e))));
@@ -178,6 +182,7 @@ impl Mesh {
         match fault {
             _ if self.stopper.stopped() => Error::Stopped,
             Fault::Protocol { expected, found } => Error::Protocol { peer, operation, expected, found },
+            Fault::Unreadable(source) => Error::Unreadable { peer, operation, bytes, source },
             Fault::Io(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                 Error::Silent { peer, operation, bytes, seconds: self.timeout.as_secs_f64() }
             }
@@ -195,7 +200,12 @@ struct Transfer {
 
 enum Fault {
     Io(io::Error),
-    Protocol { expected: String, found: String },
+    Protocol {
+        expected: String,
+        found: String,
+    },
+    /// Memory that could be read before.
+    Unreadable(io::Error),
 }
 
 impl Fault {
@@ -249,8 +259,13 @@ fn borrow(
         let (expected, found) = (format!("{length} of {tag:?}"), format!("{found} of message type {}", offer[0]));
         return Err(Fault::Protocol { expected, found });
     }
-    read(address)?;
-    if !neighbour.vouches_for(loan)? {
+    // Who is gone is lost; whose memory may not be read any more is not.
+    let refused = |e: io::Error| match e.raw_os_error() {
+        Some(libc::EPERM) => Fault::Unreadable(e),
+        _ => Fault::Io(e),
+    };
+    read(address).map_err(refused)?;
+    if !neighbour.vouches_for(loan).map_err(refused)? {
         return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it took back what it had lent").into());
     }
     Ok(stream.write_all(&[1])?)
