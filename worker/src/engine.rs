@@ -98,7 +98,7 @@ impl Engine {
             let begun = Instant::now();
             let waiting = trace::span(Track::Compute, || format!("wait for {}", named()));
             let alone = courier.world() == 1;
-            let reach = || {
+            let mut reach = || {
                 supply.reach(&needs[i], next, model, courier)?;
                 if let (Station::Backward(bucket), Some(optimizer)) = (station, optimizer.as_mut()) {
                     optimizer.reduction.open(bucket)?;
