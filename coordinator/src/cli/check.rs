@@ -50,7 +50,10 @@ pub fn check(args: Args) -> Result<()> {
         for finding in &findings {
             print(&line("finding", finding)?);
         }
-        print(&line("memory", &memory)?);
+        match &memory {
+            Ok(memory) => print(&line("memory", memory)?),
+            Err(unplanned) => print(&line("memory", unplanned)?),
+        }
         print(&line("verdict", &verdict(&findings))?);
     } else {
         print(&view::table(&reports));
@@ -66,13 +69,13 @@ pub fn check(args: Args) -> Result<()> {
                 grouped(u64::from(worst.tokens))
             ));
         }
-        print(&memory.show());
+        print(&memory.as_ref().map_or_else(memory::Unplanned::show, memory::Memory::show));
         if findings.is_empty() {
             print("the gate has nothing to say against this data\n");
         }
     }
     refuse(&findings)?;
-    match memory.refusal() {
+    match memory.ok().and_then(|memory| memory.refusal()) {
         Some(sentence) => Err(Error::BadInput(sentence)),
         None => Ok(()),
     }

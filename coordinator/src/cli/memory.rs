@@ -3,7 +3,7 @@
 
 use super::config::workers;
 use super::{Error, Result};
-use crate::launch::local::worker_binary;
+use crate::launch::local::{self, worker_binary};
 use crate::monitor::plain::grouped;
 use crate::serve::assignment;
 use crate::serve::work::Work;
@@ -37,6 +37,20 @@ pub struct Memory {
     remedy: Option<String>,
 }
 
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Unplanned {
+    parameters: usize,
+    unplanned: String,
+}
+
+impl Unplanned {
+    pub fn show(&self) -> String {
+        let parameters = grouped(self.parameters as u64);
+        format!("memory: {parameters} parameters; what a worker needs is not known here: {}\n", self.unplanned)
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Item {
     name: String,
@@ -44,8 +58,9 @@ struct Item {
     what: String,
 }
 
-/// Asks the worker's program what each of the workers would need if all of them ran here.
-pub fn foresee(config: &RunConfig, spec: &ModelSpec, work: &Work) -> Result<Memory> {
+/// Asks the worker's program what each of the workers would need if all of them ran here; where it is not installed, the
+/// answer is why there is none: data can be checked without it.
+pub fn foresee(config: &RunConfig, spec: &ModelSpec, work: &Work) -> Result<std::result::Result<Memory, Unplanned>> {
     let workers = workers(config);
     let layout = Layout::new(spec);
     let owned = |rank: &usize| layout.shard_elements(*rank, workers).iter().map(|range| range.len()).sum::<usize>();
@@ -55,9 +70,16 @@ pub fn foresee(config: &RunConfig, spec: &ModelSpec, work: &Work) -> Result<Memo
     let neighbour = kept.then(Neighbour::default);
     let assign = Assign { rank: rank as u32, world: workers as u32, neighbour, ..assign };
     let program = std::env::current_exe().map_err(Error::failed)?;
-    let worker = worker_binary(&program).map_err(Error::bad_input)?;
+    let parameters = layout.parameters();
+    let worker = match worker_binary(&program) {
+        Ok(worker) => worker,
+        Err(error @ local::Error::NoWorker { .. }) => {
+            return Ok(Err(Unplanned { parameters, unplanned: error.to_string() }));
+        }
+        Err(error) => return Err(Error::bad_input(error)),
+    };
     let memory = ask(&worker, &assign, workers)?;
-    Ok(Memory { parameters: layout.parameters(), ..memory })
+    Ok(Ok(Memory { parameters, ..memory }))
 }
 
 fn ask(worker: &Path, assign: &Assign, workers: usize) -> Result<Memory> {

@@ -8,8 +8,9 @@ use tch::Kind;
 /// cost 15 % where the model is so small that little else takes any (2026-11-23, an Intel Xeon with AVX512-BF16).
 pub const KEPT: usize = 256;
 
-/// Resident bytes of one, with what oneDNN keeps beside it: measured as above, 115 MB for 256 of them.
-const EACH: usize = 450_000;
+/// Resident bytes of one, with what oneDNN keeps beside it: 125 to 136 MB were measured for 256 of them, as above and over a
+/// thousand steps of ever other lengths.
+const EACH: usize = 530_000;
 
 /// Products of a block and its gradients, and of the head's chunks, for each number of rows.
 const OF_ROWS: usize = 15;
