@@ -105,7 +105,7 @@ class Check:
         return result, findings
 
     def run(self):
-        parts = [machine, operations, models, goldens, runs, speed, settle, peer]
+        parts = [machine, operations, models, goldens, runs, nccl, speed, settle, peer]
         wanted = self.options.only.split(",") if self.options.only else [part.__name__ for part in parts]
         for part in parts:
             if part.__name__ not in wanted:
@@ -160,28 +160,35 @@ def goldens(check):
     return check.selftest("goldens", ROOT / "goldens", seconds=60)[0]
 
 
-def runs(check):
-    """One result for one, two and four workers on this device; planned memory against what was really taken."""
-    rows = check.scratch / "rows.jsonl"
+def material(check):
+    """Rows and a small model for runs, made once; or what went wrong."""
+    rows, model = check.scratch / "rows.jsonl", check.scratch / "model"
+    if model.exists():
+        return rows, model, None
     words = "one note many voices sing the same song again and again until it is right".split()
     with rows.open("w") as file:
         for i in range(200):
             prompt = " ".join(words[(i + j) % len(words)] for j in range(4 + i % 7))
             file.write(json.dumps({"prompt": f"{i}: {prompt}", "completion": f" {words[i % len(words)]} {i * 7 % 100}"}) + "\n")
-    model = check.scratch / "model"
     shape = ["--vocab", 300, "--layers", 2, "--hidden", 128, "--heads", 2] if check.tiny else \
         ["--vocab", 600, "--layers", 8, "--hidden", 1024, "--heads", 16, "--kv-heads", 4]
     code, _, said = check.call("unisono", "init-model", model, "--data", rows, *shape, seconds=60)
-    if code != 0:
+    return rows, model, None if code == 0 else said
+
+
+def trained(check, name, counts, more=(), environment=None):
+    """The same short run with each number of workers: one digest?"""
+    rows, model, said = material(check)
+    if said is not None:
         return {"good": False, "said": said}
     result, digests = {"good": True, "runs": []}, set()
-    for workers in (1, 2, 4):
-        run = check.scratch / f"run-{workers}"
+    for workers in counts:
+        run = check.scratch / f"{name}-{workers}"
         settings = ["train.steps=4", "train.global_batch_size=32", "train.micro_batches=8", "split.validation=0",
-                    "split.test=0", "eval.every=0", f"cluster.device={check.options.device}"]
+                    "split.test=0", "eval.every=0", f"cluster.device={check.options.device}", *more]
         code, output, said = check.call(
             "unisono", "train", "--json", "--model", model, "--data", rows, "--workers", workers, "--run-dir", run,
-            *(word for setting in settings for word in ("--set", setting)), seconds=60)
+            *(word for setting in settings for word in ("--set", setting)), seconds=60, environment=environment)
         if code != 0:
             result["good"] = False
             result["runs"].append({"workers": workers, "said": said})
@@ -198,6 +205,30 @@ def runs(check):
             "peak_bytes": max((e["peak_bytes"] for e in memory), default=None)})
     result["one_result"] = len(digests) == 1 and result["good"]
     result["good"] = result["one_result"]
+    return result
+
+
+def runs(check):
+    """One result for one, two and four workers on this device; planned memory against what was really taken."""
+    return trained(check, "run", (1, 2, 4), ["cluster.transport=tcp"])
+
+
+def nccl(check):
+    """The same with sums and parameters over NCCL: workers share the one GPU, which NCCL allows only to those that it takes
+    for different hosts, so each says that it is one. On a processor, over TCP."""
+    program = (check.options.programs / "unisono-worker").resolve()
+    apart = check.scratch / "unisono-worker-apart"
+    apart.write_text(f"#!/bin/sh\nexport NCCL_HOSTID=worker-$$\nexec '{program}' \"$@\"\n")
+    apart.chmod(0o755)
+    transport = "tcp" if check.tiny else "nccl"
+    # A hang must not take the time of what follows.
+    more = [f"cluster.transport={transport}", "cluster.peer_timeout=20", "cluster.restarts=0"]
+    environment = {"UNISONO_WORKER": str(apart), "NCCL_DEBUG": "WARN", "UNISONO_LOG": "unisono_worker=info"}
+    result = trained(check, "nccl", (1, 2, 4), more, environment)
+    result["transport"] = transport
+    over_tcp = {run.get("digest") for run in check.parts.get("runs", {}).get("runs", [])}
+    if result["good"] and over_tcp:
+        result["good"] = result["as_over_tcp"] = {run["digest"] for run in result["runs"]} == over_tcp
     return result
 
 
@@ -383,12 +414,14 @@ def table(report):
         for load in loads:
             what = load["model"] + (", compiled" if load["compiled"] else "")
             lines.append(f"| {what} | {load['passes_tokens_per_second']:,.0f} | {load['step_tokens_per_second']:,.0f} |")
-    runs = [run for run in report["parts"].get("runs", {}).get("runs", []) if "digest" in run]
+    runs = [(run, "") for run in report["parts"].get("runs", {}).get("runs", []) if "digest" in run]
+    nccl = report["parts"].get("nccl", {})
+    runs += [(run, f" over {nccl.get('transport')}") for run in nccl.get("runs", []) if "digest" in run]
     if runs:
         lines += ["", "| workers on one device | digest | tokens/s | planned | peak |", "| --- | --- | --- | --- | --- |"]
-        for run in runs:
+        for run, way in runs:
             sizes = [f"{run[key] / 1e9:.2f} GB" if run[key] else "" for key in ("planned_bytes", "peak_bytes")]
-            lines.append(f"| {run['workers']} | `{run['digest'][:20]}` | {run['tokens_per_second']:,.0f} | {sizes[0]} | {sizes[1]} |")
+            lines.append(f"| {run['workers']}{way} | `{run['digest'][:20]}` | {run['tokens_per_second']:,.0f} | {sizes[0]} | {sizes[1]} |")
     answers = report["parts"].get("settle", {}).get("answers")
     if answers:
         lines += ["", "| question | answer |", "| --- | --- |"]

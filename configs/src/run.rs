@@ -341,6 +341,8 @@ pub struct Cluster {
     pub recompute: Recompute,
     /// Which worker computes which micro-batch. Same bits.
     pub assignment: Assignment,
+    /// What sums and parameters travel over from worker to worker. Same bits.
+    pub transport: Transport,
     /// Seconds after which a silent peer is given up.
     pub peer_timeout: f64,
     /// Seconds between a worker's signs of life, which come from a thread that never computes.
@@ -367,6 +369,7 @@ impl Default for Cluster {
             zero_stage: ZeroStage::Auto,
             recompute: Recompute::Auto,
             assignment: Assignment::Balanced,
+            transport: Transport::Auto,
             peer_timeout: 60.0,
             heartbeat: 0.25,
             lease: 1.5,
@@ -392,6 +395,18 @@ pub enum Device {
     Auto,
     Cpu,
     Cuda,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// NCCL between GPUs that have a worker each; else TCP.
+    #[default]
+    Auto,
+    /// From host to host.
+    Tcp,
+    /// From GPU to GPU; needs cluster.device = "cuda".
+    Nccl,
 }
 
 /// "auto" or a stage.

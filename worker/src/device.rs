@@ -136,11 +136,19 @@ impl Gpu {
     }
 }
 
-/// Whether a GPU has `bytes` free besides what libtorch's own working memory may take.
-pub fn has_room(device: Device, bytes: u64) -> bool {
+/// What tells a GPU from all others in the world.
+pub fn identity(device: Device) -> Result<Vec<u8>, Error> {
+    let Device::Cuda(index) = device else { return Err(Error::NoGpu) };
+    let found = result::device::get(index as i32).and_then(result::device::get_uuid);
+    let uuid = found.map_err(|reason| Error::Unusable { index, reason: reason.to_string() })?;
+    Ok(uuid.bytes.iter().map(|byte| *byte as u8).collect())
+}
+
+/// Bytes that a GPU has free besides what libtorch's own working memory may take; 0 on the host.
+pub fn room(device: Device) -> u64 {
     match device {
-        Device::Cuda(index) => Gpu::describe(index).is_ok_and(|gpu| gpu.free >= bytes + (2 << 30)),
-        _ => false,
+        Device::Cuda(index) => Gpu::describe(index).map_or(0, |gpu| gpu.free.saturating_sub(2 << 30)),
+        _ => 0,
     }
 }
 

@@ -154,14 +154,27 @@ impl Engine {
         (0..model.layout().buckets.len()).for_each(|bucket| supply.spread(bucket, model, courier));
     }
 
-    /// Waits until all parameters that are on their way are there.
+    /// Waits until all parameters that are on their way are there; what lives on a device is on the host too then.
     pub fn settle(&mut self) -> Result<(), Error> {
-        Ok(self.supply.settle(&mut self.model)?)
+        self.supply.settle(&mut self.model)?;
+        self.model.bring_home();
+        self.optimizer.iter_mut().for_each(Optimizer::bring_home);
+        Ok(())
+    }
+
+    /// Masters, moments and parameters live on the device from now on, if there is room for them.
+    pub fn live_on_device(&mut self) {
+        let device = self.model.device();
+        if self.optimizer.as_mut().is_some_and(|optimizer| optimizer.move_to(device)) {
+            self.model.live_on_device();
+        }
     }
 
     /// Brings the whole model here; returns what came, for [`Engine::disassemble`].
     pub fn assemble(&mut self) -> Result<Vec<usize>, Error> {
-        Ok(self.supply.reach_all(&mut self.model, &mut self.courier)?)
+        let came = self.supply.reach_all(&mut self.model, &mut self.courier)?;
+        self.model.bring_home();
+        Ok(came)
     }
 
     /// Gives the memory of what came back.
@@ -206,6 +219,12 @@ impl Collective for Alone {
         Ok(())
     }
     fn all_gather(&mut self, _: &mut Tensor, _: &[Range<usize>]) -> Result<(), collective::Error> {
+        Ok(())
+    }
+    fn reduce(&mut self, _: &mut Tensor, _: &[Range<usize>]) -> Result<(), collective::Error> {
+        Ok(())
+    }
+    fn gather(&mut self, _: &mut Tensor, _: &[Range<usize>]) -> Result<(), collective::Error> {
         Ok(())
     }
     fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, collective::Error> {

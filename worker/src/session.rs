@@ -12,10 +12,12 @@ use crate::device;
 use crate::engine::{self, Engine};
 use crate::link::{self, Link};
 use crate::memory::order::Choice;
+use crate::memory::placement::Placement;
 use crate::memory::{self, Available};
 use crate::model::weights::{self, Weights};
 use crate::model::{self, Model};
 use crate::optim::adamw::Settings;
+use crate::optim::away::Away;
 use crate::optim::reduction::{Adding, Stage};
 use crate::optim::state::Form;
 use crate::optim::Optimizer;
@@ -23,7 +25,7 @@ use crate::restore::{self, Part, Saved};
 use crate::snapshot::exchange::{self, Circle, Exchange};
 use crate::snapshot::keeper::{Keeper, Means};
 use crate::train::{self, Trainer};
-use choice::{agree, try_worst};
+use choice::{agree, transport, try_worst};
 use prospect::Prospect;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -63,9 +65,7 @@ impl Error {
     /// Whether the same work may succeed in another generation: a peer was lost, not this worker.
     pub fn recoverable(&self) -> bool {
         match self {
-            Error::Collective(error) | Error::Train(train::Error::Collective(error)) => {
-                !matches!(error, collective::Error::Panicked(_))
-            }
+            Error::Collective(error) | Error::Train(train::Error::Collective(error)) => !error.is_lasting(),
             Error::Snapshot(_) => true,
             _ => false,
         }
@@ -99,7 +99,8 @@ impl Error {
             | Error::Unsupported(_) => true,
             Error::Link(link::Error::Aborted(failure)) => failure.bad_input,
             Error::Link(link::Error::Refused(_) | link::Error::Dial(_)) => true,
-            Error::Link(_) | Error::Collective(_) | Error::Restore(_) | Error::Snapshot(_) | Error::Train(_) => false,
+            Error::Collective(error) => error.bad_input(),
+            Error::Link(_) | Error::Restore(_) | Error::Snapshot(_) | Error::Train(_) => false,
         }
     }
 }
@@ -178,9 +179,10 @@ impl<'l> Loading<'l> {
             exchange.enter(circle.clone());
         }
         // Everybody is assigned at the same moment, so peers are met before loading makes some later than others.
-        let mut peers = Mesh::meet(&standing.listener, &membership, link.stopper())?;
+        let mesh = Mesh::meet(&standing.listener, &membership, link.stopper())?;
         let prospect = Prospect::of(assign)?;
         let device = device::open(&assign.device, place_on_host(&assign.peers, assign.rank as usize))?;
+        let mut peers = transport(assign.transport(), mesh, &membership, device)?;
         use_threads(assign.threads);
         let snapshots = assign.neighbour.is_some() && standing.snapshots.is_some();
         let (rank, world) = (assign.rank as usize, assign.world as usize);
@@ -188,7 +190,7 @@ impl<'l> Loading<'l> {
             let sketch = prospect.sketch()?;
             let baseline = standing.baseline;
             let demand = prospect.demand(assign, &sketch, baseline, snapshots, self.image_bytes())?;
-            agree(&mut peers, demand, |demand| Ok(demand.plan(&standing.available, standing.sharing)?))?
+            agree(peers.as_mut(), demand, |demand| Ok(demand.plan(&standing.available, standing.sharing)?))?
         };
         let Prospect { path, spec, layout, compute, form, owned } = prospect;
         tracing::info!(planned_bytes = plan.total(), "{plan}");
@@ -238,7 +240,7 @@ impl<'l> Loading<'l> {
             }
         };
         model.set_plan(recompute, plan.activations as usize);
-        let mut optimizer = None;
+        let (mut optimizer, mut placement) = (None, Placement::Host);
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.
             let leaves = assign.micro_batches as usize * if tied { 2 } else { 1 };
@@ -248,7 +250,11 @@ impl<'l> Loading<'l> {
                 None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
                 Some(saved) => new.load_state(|name, part, range, out| saved.read(name, part, range, out))?,
             }
-            if device::has_room(device, 8 * model.layout().parameters() as u64 + plan.activations) {
+            let state = Away::serves(form).then(|| new.bytes());
+            let left = device::room(device).saturating_sub(plan.activations);
+            placement = Placement::within(left, 8 * model.layout().parameters() as u64, state);
+            tracing::info!(?placement, left, "what of the state lies on the GPU");
+            if placement >= Placement::Sums {
                 new.reduction.move_to(device);
             }
             optimizer = Some(new);
@@ -261,13 +267,16 @@ impl<'l> Loading<'l> {
         };
         if held.is_some() {
             // Once everyone has loaded, nobody asks for an image any more.
-            collective::Collective::all_gather_bytes(&mut peers, &[])?;
+            peers.all_gather_bytes(&[])?;
             if plan.snapshots == 0 {
                 forget();
             }
         }
-        let mut engine = Engine::new(model, optimizer, Courier::new(Box::new(peers), link.stopper()));
+        let mut engine = Engine::new(model, optimizer, Courier::new(peers, link.stopper()));
         engine.tell(link.progress());
+        if placement == Placement::State {
+            engine.live_on_device();
+        }
         let stuck = |error| match error {
             engine::Error::Micro(fault) => failed(fault.source),
             error => Error::Train(train::Error::of(error, &[])),

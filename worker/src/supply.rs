@@ -52,7 +52,7 @@ impl Supply {
         let elements = shard.owners(bucket).last().map_or(0, |last| last.end) as i64;
         let ticket = courier.send(move |collective: &mut dyn Collective| {
             let _gathering = trace::span(Track::Communication, || format!("gather {name}"));
-            collective.all_gather(&mut parameters.narrow(0, 0, elements), shard.owners(bucket))?;
+            collective.gather(&mut parameters.narrow(0, 0, elements), shard.owners(bucket))?;
             Ok(parameters)
         });
         self.arriving[bucket] = Some(ticket);

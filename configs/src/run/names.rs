@@ -66,6 +66,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "zero_stage",
             "recompute",
             "assignment",
+            "transport",
             "peer_timeout",
             "heartbeat",
             "lease",

@@ -5,7 +5,7 @@ use super::tree::{Document, Node, Place, Value};
 use super::{gate, names, rows, Error};
 use super::{
     Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Mixing, Model, OnBadRow,
-    OptimizerState, Recompute, RunConfig, Schedule, Split, Train, Turns, ZeroStage,
+    OptimizerState, Recompute, RunConfig, Schedule, Split, Train, Transport, Turns, ZeroStage,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -351,14 +351,14 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
         let least = 2.0 * heartbeat;
         return Err(s.fail("lease", format!("is {lease} and must be at least {least}, twice cluster.heartbeat")));
     }
+    let device =
+        s.choice("device", d.device, &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)])?;
+    let transports = [("auto", Transport::Auto), ("tcp", Transport::Tcp), ("nccl", Transport::Nccl)];
+    let transport = s.choice("transport", d.transport, &transports)?;
     Ok(Cluster {
         workers,
         threads_per_worker: s.whole("threads_per_worker", d.threads_per_worker as u64, 1)? as usize,
-        device: s.choice(
-            "device",
-            d.device,
-            &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)],
-        )?,
+        device,
         zero_stage,
         recompute: s.choice(
             "recompute",
@@ -376,6 +376,7 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
             d.assignment,
             &[("balanced", Assignment::Balanced), ("shuffled", Assignment::Shuffled)],
         )?,
+        transport,
         peer_timeout: s.real(
             "peer_timeout",
             d.peer_timeout,

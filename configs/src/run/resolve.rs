@@ -1,6 +1,6 @@
 //! "auto" becomes a value, once, before anything is started.
 
-use super::{Compute, Count, Device, Error, OptimizerState, RunConfig};
+use super::{Compute, Count, Device, Error, OptimizerState, RunConfig, Transport};
 
 impl RunConfig {
     /// Replaces every "auto" by its value on a machine with `cores` processor cores, of which `cpu_has_bf16` says
@@ -22,6 +22,10 @@ impl RunConfig {
             device => device,
         };
         let on_cpu = cluster.device == Device::Cpu;
+        if on_cpu && cluster.transport == Transport::Nccl {
+            let problem = "is \"nccl\", which needs cluster.device = \"cuda\"; set \"auto\" or \"tcp\"";
+            return refuse("cluster.transport", problem.into());
+        }
         let most = self.train.micro_batches;
         let workers = match cluster.workers {
             Count::Auto if on_cpu => (cores / cluster.threads_per_worker).clamp(1, most),

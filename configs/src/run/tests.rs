@@ -186,6 +186,9 @@ fn auto_becomes_what_the_machine_has() {
     let many = resolved("[cluster]\nworkers = 9", 2, 0, true).unwrap_err();
     assert!(many.starts_with("configuration: cluster.workers: is 9, but train.micro_batches = 8 gives work to at most 8; set train.micro_batches = 9"), "{many}");
     assert!(resolved("[cluster]\ndevice = \"cuda\"", 2, 0, true).unwrap_err().contains("no GPU"));
+    let nccl = |gpus| resolved("[cluster]\ntransport = \"nccl\"", 2, gpus, true);
+    assert!(nccl(0).unwrap_err().contains("cluster.transport: is \"nccl\", which needs cluster.device"));
+    assert_eq!(nccl(2).unwrap().cluster.transport, Transport::Nccl);
 }
 
 #[test]

@@ -37,7 +37,7 @@ use tokio::sync::{oneshot, watch};
 use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
 use unisono_configs::model::Layout;
-use unisono_configs::run::{Compute, Count, Device, OptimizerState, Recompute, RunConfig, ZeroStage};
+use unisono_configs::run::{Compute, Count, Device, OptimizerState, Recompute, RunConfig, Transport, ZeroStage};
 use unisono_proto::dial::Role;
 use unisono_proto::v1::monitor_server::MonitorServer;
 use unisono_proto::v1::training_server::TrainingServer;
@@ -256,6 +256,11 @@ pub fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error
         Recompute::UpProjection => wire::Recompute::UpProjection,
         Recompute::Block => wire::Recompute::Block,
     };
+    let transport = match config.cluster.transport {
+        Transport::Auto => wire::Transport::Auto,
+        Transport::Tcp => wire::Transport::Tcp,
+        Transport::Nccl => wire::Transport::Nccl,
+    };
     let path = &config.model.path;
     let path = path.canonicalize().map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
     let (train, worst) = (&config.train, program.worst());
@@ -286,6 +291,7 @@ pub fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error
         },
         zero_stage,
         recompute: recompute.into(),
+        transport: transport.into(),
         peer_timeout: config.cluster.peer_timeout,
         trains: matches!(program, Program::Train(_)),
         heartbeat: config.cluster.heartbeat,

@@ -1,6 +1,8 @@
 //! Carries exchanges out behind computing, on a thread of its own, one after another in the order in which they were
 //! handed over. Every rank hands over the same ones in the same order, so no exchange can wait for one behind it.
 
+use super::nccl::stream::Gpu;
+use super::nccl::Problem;
 use super::tcp::Stopper;
 use super::{Collective, Error};
 use std::any::Any;
@@ -53,12 +55,14 @@ pub struct Courier {
     hands: Hands,
     failure: Failure,
     stopper: Stopper,
+    /// Where what is handed over may still be computed.
+    gpu: Option<Gpu>,
 }
 
 impl Courier {
     /// `stopper` ends what `collective` does when the courier is given up.
     pub fn new(collective: Box<dyn Collective + Send>, stopper: &Stopper) -> Self {
-        let (rank, world) = (collective.rank(), collective.world());
+        let (rank, world, gpu) = (collective.rank(), collective.world(), collective.gpu());
         let failure = Failure::default();
         let hands = match world {
             1 => Hands::Own(collective),
@@ -69,7 +73,7 @@ impl Courier {
                 Hands::Thread(Some(jobs), Some(thread.expect("a machine that runs a worker has a thread for it")))
             }
         };
-        Courier { rank, world, hands, failure, stopper: stopper.clone() }
+        Courier { rank, world, hands, failure, stopper: stopper.clone(), gpu }
     }
 
     pub fn rank(&self) -> usize {
@@ -96,6 +100,16 @@ impl Courier {
     ) -> Ticket<T> {
         let (answer, result) = channel();
         let failure = self.failure.clone();
+        // What comes after it does not hold the exchange up.
+        let computed = self.gpu.map(|gpu| gpu.mark_computing());
+        let rank = self.rank;
+        let exchange = move |collective: &mut dyn Collective| {
+            if let Some(computed) = computed {
+                let failed = |Problem(problem)| Error::Nccl { rank, operation: "follow", bytes: 0, problem };
+                collective.follow(computed.map_err(failed)?)?;
+            }
+            exchange(collective)
+        };
         let job = move |collective: &mut dyn Collective| {
             let outcome = catch_unwind(AssertUnwindSafe(|| exchange(collective)));
             match outcome.unwrap_or_else(|panic| Err(Error::Panicked(words(panic.as_ref())))) {

@@ -5,12 +5,15 @@ mod bytes;
 pub mod courier;
 pub(crate) mod handshake;
 mod meeting;
+pub mod nccl;
 mod neighbour;
 pub(crate) mod piece;
 pub mod tcp;
 
+use crate::ops::view;
+use nccl::stream::{Event, Gpu};
 use std::ops::Range;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// Exchanges between the ranks of one generation. All ranks call the same operations in the same order.
 pub trait Collective {
@@ -26,6 +29,51 @@ pub trait Collective {
 
     /// All ranks' bytes, in rank order. For small payloads of any length.
     fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
+
+    /// [`Collective::reduce_scatter`] wherever the i64 `sums` are. Those of a device come to the host for it, unless the
+    /// transport reaches the device.
+    fn reduce(&mut self, sums: &mut Tensor, owners: &[Range<usize>]) -> Result<(), Error> {
+        if self.world() == 1 {
+            return Ok(());
+        }
+        if sums.device() == Device::Cpu {
+            return self.reduce_scatter(view::elements_mut(sums), owners);
+        }
+        let mut here = sums.to_device_(Device::Cpu, Kind::Int64, false, true);
+        self.reduce_scatter(view::elements_mut(&mut here), owners)?;
+        let (own, here) = (part(sums, &owners[self.rank()]), part(&here, &owners[self.rank()]));
+        { own }.copy_(&here);
+        Ok(())
+    }
+
+    /// [`Collective::all_gather`] wherever the `bucket` is.
+    fn gather(&mut self, bucket: &mut Tensor, owners: &[Range<usize>]) -> Result<(), Error> {
+        if self.world() == 1 {
+            return Ok(());
+        }
+        if bucket.device() == Device::Cpu {
+            return self.all_gather(bucket, owners);
+        }
+        let mut here = bucket.to_device_(Device::Cpu, bucket.kind(), false, true);
+        self.all_gather(&mut here, owners)?;
+        bucket.copy_(&here);
+        Ok(())
+    }
+
+    /// The device on which exchanges must wait for what the computing thread has asked for; none: all is there at once.
+    fn gpu(&self) -> Option<Gpu> {
+        None
+    }
+
+    /// The next exchange comes after what `computed` marks.
+    fn follow(&mut self, _computed: Event) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// Elements of a flat tensor.
+fn part(tensor: &Tensor, range: &Range<usize>) -> Tensor {
+    tensor.narrow(0, range.start as i64, range.len() as i64)
 }
 
 /// Why an exchange failed; each names the peer.
@@ -49,6 +97,12 @@ pub enum Error {
     Missing { peer: usize, seconds: f64 },
     #[error("the collective's address {address} cannot be listened on: {source}; choose another with --listen")]
     Listen { address: String, source: std::io::Error },
+    #[error("NCCL cannot be used: {0}; install torch 2.11.0 with CUDA, or set cluster.transport = \"tcp\"")]
+    NoNccl(String),
+    #[error("rank {rank}, {operation} over NCCL ({bytes} bytes): {problem}; look at the other workers' logs, NCCL_DEBUG=WARN says more, and cluster.transport = \"tcp\" does without it")]
+    Nccl { rank: usize, operation: &'static str, bytes: usize, problem: String },
+    #[error("rank {rank}, {operation} over NCCL ({bytes} bytes): nothing moved for {seconds:.0} s; look at the other workers' logs, or raise cluster.peer_timeout")]
+    Stuck { rank: usize, operation: &'static str, bytes: usize, seconds: f64 },
     #[error("the exchange was stopped on request")]
     Stopped,
     #[error("an internal error, please report it: {0}")]
@@ -67,8 +121,21 @@ impl Error {
             Error::Protocol { .. }
             | Error::Unreadable { .. }
             | Error::Listen { .. }
+            | Error::NoNccl(_)
+            | Error::Nccl { .. }
+            | Error::Stuck { .. }
             | Error::Stopped
             | Error::Panicked(_) => None,
         }
+    }
+
+    /// Whether no other generation would go better: this machine lacks what the run asks for, or the program is wrong.
+    pub fn is_lasting(&self) -> bool {
+        matches!(self, Error::NoNccl(_) | Error::Panicked(_))
+    }
+
+    /// Whether what the run asks for is not to be had here.
+    pub fn bad_input(&self) -> bool {
+        matches!(self, Error::NoNccl(_))
     }
 }

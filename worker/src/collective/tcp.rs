@@ -137,6 +137,18 @@ impl Mesh {
         &self.stopper
     }
 
+    /// A peer that has hung up while nothing was due from it.
+    pub fn lost(&self) -> Option<usize> {
+        let gone = |stream: &TcpStream| {
+            // Nobody else uses the connections meanwhile: `&mut self` of the exchanges sees to it.
+            let looked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+            let back = stream.set_nonblocking(false);
+            back.is_err()
+                || !matches!(&looked, Ok(1..)) && !matches!(&looked, Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+        };
+        self.peers.iter().position(|peer| peer.as_ref().is_some_and(gone))
+    }
+
     /// Runs one round: one peer is sent the `offer`, by `send` on a thread of its own unless it reads it from here, while
     /// `receive` listens to another.
     fn round<S, R>(&self, round: usize, what: Transfer, offer: Option<Offer>, send: S, receive: R) -> Result<(), Error>

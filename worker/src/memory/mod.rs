@@ -3,6 +3,7 @@
 pub mod kernels;
 mod machine;
 pub mod order;
+pub mod placement;
 mod remedy;
 pub mod table;
 

@@ -240,6 +240,17 @@ impl Model {
         self.parameters.put(index, parameters)
     }
 
+    /// From now on the optimizer writes the parameters that the model computes with; [`Model::bring_home`] brings the host's
+    /// copy up to date.
+    pub fn live_on_device(&mut self) {
+        self.parameters.live_there();
+    }
+
+    /// Brings the host's copy up to date; nothing to do where it is the original.
+    pub fn bring_home(&mut self) {
+        self.parameters.bring_home();
+    }
+
     /// Copies the host's parameters to the device; nothing to do where the device is the host.
     pub fn publish(&mut self) -> Result<(), Error> {
         self.parameters.publish()
@@ -282,6 +293,9 @@ impl optim::Parameters for Model {
     fn own_mut(&mut self, bucket: usize, begin: usize) -> (&mut Tensor, usize) {
         self.parameters.own_mut(bucket, begin)
     }
+    fn own_away(&self, bucket: usize, begin: usize) -> (&Tensor, usize) {
+        self.parameters.own_away(bucket, begin)
+    }
 }
 
 /// The loss of a wave of one.
@@ -317,6 +331,17 @@ mod tests {
         assert_eq!(first(&model), 1.0, "the device still has the old ones");
         model.publish().unwrap();
         assert_eq!(first(&model), 2.0);
+        // Where the optimizer writes on the device, that is what travels, and the host's copy is brought home.
+        model.live_on_device();
+        let host = |model: &Model| f64::try_from(optim::Parameters::own(model, 1, 0).0.get(0)).unwrap();
+        let _ = optim::Parameters::own_away(&model, 1, 0).0.shallow_clone().fill_(3.0);
+        assert_eq!((first(&model), host(&model)), (3.0, 2.0));
+        let bucket = model.take_bucket(1);
+        assert!(!model.has_bucket(1) && f64::try_from(bucket.get(0)).unwrap() == 3.0);
+        model.put_bucket(1, bucket).unwrap();
+        assert_eq!((first(&model), host(&model)), (3.0, 2.0));
+        model.bring_home();
+        assert_eq!((first(&model), host(&model)), (3.0, 3.0));
     }
 
     /// A worker loads on one thread and trains on another.

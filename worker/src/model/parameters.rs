@@ -16,6 +16,8 @@ pub(super) struct Parameters {
     present: Vec<Option<Tensor>>,
     /// The same on the host, where the device is another: what the optimizer writes and workers exchange.
     mirrors: Option<Vec<Option<Tensor>>>,
+    /// The optimizer writes on the device, and workers exchange what lies there; mirrors are what was last brought home.
+    lives_there: bool,
     /// Sharded: the own elements of each bucket, and where they lie in it.
     own: Option<Vec<(Range<usize>, Tensor)>>,
 }
@@ -29,7 +31,7 @@ impl Parameters {
     pub fn whole(layout: &Layout, compute: Kind, device: Device) -> Self {
         let all = |device| layout.buckets.iter().map(move |b| Some(zeros(b.elements, (compute, device)))).collect();
         let mirrors = (device != Device::Cpu).then(|| all(Device::Cpu));
-        Parameters { compute, device, present: all(device), mirrors, own: None }
+        Parameters { compute, device, present: all(device), mirrors, lives_there: false, own: None }
     }
 
     /// All zero; only the elements `own` of each bucket are kept.
@@ -37,20 +39,41 @@ impl Parameters {
         let absent = || layout.buckets.iter().map(|_| None).collect();
         let own = own.iter().map(|own| (own.clone(), zeros(own.len(), (compute, Device::Cpu)))).collect();
         let mirrors = (device != Device::Cpu).then(absent);
-        Parameters { compute, device, present: absent(), mirrors, own: Some(own) }
+        Parameters { compute, device, present: absent(), mirrors, lives_there: false, own: Some(own) }
+    }
+
+    fn here(compute: Kind, present: Vec<Option<Tensor>>) -> Self {
+        Parameters { compute, device: Device::Cpu, present, mirrors: None, lives_there: false, own: None }
+    }
+
+    /// From now on the optimizer writes on the device.
+    pub fn live_there(&mut self) {
+        self.lives_there = self.mirrors.is_some() && self.own.is_none();
+    }
+
+    /// Brings the host's copy up to date, where it is but a copy.
+    pub fn bring_home(&mut self) {
+        if !self.lives_there {
+            return;
+        }
+        for (mirror, here) in self.mirrors.iter_mut().flatten().zip(&self.present) {
+            if let (Some(mirror), Some(here)) = (mirror, here) {
+                mirror.copy_(here);
+            }
+        }
     }
 
     /// No memory stands behind them.
     pub fn phantom(layout: &Layout, compute: Kind) -> Option<Self> {
         let present: Option<_> = layout.buckets.iter().map(|b| phantom::flat(compute, b.elements).map(Some)).collect();
-        Some(Parameters { compute, device: Device::Cpu, present: present?, mirrors: None, own: None })
+        Some(Parameters::here(compute, present?))
     }
 
     /// The same where the host has them all, for computing there.
     pub fn on_host(&self) -> Option<Self> {
         let mirrors = self.mirrors.as_ref()?;
         let present: Option<_> = mirrors.iter().map(|b| b.as_ref().map(|b| Some(b.shallow_clone()))).collect();
-        Some(Parameters { compute: self.compute, device: Device::Cpu, present: present?, mirrors: None, own: None })
+        Some(Parameters::here(self.compute, present?))
     }
 
     #[cfg(test)]
@@ -63,7 +86,7 @@ impl Parameters {
     }
 
     pub fn has(&self, bucket: usize) -> bool {
-        self.host(bucket).is_some()
+        self.present[bucket].is_some() && self.host(bucket).is_some()
     }
 
     fn host(&self, bucket: usize) -> Option<&Tensor> {
@@ -87,6 +110,14 @@ impl Parameters {
         }
     }
 
+    /// The same on the device.
+    pub fn own_away(&self, bucket: usize, begin: usize) -> (&Tensor, usize) {
+        match self.lives_there {
+            true => (self.bucket(bucket), begin),
+            false => self.own(bucket, begin),
+        }
+    }
+
     pub fn own_mut(&mut self, bucket: usize, begin: usize) -> (&mut Tensor, usize) {
         if self.own.is_none() {
             return (self.host_mut(bucket), begin);
@@ -98,8 +129,8 @@ impl Parameters {
     /// Takes a bucket away, as it is on the host.
     pub fn take(&mut self, bucket: usize) -> Tensor {
         let taken = match &mut self.mirrors {
-            Some(mirrors) => mirrors[bucket].take(),
-            None => self.present[bucket].take(),
+            Some(mirrors) if !self.lives_there => mirrors[bucket].take(),
+            _ => self.present[bucket].take(),
         };
         if self.own.is_some() {
             self.present[bucket] = None;
@@ -109,7 +140,7 @@ impl Parameters {
 
     /// Brings a bucket (back), on the host.
     pub fn put(&mut self, bucket: usize, parameters: Tensor) -> Result<(), Error> {
-        let Some(mirrors) = &mut self.mirrors else {
+        let Some(mirrors) = self.mirrors.as_mut().filter(|_| !self.lives_there) else {
             self.present[bucket] = Some(parameters);
             return Ok(());
         };

@@ -63,3 +63,11 @@ unsafe fn slice<'a, T>(pointer: *const T, length: usize) -> &'a [T] {
     // SAFETY: the caller vouches for `length` elements; the pointer of a non-empty storage is not null and aligned.
     unsafe { std::slice::from_raw_parts(pointer, length) }
 }
+
+/// The bytes of plain numbers, for writing.
+pub fn bytes_of_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
+    let length = size_of_val(elements);
+    // SAFETY: `Element` types are plain numbers without padding for which every bit pattern is a value; bytes need no
+    // alignment; the result borrows `elements` exclusively.
+    unsafe { std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast(), length) }
+}

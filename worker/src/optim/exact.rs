@@ -108,6 +108,8 @@ struct Away {
     peaks: Tensor,
     /// Of each bucket what it takes its leaves in, while it is closed.
     memory: Vec<Option<Tensor>>,
+    /// Sums are handed out as they lie, instead of on the host.
+    stays: bool,
 }
 
 /// Accumulators of one bucket.
@@ -150,9 +152,22 @@ impl ExactSum {
             memory.push(Some(Tensor::f_zeros([bucket.elements as i64], (Kind::Int64, device))?));
         }
         let open: Vec<_> = (0..count).filter(|&bucket| self.is_open(bucket)).collect();
-        self.away = Some(Away { peaks, memory });
+        self.away = Some(Away { peaks, memory, stays: false });
         open.into_iter().for_each(|bucket| self.open(bucket, Tensor::new()));
         Ok(())
+    }
+
+    /// From now on closed buckets stay on the device, and whoever opens one gives its memory back.
+    pub fn stay(&mut self) {
+        self.away.as_mut().expect("moved there before").stays = true;
+    }
+
+    pub fn is_away(&self) -> bool {
+        self.away.is_some()
+    }
+
+    pub fn stays(&self) -> bool {
+        self.away.as_ref().is_some_and(|away| away.stays)
     }
 
     /// Whether all leaves so far could be added; waits for the device that adds them. On the host that is known at once.
@@ -189,7 +204,7 @@ impl ExactSum {
     pub fn close(&mut self, bucket: usize) -> Option<Tensor> {
         self.settle_bucket(bucket);
         let memory = self.buckets[bucket].take()?.memory;
-        let Some(away) = &mut self.away else { return Some(memory) };
+        let Some(away) = self.away.as_mut().filter(|away| !away.stays) else { return Some(memory) };
         let here = memory.to_device_(Device::Cpu, Kind::Int64, false, true);
         away.memory[bucket] = Some(memory);
         Some(here)

@@ -16,6 +16,8 @@ pub enum Gradient {
     /// The totals stay where the leaves were added: of the own range, in accumulators of the whole bucket, which are absent
     /// while leaves are still added elsewhere.
     InPlace(Option<Tensor>),
+    /// As [`Gradient::InPlace`], on a device.
+    Away(Option<Tensor>),
     /// Sums of the waves so far: `[own elements]`.
     Sums(Vec<i64>),
     /// Rounded from the only wave: `[own elements]`.
@@ -35,12 +37,13 @@ impl Gradient {
     /// Takes the totals of one more wave (the `first` of a step replaces what an earlier step left) from the range `own` of
     /// a bucket's accumulators; gives the accumulators back if they are free for other leaves.
     pub fn take(&mut self, sums: Tensor, own: Range<usize>, first: bool) -> Option<Tensor> {
+        if let Gradient::InPlace(place) | Gradient::Away(place) = self {
+            *place = Some(sums);
+            return None;
+        }
         let total = &view::elements::<i64>(&sums)[own];
         match self {
-            Gradient::InPlace(place) => {
-                *place = Some(sums);
-                return None;
-            }
+            Gradient::InPlace(_) | Gradient::Away(_) => unreachable!("returned above"),
             Gradient::Sums(so_far) if first => so_far.copy_from_slice(total),
             Gradient::Sums(so_far) => piece::add(so_far, total),
             Gradient::Wide(gradient) => exact::round(total, gradient),
@@ -56,6 +59,7 @@ impl Gradient {
                 let sums = sums.as_ref().expect("looked at once all leaves are in");
                 View::Sums(&view::elements(sums)[own])
             }
+            Gradient::Away(_) => unreachable!("looked at where it is"),
             Gradient::Sums(sums) => View::Sums(sums),
             Gradient::Wide(gradient) => View::Wide(gradient),
             Gradient::Narrow(gradient) => View::Narrow(gradient),

@@ -3,6 +3,7 @@
 //! [`reduction`] brings leaves to their owners, [`gradient`] is what the owner has of them.
 
 pub mod adamw;
+pub mod away;
 pub mod exact;
 pub mod gradient;
 mod leaf;
@@ -18,6 +19,7 @@ use crate::checkpoint::Source;
 use crate::ops::view;
 use crate::restore::Part;
 use adamw::{Scalars, Settings};
+use away::Away;
 use exact::Reduced;
 use gradient::View;
 use noise::Noise;
@@ -26,7 +28,7 @@ use shard::Shard;
 use state::{Held, State, Values};
 use std::ops::Range;
 use std::sync::Arc;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use unisono_configs::model::{Layout, CHUNK};
 
 /// The parameters that an optimizer updates, fp32 or bf16.
@@ -34,6 +36,11 @@ pub trait Parameters {
     /// A flat tensor with the own part of a bucket, and where that begins in it; `begin`: where it begins in the bucket.
     fn own(&self, bucket: usize, begin: usize) -> (&Tensor, usize);
     fn own_mut(&mut self, bucket: usize, begin: usize) -> (&mut Tensor, usize);
+
+    /// The same where the model computes with them.
+    fn own_away(&self, bucket: usize, begin: usize) -> (&Tensor, usize) {
+        self.own(bucket, begin)
+    }
 }
 
 /// Whole buckets.
@@ -54,8 +61,9 @@ pub struct Optimizer {
     settings: Settings,
     /// Takes the leaves of the step under way.
     pub reduction: Reduction,
-    /// One for each bucket.
+    /// One for each bucket; what was last brought home where the state lives on a device.
     states: Vec<State>,
+    away: Option<Away>,
 }
 
 impl Optimizer {
@@ -64,7 +72,7 @@ impl Optimizer {
         let shard = Arc::new(Shard::new(&layout, rank, world));
         let states = (0..shard.buckets()).map(|b| State::new(settings.form, shard.own(b).len())).collect();
         let reduction = Reduction::new(layout.clone(), shard.clone(), settings.form, adding);
-        Optimizer { layout, shard, settings, reduction, states }
+        Optimizer { layout, shard, settings, reduction, states, away: None }
     }
 
     /// Takes the own masters: `read(tensor name, its elements, destination)`. What of them the parameters hold already is
@@ -105,6 +113,30 @@ impl Optimizer {
             }
         }
         Ok(())
+    }
+
+    /// From now on the loaded state lives on `device`, where the sums are already. False: it stays on the host, where updates
+    /// have the same bits.
+    pub fn move_to(&mut self, device: Device) -> bool {
+        if !Away::serves(self.settings.form) || !self.reduction.is_away() {
+            return false;
+        }
+        match Away::of(&self.states, device) {
+            Ok(away) => self.away = Some(away),
+            Err(error) => {
+                tracing::warn!(%error, "masters and moments stay on the host");
+                return false;
+            }
+        }
+        self.reduction.stay();
+        true
+    }
+
+    /// Brings the state home from where it lives, for [`Optimizer::source`].
+    pub fn bring_home(&mut self) {
+        if let Some(away) = &self.away {
+            away.bring_home(&mut self.states);
+        }
     }
 
     pub fn shard(&self) -> &Arc<Shard> {
@@ -149,6 +181,15 @@ impl Optimizer {
     /// Applies an update to the own part of `bucket`, whose gradient is then of no more use.
     pub fn update(&mut self, bucket: usize, update: &Update, parameters: &mut dyn Parameters) {
         let own = self.shard.own(bucket);
+        if let Some(away) = &self.away {
+            let ((tensor, begin), gradient) = (parameters.own_away(bucket, own.start), self.reduction.away(bucket));
+            for piece in self.shard.pieces_of(&self.layout, bucket) {
+                let scalars = if piece.tensor.decays() { &update.decaying } else { &update.plain };
+                let at = begin + piece.of_shard.start;
+                away.update(bucket, &piece.of_shard, &gradient, (tensor, at), scalars);
+            }
+            return self.reduction.forget(bucket);
+        }
         let (tensor, begin) = parameters.own_mut(bucket, own.start);
         let noise = Noise { seed: self.settings.seed, step: update.step, bucket };
         let gradient = self.reduction.gradient(bucket);

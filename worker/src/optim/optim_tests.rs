@@ -6,6 +6,7 @@ use crate::collective::tcp::tests::mesh;
 use crate::collective::tcp::{Mesh, Stopper};
 use crate::collective::Collective;
 use crate::model::Leaves;
+use crate::ops::kernels::emulator::Emulated;
 use crate::optim::reduction::{Stage, Turn};
 use crate::optim::state::Form;
 use unisono_configs::model::{Bucket, TensorSlot};
@@ -35,9 +36,14 @@ fn value(seed: usize, i: usize) -> f32 {
 
 /// Final masters and moments as they are saved, parameters (as fp32) and norms of a run of 3 steps with 6 leaves each.
 fn train(world: usize, form: Form, adding: Adding) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
+    train_where(world, form, adding, false)
+}
+
+/// The same with sums and state on a device, as far as the emulator is one.
+fn train_where(world: usize, form: Form, adding: Adding, away: bool) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
     let ranks: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> =
-            mesh(world).into_iter().map(|peers| scope.spawn(move || worker(peers, form, adding))).collect();
+            mesh(world).into_iter().map(|peers| scope.spawn(move || worker(peers, form, adding, away))).collect();
         threads.into_iter().map(|t| t.join().expect("worker")).collect()
     });
     let (_, parameters, norms) = &ranks[0];
@@ -90,11 +96,16 @@ fn begin(
 }
 
 /// Leaves come in one wave, or in three.
-fn worker(peers: Mesh, form: Form, adding: Adding) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
+fn worker(peers: Mesh, form: Form, adding: Adding, away: bool) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
     let (layout, stopper) = (layout(), peers.stopper().clone());
     let mut courier = Courier::new(Box::new(peers), &stopper);
     let (rank, world) = (courier.rank(), courier.world());
     let (mut optimizer, mut parameters) = begin((rank, world), form, adding, |i| value(7, i) * 10.0);
+    let _emulated = away.then(|| Emulated::begin().expect("a C++ compiler"));
+    if away {
+        optimizer.reduction.move_to(tch::Device::Cpu);
+        assert!(optimizer.move_to(tch::Device::Cpu));
+    }
     let waves = if adding.one_wave { 1 } else { 3 };
     let mut norms = vec![];
     for step in 1..=3 {
@@ -119,6 +130,7 @@ fn worker(peers: Mesh, form: Form, adding: Adding) -> (Optimizer, Vec<Tensor>, V
         }
         norms.push(norm);
     }
+    optimizer.bring_home();
     (optimizer, parameters, norms)
 }
 
@@ -135,6 +147,23 @@ fn any_number_of_workers_gives_the_same_bits() {
             }
         }
     }
+}
+
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn a_state_that_lives_on_a_device_has_the_same_bits() {
+    for form in [Form::Whole, Form::Split] {
+        let alone = train(1, form, Adding::in_place(6));
+        for world in [1, 2] {
+            assert!(train_where(world, form, Adding::in_place(6), true) == alone, "{world} workers, {form:?}");
+        }
+    }
+    // Without kernels for a form it stays where it is.
+    let (mut narrow, _) = begin((0, 1), Form::Narrow, Adding::in_place(1), |_| 1.0);
+    narrow.reduction.move_to(tch::Device::Cpu);
+    assert!(!narrow.move_to(tch::Device::Cpu));
+    let (mut split, _) = begin((0, 1), Form::Split, Adding::in_place(1), |_| 1.0);
+    assert!(!split.move_to(tch::Device::Cpu), "only beside its sums");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! travels once in a step. Else accumulators are lent to the few buckets that the backward pass is at, a bucket travels
 //! after every wave, and its owner alone keeps what comes of it. Integer sums make that the same number.
 
+use super::away;
 use super::exact::{self, ExactSum};
 use super::gradient::Gradient;
 use super::lending::{self, Kind};
@@ -13,7 +14,6 @@ use super::state::{resident, Form};
 use crate::collective::courier::{Courier, Ticket};
 use crate::collective::{self, Collective};
 use crate::model::{BadNumber, Leaves};
-use crate::ops::view;
 use crate::trace::{self, Track};
 use half::bf16;
 use std::collections::VecDeque;
@@ -131,6 +131,17 @@ impl Reduction {
         }
     }
 
+    /// Whether leaves are added on a device.
+    pub fn is_away(&self) -> bool {
+        self.sums.is_away()
+    }
+
+    /// Sums that are added on a device stay there, for an update there.
+    pub fn stay(&mut self) {
+        self.sums.stay();
+        self.gradients.iter_mut().for_each(|gradient| *gradient = Some(Gradient::Away(None)));
+    }
+
     /// Whether all leaves so far could be added.
     pub fn check(&self) -> Result<(), BadNumber> {
         self.sums.check()
@@ -164,12 +175,14 @@ impl Reduction {
         let mut gradient = self.gradients[bucket].take().expect("one journey at a time");
         let (shard, form, elements) = (self.shard.clone(), self.form, self.layout.buckets[bucket].elements);
         let name = self.layout.buckets[bucket].name.clone();
+        // Squares on a device are for the thread that computes there.
+        let here = !self.sums.stays();
         let ticket = courier.send(move |collective: &mut dyn Collective| {
             let _reducing = trace::span(Track::Communication, || format!("reduce {name}"));
-            let (mut sums, own) = (sums, shard.own(bucket));
-            collective.reduce_scatter(&mut view::elements_mut(&mut sums)[..elements], shard.owners(bucket))?;
+            let own = shard.own(bucket);
+            collective.reduce(&mut sums.narrow(0, 0, elements as i64), shard.owners(bucket))?;
             let free = gradient.take(sums, own.clone(), turn.first);
-            let partials = if turn.last { gradient.view(own).partials(form) } else { Vec::new() };
+            let partials = if turn.last && here { gradient.view(own).partials(form) } else { Vec::new() };
             Ok(Reduced { gradient, free, partials })
         });
         self.travelling.push_back((bucket, ticket));
@@ -190,7 +203,11 @@ impl Reduction {
         while !self.travelling.is_empty() {
             self.receive()?;
         }
-        let mine: Vec<u8> = self.partials.iter().flatten().flat_map(|partial| partial.to_le_bytes()).collect();
+        let partials = match self.sums.stays() {
+            true => away::partials(&(0..self.gradients.len()).map(|bucket| self.away(bucket)).collect::<Vec<_>>()),
+            false => self.partials.concat(),
+        };
+        let mine: Vec<u8> = partials.iter().flat_map(|partial| partial.to_le_bytes()).collect();
         let all = courier.send(move |collective: &mut dyn Collective| collective.all_gather_bytes(&mine)).wait()?;
         let partials = norm::in_order(&all, &self.shard).map_err(|peer| collective::Error::Protocol {
             peer,
@@ -215,9 +232,18 @@ impl Reduction {
         self.gradients[bucket].as_ref().expect("it has arrived").view(self.shard.own(bucket))
     }
 
+    /// The same where it stays on a device: sums, `[own elements]`.
+    pub fn away(&self, bucket: usize) -> Tensor {
+        let Some(Gradient::Away(Some(sums))) = &self.gradients[bucket] else {
+            unreachable!("looked at once all leaves are in")
+        };
+        let own = self.shard.own(bucket);
+        sums.narrow(0, own.start as i64, own.len() as i64)
+    }
+
     /// The gradient of `bucket` is of no more use.
     pub fn forget(&mut self, bucket: usize) {
-        if let Some(Gradient::InPlace(place)) = &mut self.gradients[bucket] {
+        if let Some(Gradient::InPlace(place) | Gradient::Away(place)) = &mut self.gradients[bucket] {
             if let Some(memory) = place.take() {
                 self.sums.open(bucket, memory);
             }

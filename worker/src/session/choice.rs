@@ -1,13 +1,16 @@
 //! What is settled before a worker loads anything: what the coordinator asks for, what fits, and what all ranks agree on.
 
 use super::{link, prospect, Error};
+use crate::collective::nccl::{self, Nccl};
+use crate::collective::tcp::{Membership, Mesh};
 use crate::collective::Collective;
+use crate::device;
 use crate::engine::{self, Engine};
 use crate::memory::{Demand, Plan};
 use crate::model::{Fault, Recompute};
 use crate::optim::reduction::Stage;
 use crate::optim::state::Form;
-use tch::Kind;
+use tch::{Device, Kind};
 use unisono_proto::v1::{self as wire, Assign};
 
 /// How the state is kept beside parameters of a kind.
@@ -43,6 +46,47 @@ pub(super) fn stage(asked: u32) -> Result<Option<Stage>, Error> {
         3 => Ok(Some(Stage::Three)),
         stage => Err(link::Error::Protocol(format!("assigned ZeRO stage {stage}")).into()),
     }
+}
+
+/// What this generation's exchanges go over, once the ranks have met.
+pub(super) fn transport(
+    asked: wire::Transport,
+    mut mesh: Mesh,
+    membership: &Membership,
+    device: Device,
+) -> Result<Box<dyn Collective + Send>, Error> {
+    if mesh.world() == 1 || asked == wire::Transport::Tcp || (asked, device) == (wire::Transport::Auto, Device::Cpu) {
+        return Ok(Box::new(mesh));
+    }
+    if device == Device::Cpu {
+        let sentence = "cluster.transport = \"nccl\" needs cluster.device = \"cuda\"";
+        return Err(Error::Unsupported(sentence.into()));
+    }
+    let all = mesh.all_gather_bytes(&device::identity(device)?)?;
+    match (shared(&all), asked) {
+        (Some((first, second)), wire::Transport::Auto) => {
+            tracing::warn!(first, second, "these ranks share a GPU: sums and parameters travel over TCP");
+            return Ok(Box::new(mesh));
+        }
+        // Whoever names hosts apart lets NCCL take them for such.
+        (Some((first, second)), _) if std::env::var_os("NCCL_HOSTID").is_none() => {
+            let sentence = format!(
+                "cluster.transport = \"nccl\", but ranks {first} and {second} share a GPU, which NCCL refuses: use as many \
+                 workers as GPUs, or set cluster.transport = \"auto\""
+            );
+            return Err(Error::Unsupported(sentence));
+        }
+        _ => {}
+    }
+    let nccl = Nccl::meet(mesh, membership, &nccl::Libraries::open(device)?)?;
+    tracing::info!(rank = membership.rank, "exchanges go over NCCL");
+    Ok(Box::new(nccl))
+}
+
+/// The first two ranks of one GPU.
+fn shared(gpus: &[Vec<u8>]) -> Option<(usize, usize)> {
+    let first = |second: usize| gpus[..second].iter().position(|gpu| *gpu == gpus[second]);
+    (0..gpus.len()).find_map(|second| Some((first(second)?, second)))
 }
 
 /// Plans as `plan` does, and again as whoever has least memory must: all ranks run a step in the same way.
@@ -83,4 +127,15 @@ pub(super) fn try_worst(assign: &Assign, engine: &mut Engine, plan: &Plan) -> Re
     engine.rehearse(vec![batch], assign.trains, 0.0)?;
     drop(beside);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_share_a_gpu_are_named() {
+        let of = |gpus: &[u8]| shared(&gpus.iter().map(|gpu| vec![*gpu; 16]).collect::<Vec<_>>());
+        assert_eq!((of(&[1, 2, 3]), of(&[1, 2, 3, 2, 1]), of(&[4])), (None, Some((1, 3)), None));
+    }
 }

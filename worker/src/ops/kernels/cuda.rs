@@ -91,7 +91,7 @@ impl Module {
 }
 
 /// The stream on which libtorch works at the moment on this thread.
-fn stream(index: usize) -> Result<sys::CUstream, String> {
+pub fn stream(index: usize) -> Result<sys::CUstream, String> {
     type Current = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
     static CURRENT: OnceLock<Option<Current>> = OnceLock::new();
     let current = CURRENT.get_or_init(|| {

@@ -3,12 +3,10 @@
 #![allow(unsafe_code)]
 
 use super::{names, source, Argument, Grid};
-use crate::library::Library;
+use crate::library::{self, Library};
 use std::cell::Cell;
 use std::ffi::{c_char, c_void, CStr, CString};
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 
 thread_local! {
@@ -45,7 +43,7 @@ fn entry() -> Result<Entry, String> {
     static ENTRY: OnceLock<Result<Entry, String>> = OnceLock::new();
     ENTRY
         .get_or_init(|| {
-            let library = Library::open(build()?)?;
+            let library = Library::open(library::compiled(&program(), "emulator")?)?;
             let address = library.symbol("unisono_emulate").ok_or("the emulator lacks its entry")?;
             // SAFETY: `program` writes that function with these types.
             Ok(unsafe { std::mem::transmute::<*mut c_void, Entry>(address) })
@@ -67,34 +65,6 @@ fn program() -> String {
     }
     text.push_str("  return \"there is no such kernel\";\n}\n");
     text
-}
-
-fn build() -> Result<PathBuf, String> {
-    let text = program();
-    let hash = blake3::hash(text.as_bytes()).to_hex();
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache")));
-    let dir = cache.ok_or("HOME is not set: there is no place for the emulated kernels")?.join("unisono/emulator");
-    let library = dir.join(format!("{}.so", &hash[..16]));
-    if library.exists() {
-        return Ok(library);
-    }
-    let failed = |e: std::io::Error| format!("{}: {e}", dir.display());
-    std::fs::create_dir_all(&dir).map_err(failed)?;
-    let (code, part) =
-        (dir.join(format!("{}.cpp", std::process::id())), dir.join(format!("{}.so", std::process::id())));
-    std::fs::write(&code, text).map_err(failed)?;
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
-    let options = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o"];
-    let output = Command::new(&compiler).args(options).arg(&part).arg(&code).output();
-    let output = output.map_err(|e| format!("{}: {e}", compiler.display()))?;
-    let _ = std::fs::remove_file(&code);
-    if !output.status.success() {
-        return Err(format!("the kernels do not compile as C++: {}", String::from_utf8_lossy(&output.stderr)));
-    }
-    // Several tests may build it at once: each its own, and any of them will do.
-    std::fs::rename(&part, &library).map_err(failed)?;
-    Ok(library)
 }
 
 pub(super) fn launch(name: &str, grid: Grid, arguments: &[Argument]) -> Result<(), String> {

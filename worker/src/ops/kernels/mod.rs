@@ -10,7 +10,7 @@ pub mod nvrtc;
 use super::form::AtenOnly;
 use tch::{Device, Kind, Tensor};
 
-pub use cuda::{is_loaded, load, Error};
+pub use cuda::{is_loaded, load, stream, Error};
 
 /// The program, in the order in which its parts stand.
 const SOURCES: [&str; 8] = [

@@ -4,7 +4,7 @@
 use crate::library::{self, Library};
 use cudarc::nvrtc::{result, sys};
 use std::ffi::{c_char, CStr, CString};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 /// Why there is no machine code.
@@ -94,8 +94,6 @@ fn log(program: &Program) -> String {
 
 /// Where `scripts/nvrtc` puts NVRTC on machines that have it only to compile for others.
 pub fn cached() -> Option<PathBuf> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache")))?;
-    let dir = cache.join("unisono/nvrtc-13.0.88/nvidia/cu13/lib");
+    let dir = library::cache()?.join("nvrtc-13.0.88/nvidia/cu13/lib");
     dir.is_dir().then_some(dir)
 }
