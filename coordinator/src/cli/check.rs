@@ -15,6 +15,7 @@ use std::sync::Arc;
 Example:
   unisono check recipe.toml
   unisono check recipe.toml --strict && unisono train recipe.toml
+  unisono check recipe.toml --workers-here 8    # of 64, the others on machines like this
   unisono check recipe.toml --json | jq 'select(.event == \"finding\") | .kind'
 
 Findings are explained in docs/data.md; each can be set to \"off\", \"warn\" or \"refuse\" in [gate].
@@ -28,6 +29,9 @@ pub struct Args {
     /// Refuse what the configuration only warns of
     #[arg(long)]
     strict: bool,
+    /// How many of the workers share this machine, or one like it [default: all]
+    #[arg(long, value_name = "N")]
+    workers_here: Option<usize>,
     /// One JSON object per line: a "task" for each table, its "finding"s, then "memory" and "verdict"
     #[arg(long)]
     json: bool,
@@ -42,7 +46,7 @@ pub fn check(args: Args) -> Result<()> {
     }
     let reports = dataset.reports();
     let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
-    let memory = memory::foresee(&config, &spec, &work)?;
+    let memory = memory::foresee(&config, &spec, &work, args.workers_here)?;
     if args.json {
         for report in &reports {
             print(&line("task", report)?);

@@ -58,9 +58,14 @@ struct Item {
     what: String,
 }
 
-/// Asks the worker's program what each of the workers would need if all of them ran here; where it is not installed, the
-/// answer is why there is none: data can be checked without it.
-pub fn foresee(config: &RunConfig, spec: &ModelSpec, work: &Work) -> Result<std::result::Result<Memory, Unplanned>> {
+/// Asks the worker's program what each of the workers would need if so many of them ran `here`, all unless told otherwise;
+/// where it is not installed, the answer is why there is none: data can be checked without it.
+pub fn foresee(
+    config: &RunConfig,
+    spec: &ModelSpec,
+    work: &Work,
+    here: Option<usize>,
+) -> Result<std::result::Result<Memory, Unplanned>> {
     let workers = workers(config);
     let layout = Layout::new(spec);
     let owned = |rank: &usize| layout.shard_elements(*rank, workers).iter().map(|range| range.len()).sum::<usize>();
@@ -78,7 +83,7 @@ pub fn foresee(config: &RunConfig, spec: &ModelSpec, work: &Work) -> Result<std:
         }
         Err(error) => return Err(Error::bad_input(error)),
     };
-    let memory = ask(&worker, &assign, workers)?;
+    let memory = ask(&worker, &assign, here.unwrap_or(workers).clamp(1, workers))?;
     Ok(Ok(Memory { parameters, ..memory }))
 }
 

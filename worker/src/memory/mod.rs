@@ -139,10 +139,15 @@ impl Demand<'_> {
         let vocab = self.sketch.spec().vocab;
         let extremes = self.together(choice.wave).map(|tokens| Extremes { tokens, ..self.extremes });
         let batches: Vec<Batch> = extremes.filter_map(|extremes| extremes.batch(vocab)).collect();
-        let activations = match batches.is_empty() {
+        let mut activations = match batches.is_empty() {
             false => self.sketch.dry_run(&batches, choice.recompute, self.trains)?,
             true => 0,
         };
+        if let (Stage::Three, true, Some(largest)) = (choice.stage, self.trains, self.extremes.batch(vocab)) {
+            // Evaluation goes in waves too where parameters come bucket by bucket, and each unit may be the largest.
+            let units = vec![largest; choice.wave];
+            activations = activations.max(self.sketch.dry_run(&units, choice.recompute, false)?);
+        }
         Ok(Plan { activations: activations as u64, ..self.least(choice) })
     }
 

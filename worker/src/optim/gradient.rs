@@ -42,6 +42,8 @@ impl Gradient {
             return None;
         }
         let total = &view::elements::<i64>(&sums)[own];
+        let one_wave = matches!(self, Gradient::Wide(_) | Gradient::Narrow(_));
+        assert!(first || !one_wave, "what is rounded takes no more waves: the plan counted one");
         match self {
             Gradient::InPlace(_) | Gradient::Away(_) => unreachable!("returned above"),
             Gradient::Sums(so_far) if first => so_far.copy_from_slice(total),
