@@ -115,8 +115,12 @@ fn defaults() -> toml::Table {
 }
 
 fn reference() -> String {
-    let sources =
-        concat!(include_str!("../src/run.rs"), include_str!("../src/run/gate.rs"), include_str!("../src/run/rows.rs"));
+    let sources = concat!(
+        include_str!("../src/run.rs"),
+        include_str!("../src/run/cluster.rs"),
+        include_str!("../src/run/gate.rs"),
+        include_str!("../src/run/rows.rs")
+    );
     let types = types(sources);
     let defaults = defaults();
     let mut text = HEAD.to_owned();

@@ -102,7 +102,7 @@ fn two_hosts_give_the_result_of_one() {
 
     let config = dir.path().join("cluster.toml");
     let text = format!(
-        "[model]\npath = \"{}\"\ncompute = \"fp32\"\n\n[[data]]\npath = \"{}\"\n\n[train]\nsteps = 4\nglobal_batch_size = 24\n\n[cluster]\nworkers = 2\n",
+        "[model]\npath = \"{}\"\ncompute = \"fp32\"\n\n[[data]]\npath = \"{}\"\n\n[train]\nsteps = 4\nglobal_batch_size = 24\n\n[cluster]\nworkers = 2\ntransport = \"tcp\"\n",
         tiny.model.display(),
         tiny.data.display()
     );

@@ -102,6 +102,10 @@ fn defaults_shuffled_assignment_stages_recompute_and_a_second_run() {
         same(&defaults, &run, &format!("stage {stage}"));
         assert_eq!(run.events("memory")[0]["zero_stage"], stage);
     }
+    for (workers, stage) in [(2, 1), (3, 3)] {
+        let run = train(dir.path(), "fp32").workers(workers).set("cluster.transport", "tcp");
+        same(&defaults, &run.set("cluster.zero_stage", stage).succeed(), "everything over sockets");
+    }
     let mut peaks = Vec::new();
     for level in ["nothing", "block"] {
         let run = train(dir.path(), "fp32").workers(2).set("cluster.recompute", level).succeed();

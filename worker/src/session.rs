@@ -330,7 +330,7 @@ impl<'l> Loading<'l> {
             term: self.epoch.term,
             generation: self.epoch.generation,
             timeout: Duration::from_secs_f64(*peer_timeout),
-            lends: true,
+            lends: self.assign.transport() != wire::Transport::Tcp,
         })
     }
 
