@@ -32,7 +32,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use unisono_configs::model::spec;
 use unisono_proto::v1::worker_message::Body;
-use unisono_proto::v1::{directive, Assign, Epoch, Phase, Ready};
+use unisono_proto::v1::{directive, Assign, Epoch, Phase, Ready, Transport};
 
 /// Why a worker's life ended early.
 #[derive(Debug, thiserror::Error)]
@@ -330,7 +330,7 @@ impl<'l> Loading<'l> {
             term: self.epoch.term,
             generation: self.epoch.generation,
             timeout: Duration::from_secs_f64(*peer_timeout),
-            lends: self.assign.transport() != wire::Transport::Tcp,
+            lends: self.assign.transport() != Transport::Tcp,
         })
     }
 
