@@ -2,7 +2,7 @@
 //! GPUs, and a machine without one needs none of its libraries.
 #![allow(unsafe_code)]
 
-use crate::library::{self, Library};
+use crate::library::{self, functions, Library};
 use crate::memory::Bytes;
 use crate::ops::{kernels, switches};
 use cudarc::driver::{result, sys};
@@ -26,6 +26,8 @@ pub enum Error {
     Unusable { index: usize, reason: String },
     #[error("GPU {index} ({name}) is of compute capability {major}.{minor}, and bf16 needs 8.0 or newer (Ampere): use another GPU, or set cluster.device = \"cpu\"")]
     OldGpu { index: usize, name: String, major: i32, minor: i32 },
+    #[error("this worker sees GPUs of several kinds ({0}), whose results differ: choose those of one kind with CUDA_VISIBLE_DEVICES")]
+    Mixed(String),
     #[error("GPU {index} has {free} of {total} free{holders}: end what holds it, or choose another GPU with CUDA_VISIBLE_DEVICES", free = Bytes(*.free), total = Bytes(*.total))]
     Full { index: usize, free: u64, total: u64, holders: String },
     #[error(transparent)]
@@ -74,6 +76,10 @@ fn open_gpu(local: usize) -> Result<Device, Error> {
     if count <= 0 || !Cuda::is_available() {
         return Err(Error::NoGpu);
     }
+    let kinds = kinds().map_err(|reason| Error::Unusable { index: 0, reason: reason.to_string() })?;
+    if kinds.len() > 1 {
+        return Err(Error::Mixed(kinds.join(", ")));
+    }
     let index = local % count as usize;
     if local as i64 >= count {
         tracing::warn!(local, count, "workers share a GPU");
@@ -108,6 +114,65 @@ fn driver_version() -> Option<i32> {
     unsafe { sys::cuDriverGetVersion(&mut version) }.result().ok().map(|()| version)
 }
 
+/// What decides the bits of GPUs' arithmetic beside libtorch and this program: their kind, and the versions of driver and
+/// cuBLAS. Empty where there are none. Makes no context.
+pub fn numerics() -> String {
+    if Library::open("libcuda.so.1").is_err() {
+        return String::new();
+    }
+    let kinds = result::init().and_then(|()| kinds()).unwrap_or_default();
+    match (kinds.is_empty(), driver_version()) {
+        (false, Some(driver)) => shown(&kinds, driver, cublas().as_deref()),
+        _ => String::new(),
+    }
+}
+
+fn shown(kinds: &[String], driver: i32, cublas: Option<&str>) -> String {
+    let cublas = cublas.map_or(String::new(), |version| format!(", cuBLAS {version}"));
+    format!("{}, CUDA driver {}{cublas}", kinds.join(" and "), Version(driver))
+}
+
+/// Model and compute capability of all GPUs that this process may use, each once.
+fn kinds() -> Result<Vec<String>, result::DriverError> {
+    let mut kinds = Vec::new();
+    for index in 0..result::device::get_count()? {
+        let (name, major, minor) = kind(result::device::get(index)?)?;
+        kinds.push(format!("{name} ({major}.{minor})"));
+    }
+    kinds.sort();
+    kinds.dedup();
+    Ok(kinds)
+}
+
+/// Name and compute capability.
+fn kind(device: sys::CUdevice) -> Result<(String, i32, i32), result::DriverError> {
+    // SAFETY: the device is the driver's own.
+    let attribute = |which| unsafe { result::device::get_attribute(device, which) };
+    let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    Ok((result::device::get_name(device)?, major, minor))
+}
+
+functions! {
+    Cublas {
+        property = "cublasGetProperty": fn(i32, *mut i32) -> u32;
+    }
+}
+
+/// The version of the cuBLAS that libtorch will open.
+fn cublas() -> Option<String> {
+    let dirs = library::beside_libtorch("cu13").into_iter().chain([std::path::PathBuf::new()]);
+    let library = dirs.into_iter().find_map(|dir| Library::open_apart(dir.join("libcublas.so.13")).ok())?;
+    let cublas = Cublas::of(library).ok()?;
+    let number = |which| {
+        let mut value = 0;
+        // SAFETY: writes one number, of this frame.
+        let code = unsafe { (cublas.property)(which, &mut value) };
+        (code == 0).then_some(value)
+    };
+    Some(format!("{}.{}.{}", number(0)?, number(1)?, number(2)?))
+}
+
 /// A GPU as its driver describes it.
 #[derive(Debug, Clone)]
 pub struct Gpu {
@@ -123,16 +188,13 @@ impl Gpu {
     pub fn describe(index: usize) -> Result<Gpu, result::DriverError> {
         result::init()?;
         let device = result::device::get(index as i32)?;
-        // SAFETY: the device is the driver's own.
-        let attribute = |which| unsafe { result::device::get_attribute(device, which) };
-        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        // SAFETY: as above; the context is kept for good.
+        let (name, major, minor) = kind(device)?;
+        // SAFETY: the device is the driver's own; the context is kept for good.
         let context = unsafe { result::primary_ctx::retain(device) }?;
         // SAFETY: a live context.
         unsafe { result::ctx::set_current(context) }?;
         let (free, total) = result::mem_get_info()?;
-        Ok(Gpu { name: result::device::get_name(device)?, major, minor, free: free as u64, total: total as u64 })
+        Ok(Gpu { name, major, minor, free: free as u64, total: total as u64 })
     }
 }
 
@@ -184,6 +246,13 @@ mod tests {
         let holders = " (nvidia-smi lists 77, python3, 140000 MiB)".to_owned();
         let full = Error::Full { index: 1, free: 5 << 20, total: 141 << 30, holders }.to_string();
         assert!(full.contains("GPU 1 has 5 MB of 151.40 GB free (nvidia-smi lists 77, python3"), "{full}");
+        let kinds = ["NVIDIA H100 80GB HBM3 (9.0)".to_owned(), "NVIDIA H200 (9.0)".to_owned()];
+        assert_eq!(shown(&kinds[1..], 13_000, Some("13.1.0")), "NVIDIA H200 (9.0), CUDA driver 13.0, cuBLAS 13.1.0");
+        assert_eq!(shown(&kinds, 13_020, None), format!("{} and NVIDIA H200 (9.0), CUDA driver 13.2", kinds[0]));
+        assert!(Error::Mixed(kinds.join(", ")).to_string().contains("H200 (9.0)), whose results differ: choose"));
+        if !std::path::Path::new("/dev/nvidiactl").exists() {
+            assert_eq!(numerics(), "", "there is no GPU to name");
+        }
         let gpu = Error::OldGpu { index: 0, name: "Tesla V100".into(), major: 7, minor: 0 }.to_string();
         assert!(gpu.contains("7.0") && gpu.contains("8.0"), "{gpu}");
     }

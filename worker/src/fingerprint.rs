@@ -1,9 +1,10 @@
 //! What decides the bits of this worker's arithmetic: workers that differ in it do not run together.
 
+use crate::device;
 use std::io;
 use unisono_proto::v1::Fingerprint;
 
-/// The fingerprint of this process on a CPU.
+/// The fingerprint of this process, whatever it will compute on.
 pub fn fingerprint() -> io::Result<Fingerprint> {
     // The running file itself, even where its path has been replaced meanwhile.
     let mut hasher = blake3::Hasher::new();
@@ -13,6 +14,7 @@ pub fn fingerprint() -> io::Result<Fingerprint> {
         instruction_set: instruction_set(),
         libtorch: env!("UNISONO_LIBTORCH").into(),
         binary: hasher.finalize().to_hex().to_string(),
+        gpu: device::numerics(),
     })
 }
 

@@ -147,7 +147,7 @@ pub struct Continuation {
 pub enum Refusal {
     #[error("the run is over; start a new one")]
     Over,
-    #[error("the numerics of this worker on {host} differ from those of the workers that joined before: {differences}; run the same unisono-worker and libtorch on the same kind of processor everywhere, so that results do not depend on who computes them")]
+    #[error("the numerics of this worker on {host} differ from those of the workers that joined before: {differences}; run the same unisono-worker and libtorch on the same kind of processor and GPU everywhere, so that results do not depend on who computes them")]
     Fingerprint { host: String, differences: String },
     #[error("the worker on {host} did not say on which host:port it accepts its peers; use the unisono-worker that belongs to this coordinator")]
     Listen { host: String },
@@ -166,6 +166,7 @@ pub(super) fn differences(theirs: &Fingerprint, ours: &Fingerprint) -> String {
         ("instruction set", &theirs.instruction_set, &ours.instruction_set),
         ("libtorch", &theirs.libtorch, &ours.libtorch),
         ("binary", &theirs.binary, &ours.binary),
+        ("GPU", &theirs.gpu, &ours.gpu),
     ];
     let differing = fields.iter().filter(|(_, a, b)| a != b);
     let told: Vec<String> = differing.map(|(name, a, b)| format!("{name} \"{a}\" against \"{b}\"")).collect();

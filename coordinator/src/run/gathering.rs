@@ -22,7 +22,11 @@ pub(super) struct Regrouping {
 }
 
 impl Machine {
-    pub(super) fn joined(&mut self, now: f64, from: Connection, join: Join) -> Result<Vec<Effect>, Refusal> {
+    pub(super) fn joined(&mut self, now: f64, from: Connection, mut join: Join) -> Result<Vec<Effect>, Refusal> {
+        if let (Some(fingerprint), true) = (&mut join.fingerprint, self.settings.assign.device != "cuda") {
+            // What GPUs a worker sees decides nothing where it computes on the processor.
+            fingerprint.gpu.clear();
+        }
         self.roster.may_join(&join, self.standard.as_ref(), self.settings.recorded.fingerprint())?;
         let mut effects = Vec::new();
         // A worker that comes again has given its old stream up, also where that has not been noticed yet.

@@ -154,8 +154,29 @@ fn joins_are_refused_with_a_sentence() {
     // One more is a spare, if its arithmetic is the same.
     assert_eq!(machine.apply(0.0, Event::Joined { from: Connection(5), join: join("ada:5") }).unwrap(), []);
     let mut other = join("ada:6");
-    other.fingerprint.as_mut().unwrap().device = "cuda:9.0".into();
+    other.fingerprint.as_mut().unwrap().instruction_set = "avx2".into();
     machine.apply(0.0, Event::Joined { from: Connection(6), join: other }).unwrap_err();
+}
+
+#[test]
+fn gpus_of_two_kinds_do_not_run_together() {
+    let outcome = |device: &str| {
+        let mut settings = settings(2, Assignment::Balanced);
+        settings.assign.device = device.into();
+        let mut machine = Machine::new(settings, program(5));
+        let of = |listen: &str, gpu: &str| {
+            let mut join = join(listen);
+            join.fingerprint.as_mut().unwrap().gpu = gpu.into();
+            join
+        };
+        let joined = |id, join| Event::Joined { from: Connection(id), join };
+        machine.apply(0.0, joined(0, of("ada:1", "NVIDIA H100 (9.0)"))).unwrap();
+        machine.apply(0.0, joined(1, of("ada:2", "NVIDIA H200 (9.0)"))).map(drop).map_err(|e| e.to_string())
+    };
+    let refused = outcome("cuda").unwrap_err();
+    assert!(refused.contains("GPU \"NVIDIA H200 (9.0)\" against \"NVIDIA H100 (9.0)\""), "{refused}");
+    // What is not computed on decides nothing.
+    outcome("cpu").unwrap();
 }
 
 #[test]

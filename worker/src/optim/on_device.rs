@@ -12,6 +12,7 @@ use unisono_configs::model::CHUNK;
 pub fn add_leaf(kernels: Kernels, sums: &Tensor, leaf: &Tensor, first: bool, peak: &Tensor) {
     let count = leaf.numel();
     assert_eq!(sums.numel(), count, "a leaf covers exactly its sums");
+    assert!(flat([sums, leaf]), "sums and leaf lie in one piece each");
     let together = pack(2, count, &[sums, leaf]);
     let name = format!("add_leaf_{}_{together}", word(leaf.kind()));
     let (length, first) = ((count as i64).into(), usize::from(first).into());
@@ -21,6 +22,7 @@ pub fn add_leaf(kernels: Kernels, sums: &Tensor, leaf: &Tensor, first: bool, pea
 /// Adds rows, fp32 `[rows.len(), width]`, to the rows `at` of a matrix of sums; no row comes twice.
 pub fn add_rows(kernels: Kernels, sums: &Tensor, at: &[u32], leaf: &Tensor, peak: &Tensor) {
     assert_eq!(leaf.kind(), Kind::Float, "rows come in fp32");
+    assert!(flat([sums, leaf]), "sums and rows lie in one piece each");
     let width = leaf.numel() / at.len().max(1);
     let rows = small_integers(at.iter().map(|&row| row as i32), sums);
     let arguments = [sums.into(), leaf.into(), (&rows).into(), width.into(), peak.into()];
@@ -30,12 +32,14 @@ pub fn add_rows(kernels: Kernels, sums: &Tensor, at: &[u32], leaf: &Tensor, peak
 /// Rounds the sums of a step to gradients: fp32, as many.
 pub fn round(kernels: Kernels, sums: &Tensor, gradients: &Tensor) {
     assert_eq!(sums.numel(), gradients.numel(), "a gradient for each sum");
+    assert!(flat([sums, gradients]), "sums and gradients lie in one piece each");
     let arguments = [sums.into(), gradients.into(), (sums.numel() as i64).into()];
     kernels.launch("round_sums", striding(sums.numel()), &arguments);
 }
 
 /// Sums of squares of each chunk of gradients, sums or fp32: fp64.
 pub fn partials(kernels: Kernels, gradients: &Tensor) -> Tensor {
+    assert!(flat([gradients]), "gradients lie in one piece");
     let chunks = gradients.numel().div_ceil(CHUNK);
     let partials = Tensor::empty([chunks as i64], (Kind::Double, gradients.device()));
     let arguments = [gradients.into(), (gradients.numel() as i64).into(), (&partials).into()];
@@ -61,12 +65,18 @@ pub fn update(kernels: Kernels, span: &Span<'_>, scalars: &Scalars) {
     let tensors = [Some(span.gradient), Some(span.parameter), span.low, Some(span.m), Some(span.v)];
     let tensors = tensors.into_iter().flatten();
     assert!(tensors.clone().all(|t| t.numel() == count), "one update of equally many elements");
+    assert!(flat(tensors.clone()), "each lies in one piece");
     assert_eq!(span.parameter.kind() == Kind::BFloat16, span.low.is_some(), "bf16 parameters and lower halves");
     let mut arguments: Vec<_> = tensors.map(Into::into).collect();
     arguments.push((count as i64).into());
     arguments.extend(scalars.arguments());
     let form = if span.low.is_some() { "split" } else { "whole" };
     kernels.launch(&format!("adamw_{form}_{}", reduced(span.gradient)), striding(count), &arguments);
+}
+
+/// Kernels go over memory from its begin.
+fn flat<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    tensors.into_iter().all(Tensor::is_contiguous)
 }
 
 fn reduced(gradient: &Tensor) -> &'static str {
