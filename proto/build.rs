@@ -22,6 +22,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "WorkerLost",
         "Warning",
         "RunStopped",
+        "Quarantined",
     ] {
         build = build.type_attribute(format!("unisono.v1.{message}"), "#[derive(serde::Serialize)]");
     }

@@ -1,5 +1,6 @@
 //! `RunConfig`: the TOML that describes a run, with every default written where the key is.
 
+mod barriers;
 mod cluster;
 mod error;
 mod gate;
@@ -13,6 +14,7 @@ mod section;
 mod tests;
 mod tree;
 
+pub use barriers::{Checkpoint, Eval};
 pub use cluster::{Assignment, Cluster, Count, Device, Recompute, Transport, ZeroStage};
 pub use error::Error;
 pub use gate::{Gate, Level};
@@ -275,10 +277,16 @@ pub struct Train {
     /// Decides the order of the rows, and stochastic rounding.
     pub seed: u64,
     /// A step whose loss is more than this many median absolute deviations above the median of the steps before it brings a
-    /// warning that names its rows; 0: never. The run goes on as it is. (A number that is not finite always stops the run.)
+    /// warning that names its rows, or to what train.on_spike says; 0: never.
     pub spike_mads: f64,
     /// Steps that a loss is held against.
     pub spike_window: usize,
+    /// What a spike leads to. "quarantine": the rows of its highest micro-batch are left out from that step on, and the run goes
+    /// back before it.
+    pub on_spike: OnSpike,
+    /// What a number that is not finite, or too large, leads to. "quarantine": the rows of every micro-batch of the step that
+    /// gives one are left out from that step on, and the run goes back before it.
+    pub on_bad_numbers: OnBadNumbers,
 }
 
 impl Default for Train {
@@ -302,6 +310,8 @@ impl Default for Train {
             seed: 0,
             spike_mads: 6.0,
             spike_window: 100,
+            on_spike: OnSpike::Warn,
+            on_bad_numbers: OnBadNumbers::Stop,
         }
     }
 }
@@ -312,6 +322,26 @@ impl Default for Train {
 pub enum OptimizerState {
     Fp32,
     Bf16,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnSpike {
+    /// The run goes on as it is.
+    #[default]
+    Warn,
+    /// The run ends before the step counts.
+    Stop,
+    Quarantine,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBadNumbers {
+    /// The run ends before the update.
+    #[default]
+    Stop,
+    Quarantine,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -325,44 +355,4 @@ pub enum Schedule {
     Constant,
     /// Constant, then to 0 along a line over the last fifth of the steps.
     Wsd,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Eval {
-    /// Steps between validations; 0: only at the end.
-    pub every: u64,
-}
-
-impl Default for Eval {
-    fn default() -> Self {
-        Eval { every: 50 }
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Checkpoint {
-    /// Steps between checkpoints; 0: only at the end.
-    pub every: u64,
-    /// Steps between snapshots: each worker keeps its share of the state in memory, and a copy at another worker, on another
-    /// host where there is one. After a loss the run goes on from there and not from the newest checkpoint. 0: none. More often:
-    /// less to compute again, more to copy. They take four times the optimizer state's memory; without it there are none.
-    pub snapshot_every: u64,
-    /// Newest checkpoints kept. One is deleted only after a newer one has been read back.
-    pub keep: usize,
-    /// Seconds that a run has to save and end when it is asked to (SIGTERM, SIGINT, SIGUSR1). Slurm and Kubernetes kill
-    /// after 30 s by default.
-    pub grace: f64,
-    /// Where each committed checkpoint is copied to behind training, with ledger and configuration: an absolute directory,
-    /// s3://bucket/prefix or gs://bucket/prefix. `train --resume URL/RUN` goes on from there on any machine, and so does
-    /// `--resume auto` where no run of the configuration is found.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub copy_to: Option<String>,
-}
-
-impl Default for Checkpoint {
-    fn default() -> Self {
-        Checkpoint { every: 500, snapshot_every: 10, keep: 3, grace: 25.0, copy_to: None }
-    }
 }

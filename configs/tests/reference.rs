@@ -118,6 +118,7 @@ fn reference() -> String {
     let sources = concat!(
         include_str!("../src/run.rs"),
         include_str!("../src/run/cluster.rs"),
+        include_str!("../src/run/barriers.rs"),
         include_str!("../src/run/gate.rs"),
         include_str!("../src/run/rows.rs")
     );

@@ -18,6 +18,7 @@ impl Body {
             Body::Lost(_) => "lost",
             Body::Warning(_) => "warning",
             Body::Stopped(_) => "stopped",
+            Body::Quarantined(_) => "quarantined",
         }
     }
 
@@ -35,6 +36,7 @@ impl Body {
             Body::Lost(message) => serde_json::to_value(message),
             Body::Warning(message) => serde_json::to_value(message),
             Body::Stopped(message) => serde_json::to_value(message),
+            Body::Quarantined(message) => serde_json::to_value(message),
         };
         let mut object = Map::new();
         object.insert("event".into(), self.kind().into());

@@ -20,6 +20,21 @@ pub fn reached(place: &str) {
     }
 }
 
+/// Whether these tokens hold the one that a test has declared to be poison, in `UNISONO_POISON`: what comes of them is no number.
+#[cfg(debug_assertions)]
+pub fn is_poisoned(tokens: &[u32]) -> bool {
+    use std::sync::OnceLock;
+    static POISON: OnceLock<Option<u32>> = OnceLock::new();
+    let poison = POISON.get_or_init(|| std::env::var("UNISONO_POISON").ok()?.parse().ok());
+    poison.is_some_and(|poison| tokens.contains(&poison))
+}
+
+/// Whether these tokens hold poison.
+#[cfg(not(debug_assertions))]
+pub fn is_poisoned(_tokens: &[u32]) -> bool {
+    false
+}
+
 /// This place is reached.
 #[cfg(not(debug_assertions))]
 pub fn reached(_place: &str) {}

@@ -5,7 +5,7 @@
 use crate::collective::courier::Courier;
 use crate::collective::tcp::Stopper;
 use crate::collective::{self, Collective};
-use crate::model::{Batch, Fault, Loss, Model, Nowhere, Station, Wave};
+use crate::model::{self, BadNumber, Batch, Fault, Loss, Model, Nowhere, Station, Wave};
 use crate::optim::reduction::Turn;
 use crate::optim::shard::Shard;
 use crate::optim::Optimizer;
@@ -126,6 +126,30 @@ impl Engine {
             optimizer.reduction.check().map_err(|bad| Fault { index: 0, source: bad.into() })?;
         }
         Ok(wave.losses().collect())
+    }
+
+    /// Whether a micro-batch alone gives a bad number; nothing is added up. All ranks probe together, who has none left
+    /// without one: parameters come to all alike.
+    pub fn probe(&mut self, batch: Option<Batch>, scale: f64) -> Result<Option<BadNumber>, Error> {
+        let Engine { model, optimizer, courier, supply, .. } = self;
+        let mut wave = model.wave(batch.into_iter().collect())?;
+        let (mut trial, mut bad) =
+            (optimizer.as_ref().expect("a run with steps has an optimizer").reduction.trial(), None);
+        let way = model.way(true);
+        let needs: Vec<_> = way.iter().map(|&station| model.needs(station)).collect();
+        for (i, &station) in way.iter().enumerate() {
+            courier.check()?;
+            supply.reach(&needs[i], needs.get(i + 1).map_or(&[][..], Vec::as_slice), model, courier)?;
+            match wave.pass(model, station, scale, &mut trial) {
+                Err(Fault { source: model::Error::BadNumber(number), .. }) => {
+                    // The others go on, and need this rank's parameters.
+                    (bad, wave) = (Some(number), model.wave(Vec::new())?);
+                }
+                passed => passed?,
+            }
+        }
+        let lost = || BadNumber { bucket: "loss".into(), value: f64::NAN };
+        Ok(bad.or_else(|| wave.losses().any(|loss| !loss.sum.is_finite()).then(lost)))
     }
 
     /// The norm of the step's gradient, once every rank has added its waves.

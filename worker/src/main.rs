@@ -304,8 +304,11 @@ fn take_part(link: &Link, standing: &mut session::Standing) -> Option<ExitCode> 
     let outcome = catch_unwind(AssertUnwindSafe(|| session::run(link, standing)));
     match outcome {
         Ok(Ok(())) => return Some(ExitCode::SUCCESS),
-        Ok(Err(error)) if error.recoverable() && link.ended().is_none() => {
-            tracing::info!(%error, "cut off from a peer");
+        Ok(Err(error))
+            if (error.recoverable() || standing.quarantines && error.micro_batch().is_some())
+                && link.ended().is_none() =>
+        {
+            tracing::info!(%error, "this generation is over for this worker");
             // Nobody may be listening any more; then the link ends too.
             let _ = link.report(Body::Failure(failure(link, &error.to_string(), &error)));
             // The coordinator waits a little whether somebody else was lost before it ends the generation.

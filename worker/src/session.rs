@@ -116,6 +116,8 @@ pub struct Standing {
     baseline: u64,
     /// How many processes share that; 0 before the first assignment.
     sharing: usize,
+    /// Bad numbers of a step end its generation and not the run.
+    pub quarantines: bool,
     /// How long to wait for a coordinator that is lost: as it said last.
     pub patience: Duration,
 }
@@ -126,7 +128,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 impl Standing {
     pub fn new(listener: TcpListener) -> Self {
         let (available, baseline) = (memory::available(), memory::resident());
-        Standing { listener, snapshots: None, available, baseline, sharing: 0, patience: PATIENCE }
+        Standing { listener, snapshots: None, available, baseline, sharing: 0, quarantines: false, patience: PATIENCE }
     }
 }
 
@@ -154,6 +156,7 @@ impl<'l> Joining<'l> {
         if standing.sharing == 0 {
             standing.sharing = assign.fresh.max(1) as usize;
         }
+        standing.quarantines = assign.quarantines;
         if assign.rejoin_timeout > 0.0 && assign.rejoin_timeout.is_finite() {
             standing.patience = Duration::from_secs_f64(assign.rejoin_timeout);
         }
@@ -298,13 +301,12 @@ impl<'l> Loading<'l> {
         if let (Some(exchange), Some(neighbour), 1.., Some(optimizer)) =
             (&standing.snapshots, &assign.neighbour, every, &trainer.engine.optimizer)
         {
-            let timeline = assign.timeline[..].try_into();
-            let timeline = timeline.map_err(|_| link::Error::Protocol("assigned no timeline".into()))?;
             let (store, neighbour, reporter) = (exchange.store.clone(), neighbour.clone(), link.reporter());
-            let mut keeper = Keeper::new(Means { store, every, timeline, neighbour, circle, reporter, epoch: *epoch });
-            if let Some(source) = held {
+            let mut keeper = Keeper::new(Means { store, every, neighbour, circle, reporter, epoch: *epoch });
+            let first = held.and_then(|source| source.images.first()?.held.as_ref());
+            if let Some((name, _)) = first.and_then(exchange::identify) {
                 // Whoever was lost held a part of it: it is in two places again, cut for those who are here now.
-                keeper.take(source.step, &optimizer.source(&trainer.engine.model));
+                keeper.take(name.step, name.timeline, &optimizer.source(&trainer.engine.model));
             }
             trainer.snapshots = Some(keeper);
         } else {
@@ -411,7 +413,10 @@ impl<'l> Training<'l> {
             let report = match directive.body {
                 Some(directive::Body::Step(step)) => {
                     link.progress().set_step(Some(step.step));
-                    let report = self.trainer.step(&step, &keys)?;
+                    let report = match step.probe {
+                        true => self.trainer.probe(&step, &keys)?,
+                        false => self.trainer.step(&step, &keys)?,
+                    };
                     link.progress().set_step(None);
                     Body::Step(report)
                 }

@@ -12,11 +12,11 @@ use crate::snapshot::keeper::Keeper;
 use crate::supply;
 use crate::trace::{self, Track};
 use std::time::Instant;
-use unisono_proto::put_u32s;
 use unisono_proto::v1::{
     BatchKey, Checkpoint, CheckpointCopied, Continuation, Evaluate, EvaluateReport, Generate, GenerateReport, LossPart,
     MemoryReport, Phase, Step, StepReport, StepSeconds,
 };
+use unisono_proto::{fail_point, put_u32s};
 
 /// Why a directive cannot be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -127,8 +127,9 @@ impl Trainer<'_> {
         if let Some(keeper) = self.snapshots.as_mut().filter(|keeper| keeper.is_due(step.step)) {
             // The parameters hold the masters, or their upper halves.
             self.engine.settle().map_err(|error| Error::of(error, keys))?;
-            if let Some(optimizer) = &self.engine.optimizer {
-                keeper.take(step.step, &optimizer.source(&self.engine.model));
+            // Without a timeline it would be nobody's.
+            if let (Some(optimizer), Ok(timeline)) = (&self.engine.optimizer, step.timeline[..].try_into()) {
+                keeper.take(step.step, timeline, &optimizer.source(&self.engine.model));
             }
             seconds.snapshot = clock.lap();
         }
@@ -137,7 +138,25 @@ impl Trainer<'_> {
         let activation_bytes = self.engine.model.activation_bytes();
         tracing::debug!(step = step.step, ?seconds, activation_bytes, "carried out");
         let memory = Some(self.memory());
-        Ok(StepReport { step: step.step, parts, grad_norm: norm, seconds: Some(seconds), memory })
+        Ok(StepReport { step: step.step, parts, grad_norm: norm, seconds: Some(seconds), memory, bad: Vec::new() })
+    }
+
+    /// Which of the micro-batches `keys` of a step give bad numbers. Nothing is added up or changed.
+    pub fn probe(&mut self, step: &Step, keys: &[BatchKey]) -> Result<StepReport, Error> {
+        self.link.progress().enter(Phase::Forward);
+        let scale = 1.0 / step.target_tokens as f64;
+        let mut bad = Vec::new();
+        for turn in 0..keys.len().max(step.passes as usize) {
+            fail_point::reached("probe");
+            let key = keys.get(turn);
+            let batch = key.map(|key| self.link.batch(key)).transpose()?;
+            let found = self.engine.probe(batch, scale).map_err(|error| Error::of(error, keys))?;
+            if let (Some(key), Some(number)) = (key, found) {
+                tracing::info!(step = step.step, key.micro_batch, %number, "bad");
+                bad.push(key.micro_batch);
+            }
+        }
+        Ok(StepReport { step: step.step, bad, ..StepReport::default() })
     }
 
     /// The own micro-batches in waves, as many as the rank with most has.

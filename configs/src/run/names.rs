@@ -54,6 +54,8 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "shuffle",
             "seed",
             "spike_mads",
+            "on_spike",
+            "on_bad_numbers",
             "spike_window",
         ],
     ),

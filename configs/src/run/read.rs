@@ -2,7 +2,7 @@
 
 use super::section::Section;
 use super::tree::{Document, Node, Place, Value};
-use super::{gate, names, rows, Error};
+use super::{gate, names, rows, Error, OnBadNumbers, OnSpike};
 use super::{
     Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Mixing, Model, OnBadRow,
     OptimizerState, Recompute, RunConfig, Schedule, Split, Train, Transport, Turns, ZeroStage,
@@ -297,6 +297,16 @@ fn train(s: &Section<'_>) -> Result<Train, Error> {
         )?,
         shuffle: s.flag("shuffle", d.shuffle)?,
         seed: s.whole("seed", d.seed, 0)?,
+        on_spike: s.choice(
+            "on_spike",
+            d.on_spike,
+            &[("warn", OnSpike::Warn), ("stop", OnSpike::Stop), ("quarantine", OnSpike::Quarantine)],
+        )?,
+        on_bad_numbers: s.choice(
+            "on_bad_numbers",
+            d.on_bad_numbers,
+            &[("stop", OnBadNumbers::Stop), ("quarantine", OnBadNumbers::Quarantine)],
+        )?,
         spike_mads: s.real("spike_mads", d.spike_mads, |x| x >= 0.0, "a number of at least 0 (0: never)")?,
         spike_window: s.whole("spike_window", d.spike_window as u64, 1)? as usize,
     };

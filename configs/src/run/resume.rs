@@ -9,6 +9,8 @@ const FREE: &[&str] = &[
     "train.steps",
     "train.spike_mads",
     "train.spike_window",
+    "train.on_spike",
+    "train.on_bad_numbers",
     "gate",
     "tokens",
     "eval",

@@ -111,6 +111,9 @@ pub struct Resumed {
 /// standard error from where.
 pub fn resume(run_dir: &Path, ledger: Ledger, work: Work, layout: &Layout) -> Result<Resumed> {
     let (recorded, done) = replay(&ledger)?;
+    if let Some(plan) = work.plan() {
+        recorded.quarantined().iter().for_each(|q| plan.quarantine(q.step, &q.rows));
+    }
     let (state, damaged) = newest(&Local, run_dir, ledger.term(), layout).map_err(Error::bad_input)?;
     for bad in &damaged {
         eprintln!("unisono: the checkpoint after step {} is set aside: {}", bad.step, bad.reason);

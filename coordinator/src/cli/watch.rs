@@ -172,6 +172,7 @@ fn object(target: &Target, state: &RunState, reply: Option<&StatusReply>) -> ser
         "workers": workers.collect::<Vec<_>>(),
         "failure": state.failed.as_ref().or(reply.and_then(|r| r.failure.as_ref())).map(failure),
         "stopped": state.stopped.as_ref().map(|s| &s.message),
+        "quarantined": state.quarantined,
         "warning": state.warning.as_ref().map(|w| &w.message),
         "digest": state.done.as_ref().map(|d| &d.digest),
         "export": state.done.as_ref().map(|d| &d.export),

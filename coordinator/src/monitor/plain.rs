@@ -3,7 +3,7 @@
 use super::state::RunState;
 use super::View;
 use std::io::{self, Write};
-use unisono_proto::v1::{event::Body, Evaluated, Event, Failure, StepCommitted};
+use unisono_proto::v1::{event::Body, Evaluated, Event, Failure, Quarantined, StepCommitted};
 
 /// Writes lines; steps at most every `pace` seconds of the run's own time.
 pub struct Plain<W> {
@@ -128,7 +128,21 @@ pub fn line(event: &Event, state: &RunState) -> Option<String> {
         Body::Failed(f) => format!("failed {}", failure(f)),
         Body::Warning(w) => format!("warning {}", w.message),
         Body::Stopped(s) => format!("stopped {}", s.message),
+        Body::Quarantined(q) => format!("quarantined {}: {}", rows(q), q.message),
     })
+}
+
+/// Rows that are named before the rest are counted.
+const NAMED: usize = 8;
+
+/// Which rows are left out from when on; the ledger has all their names.
+pub fn rows(q: &Quarantined) -> String {
+    let named = q.names.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let more = match q.names.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("from step {} on, {} rows: {named}{more}", q.step, q.rows.len())
 }
 
 fn eval(e: &Evaluated) -> String {

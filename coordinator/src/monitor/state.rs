@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use unisono_proto::v1::{
-    event::Body, CheckpointCommitted, Evaluated, Event, Failure, Membership, Memory, RunDone, RunStarted, RunStopped,
-    StepCommitted, Warning, WorkerLost,
+    event::Body, CheckpointCommitted, Evaluated, Event, Failure, Membership, Memory, Quarantined, RunDone, RunStarted,
+    RunStopped, StepCommitted, Warning, WorkerLost,
 };
 
 /// Steps that the current rate is averaged over.
@@ -43,6 +43,8 @@ pub struct RunState {
     /// The newest, and how many there were.
     pub warning: Option<Warning>,
     pub warnings: u64,
+    /// Rows that the run goes on without, in the order in which they were found.
+    pub quarantined: Vec<Quarantined>,
 }
 
 impl RunState {
@@ -86,6 +88,7 @@ impl RunState {
                 self.warning = Some(warning.clone());
                 self.warnings += 1;
             }
+            Some(Body::Quarantined(quarantined)) => self.quarantined.push(quarantined.clone()),
             None => {}
         }
         true

@@ -1,6 +1,6 @@
 //! The last screen of a run, and the one screen of `status`.
 
-use super::plain::{bytes, clock, grouped, significant};
+use super::plain::{bytes, clock, grouped, rows, significant};
 use super::state::RunState;
 use std::fmt::Write;
 use unisono_proto::v1::Evaluated;
@@ -35,6 +35,9 @@ pub fn summary(state: &RunState) -> String {
             bytes(memory.optimizer_bytes)
         );
         row(if index == 0 { "memory" } else { "" }, text);
+    }
+    for (index, quarantined) in state.quarantined.iter().enumerate() {
+        row(if index == 0 { "left out" } else { "" }, rows(quarantined));
     }
     if let Some(done) = &state.done {
         row("time", clock(done.seconds));

@@ -56,6 +56,9 @@ impl Machine {
         if self.phase == Phase::Gathering {
             failure.rank = None;
         }
+        if let Some(effects) = self.suspected(now, rank, &failure) {
+            return effects;
+        }
         self.roster.get_mut(rank).complained = true;
         if failure.recoverable && self.phase != Phase::Gathering {
             self.complaints.hear(now, rank, culprit, failure);
@@ -114,7 +117,7 @@ impl Machine {
         }
     }
 
-    fn name_rows(&self, suite: Suite, step: u64, micro_batch: u32) -> String {
+    pub(super) fn name_rows(&self, suite: Suite, step: u64, micro_batch: u32) -> String {
         let rows = self.settings.rows.0(BatchKey { suite: suite.into(), step, micro_batch });
         if rows.is_empty() {
             return String::new();
@@ -126,13 +129,9 @@ impl Machine {
 
     /// A loss far above those before it: most likely the learning rate, or rows that are unlike the others.
     pub(super) fn warn_of_spike(&self, entry: &StepCommitted, spike: Spike, worst: u32) -> Effect {
-        let StepCommitted { step, loss, grad_norm, .. } = *entry;
-        let Spike { median, limit } = spike;
-        let rows = self.name_rows(Suite::Train, step, worst);
-        let message = format!(
-            "the loss of step {step}, {loss:.4}, is above {limit:.4} where the steps before it have a median of {median:.4} (gradient norm {grad_norm:.3}); if that stays so, lower train.learning_rate. Highest is micro-batch {worst}{rows}"
-        );
-        Effect::Append(Entry::Warning(Warning { kind: "loss-spike".into(), step: Some(step), message }))
+        let rows = self.name_rows(Suite::Train, entry.step, worst);
+        let message = format!("{}{rows}", tell_spike(entry, spike, worst));
+        Effect::Append(Entry::Warning(Warning { kind: "loss-spike".into(), step: Some(entry.step), message }))
     }
 
     /// A rank that all others wait for: it is named, and gets less to compute.
@@ -232,11 +231,20 @@ impl Machine {
     }
 }
 
+/// What a spike is, but for the rows of the `worst` micro-batch.
+pub(super) fn tell_spike(entry: &StepCommitted, spike: Spike, worst: u32) -> String {
+    let StepCommitted { step, loss, grad_norm, .. } = *entry;
+    let Spike { median, limit } = spike;
+    format!(
+        "the loss of step {step}, {loss:.4}, is above {limit:.4} where the steps before it have a median of {median:.4} (gradient norm {grad_norm:.3}); if that stays so, lower train.learning_rate. Highest is micro-batch {worst}"
+    )
+}
+
 impl Item {
     /// Phase and step that a failure names.
     pub(super) fn place(self) -> (wire::Phase, Option<u64>) {
         match self {
-            Item::Step(step) => (wire::Phase::Forward, Some(step)),
+            Item::Step(step) | Item::Probe(step) => (wire::Phase::Forward, Some(step)),
             Item::Evaluate { step, .. } => (wire::Phase::Evaluate, Some(step).filter(|&s| s > 0)),
             Item::Checkpoint(step) => (wire::Phase::Checkpoint, Some(step)),
             Item::Generate(_) => (wire::Phase::Generate, None),

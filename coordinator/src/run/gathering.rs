@@ -124,7 +124,6 @@ impl Machine {
                 resume: resume.clone(),
                 fresh: fresh[worker.join.host.as_str()],
                 snapshot: sources.next(),
-                timeline: bytes::Bytes::copy_from_slice(&self.settings.snapshots.timeline),
                 neighbour,
                 ..self.settings.assign.clone()
             };

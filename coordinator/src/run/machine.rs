@@ -24,7 +24,7 @@ use crate::checkpoint::manifest;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
-use unisono_configs::run::Assignment;
+use unisono_configs::run::{Assignment, OnBadNumbers, OnSpike};
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::directive::Body as Task;
 use unisono_proto::v1::event::Body as Entry;
@@ -68,6 +68,8 @@ pub struct Settings {
     pub snapshots: Snapshotting,
     /// Seconds that every phase may take.
     pub hang_after: f64,
+    pub on_spike: OnSpike,
+    pub on_bad_numbers: OnBadNumbers,
 }
 
 /// Names the rows of a micro-batch, for people: a pure function of the data.
@@ -112,6 +114,10 @@ pub struct Machine {
     pub(super) kept: Kept,
     pub(super) durations: Durations,
     pub(super) pace: Pace,
+    /// A step that gave a bad number, and whose micro-batches have not been tried yet.
+    pub(super) suspect: Option<u64>,
+    /// One whose micro-batches gave none when they were tried.
+    pub(super) cleared: Option<u64>,
     pub(super) stopping: Option<Stopping>,
     pub(super) spikes: Spikes,
     pub(super) complaints: Complaints,
@@ -147,6 +153,8 @@ impl Machine {
             kept: Kept::default(),
             durations: Durations::default(),
             pace: Pace::default(),
+            suspect: None,
+            cleared: None,
             stopping: None,
             spikes,
             complaints: Complaints::default(),
@@ -256,6 +264,9 @@ impl Machine {
             let world = self.roster.len();
             let Settings { assignment, seed, .. } = self.settings;
             let mut instruction = self.program.directive(item, &self.pace.speeds(), assignment, seed);
+            if let Task::Step(step) = &mut instruction.body {
+                step.timeline = self.settings.snapshots.timeline();
+            }
             if let Task::Checkpoint(checkpoint) = &mut instruction.body {
                 let step = checkpoint.step;
                 checkpoint.path = manifest::directory(&self.settings.run_dir, step).display().to_string();
@@ -336,6 +347,9 @@ impl Machine {
                     rank_tokens: totals.rank_tokens,
                 };
                 let known = self.settings.recorded.knows_step(&entry).map_err(contradiction)?;
+                if let Some(instead) = self.instead_of_a_spike(now, &entry, totals.worst, known)? {
+                    return Ok(instead);
+                }
                 (self.committed, self.last_commit) = (step, now);
                 self.outcome.tokens += totals.tokens;
                 let spike = self.spikes.note(entry.loss).filter(|_| !known);
@@ -365,6 +379,7 @@ impl Machine {
                 }
                 Ok(effects)
             }
+            Item::Probe(step) => self.probed(step, settled),
             // All have copied; what they write is heard of later.
             Item::Checkpoint(_) => Ok(Vec::new()),
             Item::Generate(_) => {
@@ -377,7 +392,7 @@ impl Machine {
     }
 
     /// An entry that no generation made before.
-    fn new_entry(&mut self, entry: Entry) -> Effect {
+    pub(super) fn new_entry(&mut self, entry: Entry) -> Effect {
         self.settings.recorded.note(&entry);
         self.stumbles = 0;
         Effect::Append(entry)

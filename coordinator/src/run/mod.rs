@@ -20,6 +20,9 @@ pub mod pace;
 pub mod phases;
 pub mod plan;
 pub mod program;
+mod quarantine;
+#[cfg(test)]
+mod quarantine_tests;
 pub mod recorded;
 #[cfg(test)]
 mod recorded_tests;

@@ -35,7 +35,7 @@ impl Outstanding {
     /// Whether `report` is an answer to this directive.
     pub(super) fn is_answered_by(&self, report: &Report) -> bool {
         match (self.item, report) {
-            (Item::Step(step), Report::Step(report)) => report.step == step,
+            (Item::Step(step) | Item::Probe(step), Report::Step(report)) => report.step == step,
             (Item::Evaluate { .. }, Report::Evaluate(report)) => report.id == self.id,
             (Item::Checkpoint(step), Report::Copied(report)) => report.step == step,
             (Item::Generate(_), Report::Generate(report)) => report.id == self.id,

@@ -4,7 +4,8 @@
 use super::bounds::{self, fits, limits};
 use super::cost::CostModel;
 use super::deal::{deal, Document};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use unisono_configs::run::Train;
 
@@ -94,6 +95,10 @@ pub struct Plan {
     worst: Worst,
     sizes: Vec<u32>,
     totals: Option<Totals>,
+    /// Rows that are left out from a step on.
+    quarantined: Mutex<BTreeMap<u32, u64>>,
+    /// How often that has grown.
+    quarantines: AtomicU64,
 }
 
 /// The largest that any step of the plan brings.
@@ -184,6 +189,8 @@ impl Plan {
             worst: bounds::permitted(train),
             sizes: Vec::new(),
             totals: None,
+            quarantined: Mutex::default(),
+            quarantines: AtomicU64::new(0),
         };
         if plan.rows.all_known() {
             plan.walk(train)?;
@@ -221,6 +228,23 @@ impl Plan {
         self.sizes = most;
         (self.worst, self.totals) = (Worst { micro_batches, ..worst }, Some(totals));
         Ok(())
+    }
+
+    /// Leaves `rows` out from `step` on, as rows are that cannot be trained on: their places stay empty.
+    pub fn quarantine(&self, step: u64, rows: &[u32]) {
+        let mut quarantined = self.quarantined.lock().expect("nobody panics while holding it");
+        for &row in rows {
+            let from = quarantined.entry(row).or_insert(step);
+            *from = step.min(*from);
+        }
+        drop(quarantined);
+        self.quarantines.fetch_add(1, Ordering::SeqCst);
+        self.dealt.lock().expect("nobody panics while holding it").clear();
+    }
+
+    fn is_quarantined(&self, row: u32, step: u64) -> bool {
+        let quarantined = self.quarantined.lock().expect("nobody panics while holding it");
+        quarantined.get(&row).is_some_and(|&from| from <= step)
     }
 
     pub fn steps(&self) -> u64 {
@@ -274,16 +298,22 @@ impl Plan {
     /// As [`Plan::step`], dealt once for all who ask for it in a row.
     pub fn dealt(&self, step: u64) -> Arc<StepPlan> {
         let kept = || self.dealt.lock().expect("nobody panics while holding it");
-        if let Some(plan) = kept().iter().find(|plan| plan.step == step) {
-            return plan.clone();
+        loop {
+            if let Some(plan) = kept().iter().find(|plan| plan.step == step) {
+                return plan.clone();
+            }
+            let quarantines = self.quarantines.load(Ordering::SeqCst);
+            let plan = Arc::new(self.step(step));
+            let mut kept = kept();
+            // Rows that were left out meanwhile are not brought back.
+            if self.quarantines.load(Ordering::SeqCst) == quarantines {
+                if kept.len() == STEPS_KEPT {
+                    kept.pop_front();
+                }
+                kept.push_back(plan.clone());
+                return plan;
+            }
         }
-        let plan = Arc::new(self.step(step));
-        let mut kept = kept();
-        if kept.len() == STEPS_KEPT {
-            kept.pop_front();
-        }
-        kept.push_back(plan.clone());
-        plan
     }
 
     /// The rows at the places of `step`, those that are left out included.
@@ -299,7 +329,7 @@ impl Plan {
         let mut rows = self.places(step);
         for row in self.following(step) {
             rows.push(row);
-            if self.rows.size(row).is_some() {
+            if !self.is_quarantined(row, step) && self.rows.size(row).is_some() {
                 break;
             }
         }
@@ -318,6 +348,7 @@ impl Plan {
     /// the next one of its epoch, so that every step has an update.
     fn examples(&self, step: u64, is_left_out: impl Fn(u32) -> bool) -> Vec<u32> {
         let mut rows = self.places(step);
+        let is_left_out = |row: u32| self.is_quarantined(row, step) || is_left_out(row);
         rows.retain(|&row| !is_left_out(row));
         if rows.is_empty() {
             rows.extend(self.following(step).find(|&row| !is_left_out(row)));
@@ -348,7 +379,7 @@ impl Plan {
         let (mut left_out, mut trained) = (BTreeSet::new(), trained.iter().peekable());
         for step in 1..=steps {
             let mut taken = 0;
-            for row in self.places(step) {
+            for row in self.places(step).into_iter().filter(|&row| !self.is_quarantined(row, step)) {
                 match trained.next_if(|&&next| next == id(row)) {
                     Some(_) if left_out.contains(&row) => return None,
                     Some(_) => taken += 1,
@@ -358,8 +389,12 @@ impl Plan {
             }
             if taken == 0 {
                 let next = *trained.next()?;
-                let passed: Vec<u32> = self.following(step).take_while(|&row| id(row) != next).collect();
-                if passed.len() == self.order.length || !passed.iter().all(|&row| may_drop(row)) {
+                let mut passed: Vec<u32> = self.following(step).take_while(|&row| id(row) != next).collect();
+                if passed.len() == self.order.length {
+                    return None;
+                }
+                passed.retain(|&row| !self.is_quarantined(row, step));
+                if !passed.iter().all(|&row| may_drop(row)) {
                     return None;
                 }
                 left_out.extend(passed);

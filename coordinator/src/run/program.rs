@@ -43,6 +43,8 @@ pub struct Training {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Item {
     Step(u64),
+    /// The micro-batches of a step, each tried by itself.
+    Probe(u64),
     /// After `step` committed steps.
     Evaluate {
         suite: Suite,
@@ -120,14 +122,15 @@ impl Program {
     /// attempt are for the caller to fill in.
     pub fn directive(&self, item: Item, speeds: &[u32], assignment: Assignment, seed: u64) -> Instruction {
         match item {
-            Item::Step(step) => {
+            Item::Step(step) | Item::Probe(step) => {
                 let Program::Train(training) = self else { unreachable!("only a training program has steps") };
                 let dealt = training.plan.dealt(step);
                 let costs: Vec<u64> = dealt.micro_batches.iter().map(|m| m.cost).collect();
                 let shares = assign(assignment, &costs, speeds, step, seed);
                 let expected = Expected::of_step(&dealt, &shares, training.rate.at(step));
                 let (learning_rate, target_tokens) = (expected.learning_rate, dealt.target_tokens);
-                let body = Body::Step(Step { step, learning_rate, target_tokens, ..Step::default() });
+                let probe = matches!(item, Item::Probe(_));
+                let body = Body::Step(Step { step, learning_rate, target_tokens, probe, ..Step::default() });
                 Instruction { body, shares, expected }
             }
             Item::Evaluate { suite, step } => {

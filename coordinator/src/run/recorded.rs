@@ -4,7 +4,7 @@
 use super::program::Program;
 use std::collections::BTreeMap;
 use unisono_proto::v1::event::Body as Entry;
-use unisono_proto::v1::{Evaluated, Fingerprint, StepCommitted};
+use unisono_proto::v1::{Evaluated, Fingerprint, Quarantined, StepCommitted};
 
 /// What counts of a committed step when it is computed again.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +33,8 @@ pub struct Recorded {
     steps: BTreeMap<u64, Known>,
     /// By step, split and task.
     evaluations: BTreeMap<(u64, String, String), Evaluated>,
+    /// In the order of the ledger.
+    quarantined: Vec<Quarantined>,
 }
 
 impl Recorded {
@@ -48,6 +50,12 @@ impl Recorded {
             Entry::Eval(eval) => {
                 self.evaluations.insert(key(eval), eval.clone());
             }
+            // A new timeline: what followed is history.
+            Entry::Quarantined(quarantined) => {
+                self.steps.split_off(&quarantined.step);
+                self.evaluations.retain(|(at, ..), _| *at < quarantined.step);
+                self.quarantined.push(quarantined.clone());
+            }
             Entry::Membership(membership) => {
                 self.generation = self.generation.max(membership.generation);
                 self.fingerprint = membership.fingerprint.clone().or(self.fingerprint.take());
@@ -60,6 +68,11 @@ impl Recorded {
     /// The arithmetic that the run was computed with so far.
     pub fn fingerprint(&self) -> Option<&Fingerprint> {
         self.fingerprint.as_ref()
+    }
+
+    /// Rows that the run goes on without, oldest first.
+    pub fn quarantined(&self) -> &[Quarantined] {
+        &self.quarantined
     }
 
     /// The newest generation that there was.

@@ -103,17 +103,24 @@ impl Machine {
         if !self.is_short_handed() || self.queue.iter().any(|o| o.item == Item::Finish) {
             return Vec::new();
         }
+        let message = "a worker joined, and everyone regroups".to_owned();
+        let failure = self.failure(None, unisono_proto::v1::Phase::Join, None, message);
+        self.disband(now, &failure)
+    }
+
+    /// The generation is over, and nobody is lost: everyone joins again.
+    pub(super) fn disband(&mut self, now: f64, failure: &Failure) -> Vec<Effect> {
         self.generation += 1;
+        self.queue.clear();
+        self.complaints.clear();
         self.saves.void();
         self.queue.clear();
         self.complaints.clear();
         self.phase = Phase::Gathering;
         let workers = std::mem::take(&mut self.roster).into_workers();
-        let expected = workers.iter().map(|w| w.join.listen.clone()).collect();
+        let expected = workers.iter().filter(|w| !w.gone).map(|w| w.join.listen.clone()).collect();
         self.regrouping = Some(Regrouping { since: now, expected });
         let mut effects = Vec::new();
-        let message = "a worker joined, and everyone regroups".to_owned();
-        let failure = self.failure(None, unisono_proto::v1::Phase::Join, None, message);
         for worker in workers {
             let abort = Order::Abort(Abort { failure: Some(failure.clone()), regroup: true });
             effects.push(self.send(worker.connection, abort));

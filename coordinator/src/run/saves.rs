@@ -323,6 +323,9 @@ impl Machine {
         if self.agenda.peek(&self.program) == Some(Item::Finish) && !done {
             return None;
         }
+        if let Some(item) = self.probe_item() {
+            return item;
+        }
         loop {
             match self.agenda.next(&self.program, self.prepared)? {
                 // Computed again after a loss: it was saved, or is being saved, by the generation before.

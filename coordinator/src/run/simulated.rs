@@ -17,7 +17,7 @@ use unisono_proto::v1::{
     Failure, Halted, Heartbeat, Held, Join, LossPart, Proceed, Ready, SnapshotKept, StepReport, WorkerMessage,
 };
 
-pub(super) use super::rehearsal::{join, layout, machine, program, settings, snapshotting};
+pub(super) use super::rehearsal::{join, layout, machine, program, quarantining, settings, snapshotting, State};
 
 /// A worker that does what it is told, and what it has not said yet.
 #[derive(Default)]
@@ -40,6 +40,8 @@ pub(super) struct Simulated {
     /// It was told that its generation is over, and joins again.
     pub(super) regroups: bool,
     assign: Assign,
+    /// After each step, as it was dealt when the worker was told.
+    states: BTreeMap<u64, State>,
     snapshot_every: u64,
 }
 
@@ -72,6 +74,9 @@ pub(super) struct World {
     pub(super) mail: BTreeMap<Connection, Vec<(Epoch, Order)>>,
     /// How the coordinator dies in the middle of its next decision.
     pub(super) crash: Option<Crash>,
+    /// Rows that give bad numbers, and rows that give high losses.
+    pub(super) poison: BTreeSet<u32>,
+    pub(super) spiky: BTreeSet<u32>,
 }
 
 /// Snapshots of one owner that a worker keeps at a time.
@@ -110,6 +115,8 @@ impl World {
             asleep: BTreeSet::new(),
             mail: BTreeMap::new(),
             crash: None,
+            poison: BTreeSet::new(),
+            spiky: BTreeSet::new(),
         };
         let effects = this.machine.start();
         this.carry_out(effects);
@@ -228,8 +235,9 @@ impl World {
                 worker.epoch = Some(epoch);
                 let images = || assign.snapshot.iter().flat_map(|s| &s.images);
                 let holders = || images().filter_map(|image| image.holder.as_ref());
-                let elsewhere =
-                    |address: &String| *address != worker.listen && Some(address) == self.unreachable.as_ref();
+                let (memory, unreachable) = (&self.memory, self.unreachable.as_ref());
+                let is_gone = |address: &String| Some(address) == unreachable || !memory.contains_key(address);
+                let elsewhere = |address: &String| *address != worker.listen && is_gone(address);
                 let word = match holders().find(|holder| elsewhere(&holder.address)) {
                     None => Report::Ready(Ready { snapshots: true, ..Ready::default() }),
                     Some(holder) => Report::Failure(Failure {
@@ -246,7 +254,12 @@ impl World {
                 for image in assign.snapshot.iter().flat_map(|s| &s.images) {
                     let (held, holder) = (image.held.as_ref().unwrap(), image.holder.as_ref().unwrap());
                     assert_eq!(Some(held.step), resumed, "never a mix of steps");
-                    assert!(self.memory[&holder.address].contains(held), "whoever is named has it");
+                    let memory = self.memory.get(&holder.address);
+                    assert!(memory.is_none_or(|memory| memory.contains(held)), "whoever is named has it, or is gone");
+                    let Program::Train(training) = &self.machine.program else { unreachable!() };
+                    let state = State::of(training, held.step, Default::default());
+                    let shard = state.shard(held.step, held.rank, held.world);
+                    assert_eq!(held.blake3, shard, "what was trained on is what counts");
                 }
                 // Everybody forgets what the new generation has no use for.
                 self.memory.entry(worker.listen.clone()).or_default().retain(|held| Some(held.step) == resumed);
@@ -292,18 +305,38 @@ impl World {
                 let report = match directive.body.unwrap() {
                     Task::Step(step) => {
                         worker.steps.push(step.step);
-                        let Program::Train(training) = program(self.machine.status(0.0).steps) else { unreachable!() };
+                        let Program::Train(training) = self.machine.program.clone() else { unreachable!() };
                         let dealt = training.plan.step(step.step);
-                        assert_eq!(step.target_tokens, dealt.target_tokens);
+                        if step.target_tokens != dealt.target_tokens {
+                            // Heard too late: its rows are no more, and neither is its generation.
+                            assert_ne!(epoch, self.machine.epoch());
+                            return;
+                        }
+                        worker.states.insert(step.step, State::after(&training, &step));
+                        let holds = |rows: &BTreeSet<u32>, m: u32| {
+                            dealt.micro_batches[m as usize].rows.iter().any(|row| rows.contains(row))
+                        };
+                        let bad: Vec<u32> =
+                            step.micro_batches.iter().copied().filter(|&m| holds(&self.poison, m)).collect();
                         assert!(step.micro_batches.len() <= step.passes as usize);
                         let part = |micro_batch: u32| LossPart {
                             micro_batch,
-                            loss_sum: loss(step.step, micro_batch),
+                            loss_sum: loss(step.step, micro_batch)
+                                + if holds(&self.spiky, micro_batch) { 1e4 } else { 0.0 },
                             targets: u64::from(dealt.micro_batches[micro_batch as usize].targets),
                             correct: 0,
                         };
                         let parts = step.micro_batches.into_iter().map(part).collect();
-                        Report::Step(StepReport { step: step.step, parts, grad_norm: 0.5, ..Default::default() })
+                        let (number, micro_batch) = (step.step, bad.first().copied());
+                        let failure =
+                            Failure { step: Some(number), micro_batch, message: "bad".into(), ..Default::default() };
+                        if step.probe {
+                            Report::Step(StepReport { step: number, bad, ..Default::default() })
+                        } else if micro_batch.is_some() {
+                            Report::Failure(failure)
+                        } else {
+                            Report::Step(StepReport { step: step.step, parts, grad_norm: 0.5, ..Default::default() })
+                        }
                     }
                     Task::Evaluate(evaluate) => {
                         let Program::Train(training) = program(1) else { unreachable!() };
@@ -344,21 +377,24 @@ impl World {
         let Some((id, body)) = worker.outbox.pop_front() else { return false };
         worker.begun = worker.begun.max(id);
         let every = worker.snapshot_every;
-        let Assign { rank, world, ref timeline, ref neighbour, .. } = worker.assign;
+        let Assign { rank, world, ref neighbour, .. } = worker.assign;
+        let states = &worker.states;
         let held = |step| {
-            let name = [step, u64::from(rank), u64::from(world)].map(u64::to_le_bytes).concat();
-            let blake3 = blake3::hash(&name).as_bytes().to_vec().into();
-            Held { step, rank, world, timeline: timeline.clone(), bytes: 1, blake3 }
+            let blake3 = states[&step].shard(step, rank, world);
+            Held { step, rank, world, timeline: states[&step].timeline.clone(), bytes: 1, blake3 }
         };
         match &body {
-            Report::Step(StepReport { step, .. }) => worker.state = *step,
+            // A probe changes no state.
+            Report::Step(StepReport { step, grad_norm, .. }) if *grad_norm > 0.0 => worker.state = *step,
             Report::Copied(CheckpointCopied { step, .. }) => {
                 assert_eq!(*step, worker.state, "what is saved as the state after a step is that");
             }
             _ => {}
         }
         match &body {
-            Report::Step(StepReport { step, .. }) if every > 0 && step.is_multiple_of(every) => {
+            Report::Step(StepReport { step, grad_norm, .. })
+                if *grad_norm > 0.0 && every > 0 && step.is_multiple_of(every) =>
+            {
                 let own = self.memory.entry(worker.listen.clone()).or_default();
                 let room = own.iter().filter(|h| (h.rank, h.world) == (rank, world)).count() < KEPT;
                 let problem = match (room, self.unsent.contains(&(rank, *step))) {

@@ -26,7 +26,8 @@ pub struct Snapshotting {
     /// Steps between them; 0: none.
     pub every: u64,
     pub layout: Arc<Layout>,
-    pub timeline: Timeline,
+    /// The timelines so far, the current one last, each with the last step that still counts.
+    pub timelines: Vec<(Timeline, u64)>,
 }
 
 /// One held shard, and the place of its holder among the workers.
@@ -46,13 +47,15 @@ pub struct Holdings<'a> {
 }
 
 impl<'a> Holdings<'a> {
-    /// `held`: by worker. What is of another timeline does not count, nor what two workers hold differently.
-    pub fn new(layout: &'a Layout, timeline: &Timeline, held: impl Iterator<Item = &'a [Held]>) -> Self {
+    /// `held`: by worker. What is of another timeline than `timelines`, or beyond where they count, does not count, nor what two
+    /// workers hold differently.
+    pub fn new(layout: &'a Layout, timelines: &[(Timeline, u64)], held: impl Iterator<Item = &'a [Held]>) -> Self {
         let name = |held: &Held| (held.step, held.world, held.rank);
         let mut hashes: BTreeMap<(u64, u32, u32), BTreeSet<&[u8]>> = BTreeMap::new();
         let mut counted = Vec::new();
         for (holder, list) in held.enumerate() {
-            let whole = |h: &&Held| h.timeline == timeline[..] && h.rank < h.world && h.world <= MOST_WORKERS;
+            let counts = |h: &Held| timelines.iter().any(|(t, last)| h.timeline == t[..] && h.step <= *last);
+            let whole = |h: &&Held| counts(h) && h.rank < h.world && h.world <= MOST_WORKERS;
             for held in list.iter().filter(whole) {
                 hashes.entry(name(held)).or_default().insert(&held.blake3);
                 counted.push(Holding { holder, held });
@@ -156,6 +159,27 @@ pub fn neighbours(hosts: &[&str]) -> Vec<Option<usize>> {
     neighbours
 }
 
+impl Snapshotting {
+    /// From `step` on, `rows` are left out: another timeline.
+    pub fn branch(&mut self, step: u64, rows: &[u32]) {
+        let mut hasher = blake3::Hasher::new_derive_key("unisono 1 timeline without rows");
+        if let Some((timeline, _)) = self.timelines.last() {
+            hasher.update(&timeline[..]);
+        }
+        hasher.update(&step.to_le_bytes());
+        for row in rows {
+            hasher.update(&row.to_le_bytes());
+        }
+        self.timelines.iter_mut().for_each(|(_, last)| *last = (step - 1).min(*last));
+        self.timelines.push((*hasher.finalize().as_bytes(), u64::MAX));
+    }
+
+    /// The current one, as the wire has it.
+    pub fn timeline(&self) -> bytes::Bytes {
+        self.timelines.last().map(|(timeline, _)| bytes::Bytes::copy_from_slice(timeline)).unwrap_or_default()
+    }
+}
+
 /// What becomes of the snapshots of a generation.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Kept {
@@ -197,7 +221,7 @@ impl Machine {
     fn held_by<'a>(&'a self, workers: impl Iterator<Item = &'a Worker>) -> Option<u64> {
         let snapshotting = &self.settings.snapshots;
         let lists = workers.map(|w| &w.join.held[..]);
-        let mut holdings = Holdings::new(&snapshotting.layout, &snapshotting.timeline, lists);
+        let mut holdings = Holdings::new(&snapshotting.layout, &snapshotting.timelines, lists);
         holdings.all.retain(|(h, _)| !self.kept.passed_over.contains(&h.held.step));
         holdings.newest(self.saves.newest, self.settings.recorded.newest())
     }
@@ -237,7 +261,7 @@ impl Machine {
         let snapshotting = &self.settings.snapshots;
         let workers = self.roster.workers();
         let lists = workers.iter().map(|w| &w.join.held[..]);
-        let holdings = Holdings::new(&snapshotting.layout, &snapshotting.timeline, lists);
+        let holdings = Holdings::new(&snapshotting.layout, &snapshotting.timelines, lists);
         let image = |holding: Holding<'_>| {
             let address = workers[holding.holder].join.snapshots.clone();
             let holder = Some(Neighbour { rank: holding.holder as u32, address });

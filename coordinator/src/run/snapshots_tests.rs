@@ -18,7 +18,7 @@ fn held(step: u64, rank: u32, world: u32) -> Held {
 }
 
 fn holdings<'a>(layout: &'a unisono_configs::model::Layout, lists: &'a [Vec<Held>]) -> Holdings<'a> {
-    Holdings::new(layout, &NOW, lists.iter().map(Vec::as_slice))
+    Holdings::new(layout, &[(NOW, 100)], lists.iter().map(Vec::as_slice))
 }
 
 /// Every chunk that `lists` has of `step`, as (bucket, chunk).

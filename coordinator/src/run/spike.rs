@@ -42,7 +42,8 @@ impl Spikes {
         spike
     }
 
-    fn judge(&self, loss: f64) -> Option<Spike> {
+    /// Whether a loss would be a spike.
+    pub(super) fn judge(&self, loss: f64) -> Option<Spike> {
         if self.rule.mads <= 0.0 || self.recent.len() < LEAST.min(self.rule.window) {
             return None;
         }

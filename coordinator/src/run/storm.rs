@@ -7,10 +7,10 @@ use super::machine::{Machine, Settings};
 use super::phases::Phase;
 use super::program::Program;
 use super::recorded::Recorded;
+use super::rehearsal::ROWS;
 use super::simulated::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use unisono_configs::run::Assignment;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{Failure, Heartbeat, Phase as Place, WorkerMessage};
@@ -41,11 +41,34 @@ pub(super) enum Crash {
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Tally(pub(super) BTreeMap<&'static str, u64>);
 
+/// Steps with the bits of their losses, and which rows were left out from which step on.
+pub(super) type Story = (Vec<(u64, u64)>, Vec<(u64, Vec<u32>)>);
+
+pub(super) fn story(world: &World) -> Story {
+    let left_out = |e: &Entry| match e {
+        Entry::Quarantined(q) => Some((q.step, q.rows.clone())),
+        _ => None,
+    };
+    (world.steps(), world.ledger.iter().filter_map(left_out).collect())
+}
+
+/// What a run comes to that nothing happens to but its rows; `None`: it ends.
+fn undisturbed(steps: u64, poison: &BTreeSet<u32>, spiky: &BTreeSet<u32>) -> Option<Story> {
+    let mut alone = World::with(Machine::new(quarantining(1), program(steps)), 1, Vec::new());
+    (alone.poison, alone.spiky) = (poison.clone(), spiky.clone());
+    alone.settle_for(100.0);
+    (alone.machine.phase() == Phase::Finished).then(|| story(&alone))
+}
+
 /// A run in bad weather.
 pub(super) struct Storm {
     pub(super) world: World,
     pub(super) tally: Tally,
+    /// What the run must come to.
+    pub(super) expected: Story,
     dice: Dice,
+    /// Steps between snapshots.
+    every: u64,
     steps: u64,
     term: u64,
     /// Steps whose manifest exists.
@@ -62,8 +85,22 @@ impl Storm {
     pub(super) fn new(seed: u64) -> Self {
         let mut dice = Dice(seed);
         let (workers, steps) = (1 + dice.roll(5) as u32, 1 + dice.roll(14));
+        let every = dice.roll(4);
+        let mut rows = |most| (0..dice.roll(most)).map(|_| dice.roll(ROWS as u64) as u32).collect();
+        let (mut poison, mut spiky) = (rows(3), rows(3));
+        let expected = undisturbed(steps, &poison, &spiky).unwrap_or_else(|| {
+            // Not every run can do without its rows.
+            (poison, spiky) = Default::default();
+            undisturbed(steps, &poison, &spiky).expect("nothing is wrong with it")
+        });
+        let mut settings = quarantining(workers);
+        settings.snapshots.every = every;
+        let mut world = World::with(Machine::new(settings, program(steps)), workers, Vec::new());
+        (world.poison, world.spiky) = (poison, spiky);
         Storm {
-            world: World::new(workers, steps, Assignment::Balanced),
+            world,
+            expected,
+            every,
             tally: Tally::default(),
             dice,
             steps,
@@ -337,7 +374,13 @@ impl Storm {
         let mut recorded = Recorded::default();
         self.world.ledger.iter().for_each(|entry| recorded.note(entry));
         recorded.follow(&program);
-        let settings = Settings { recorded, term: self.term, ..settings(workers, Assignment::Balanced) };
+        let mut settings = Settings { recorded, term: self.term, ..quarantining(workers) };
+        settings.snapshots.every = self.every;
+        let Program::Train(training) = &program else { unreachable!() };
+        for quarantined in settings.recorded.quarantined() {
+            training.plan.quarantine(quarantined.step, &quarantined.rows);
+            settings.snapshots.branch(quarantined.step, &quarantined.rows);
+        }
         self.world.begins(Machine::new(settings, program));
     }
 }

@@ -37,7 +37,9 @@ use tokio::sync::{oneshot, watch};
 use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
 use unisono_configs::model::Layout;
-use unisono_configs::run::{Compute, Count, Device, OptimizerState, Recompute, RunConfig, Transport, ZeroStage};
+use unisono_configs::run::{
+    Compute, Count, Device, OnBadNumbers, OptimizerState, Recompute, RunConfig, Transport, ZeroStage,
+};
 use unisono_proto::dial::Role;
 use unisono_proto::v1::monitor_server::MonitorServer;
 use unisono_proto::v1::training_server::TrainingServer;
@@ -76,7 +78,7 @@ pub async fn serve(
     let layout = Layout::new(&setup.spec);
     let program = setup.work.program().clone();
     recorded.follow(&program);
-    let settings = Settings {
+    let mut settings = Settings {
         run_dir: run_dir.clone(),
         term,
         world: workers,
@@ -99,12 +101,17 @@ pub async fn serve(
         snapshots: Snapshotting {
             every: setup.config.checkpoint.snapshot_every,
             layout: Arc::new(layout.clone()),
-            timeline: timeline(&setup.config, program.steps()),
+            timelines: vec![(timeline(&setup.config, program.steps()), u64::MAX)],
         },
+        on_spike: setup.config.train.on_spike,
+        on_bad_numbers: setup.config.train.on_bad_numbers,
     };
     let (commands, queue) = std::sync::mpsc::channel();
     let handle = Handle::new(commands);
     let courier = commit::courier(&setup.config.checkpoint, &run_dir, &handle)?;
+    for quarantined in settings.recorded.quarantined() {
+        settings.snapshots.branch(quarantined.step, &quarantined.rows);
+    }
     if let (Some(courier), step @ 1..) = (&courier, program.start()) {
         // The coordinator that saved it may have died before it was copied.
         if let Err(error) = courier.take(step) {
@@ -292,6 +299,7 @@ pub fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error
         zero_stage,
         recompute: recompute.into(),
         transport: transport.into(),
+        quarantines: train.on_bad_numbers == OnBadNumbers::Quarantine,
         peer_timeout: config.cluster.peer_timeout,
         trains: matches!(program, Program::Train(_)),
         heartbeat: config.cluster.heartbeat,

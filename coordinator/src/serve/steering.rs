@@ -19,6 +19,7 @@ use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
 use tonic::Status;
 use unisono_proto::fail_point;
 use unisono_proto::v1::coordinator_message::Body;
+use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::{
     self as wire, Abort, CheckpointCommitted, CoordinatorMessage, Failure, Join, StatusReply, WorkerMessage,
 };
@@ -261,11 +262,19 @@ impl Steering {
             }
         }
         if !entries.is_empty() {
+            let quarantines = entries.iter().any(|entry| matches!(entry, Entry::Quarantined(_)));
+            let reached = |place| {
+                if quarantines {
+                    fail_point::reached(place)
+                }
+            };
             fail_point::reached("before-append");
+            reached("before-quarantine");
             let events = self.ledger.number(self.clock.now(), entries);
             match self.write(&events, commands) {
                 Ok(()) => {
                     fail_point::reached("after-append");
+                    reached("after-quarantine");
                     events.iter().for_each(|event| self.observer.event(event));
                     let sequence = events.last().map_or(0, |e| e.sequence);
                     let over = self.machine.phase().is_final();

@@ -15,6 +15,7 @@ use crate::ops::operation::operation;
 use crate::ops::rotation::Rotation;
 use crate::ops::{cross_entropy, rows};
 use tch::Tensor;
+use unisono_proto::fail_point;
 
 /// Why a wave ended: which of its micro-batches, and what.
 #[derive(Debug)]
@@ -195,6 +196,7 @@ impl Passage {
     fn backward(&mut self, model: &Model, bucket: usize, scale: f64, leaves: &mut dyn Leaves) -> Result<(), Error> {
         let (wide, pool) = (wide(model.compute()), &model.pool);
         if bucket == model.head_bucket() {
+            let scale = if fail_point::is_poisoned(&self.tokens) { f64::NAN } else { scale };
             let (sum, grad) = model.head().forward_backward(&self.last(), &self.targets, scale, leaves, pool)?;
             (self.loss, self.grad, self.stream) = (sum, Some(grad), Flow::Start);
             return Ok(());

@@ -196,6 +196,11 @@ impl ExactSum {
         self.buckets[bucket] = Some(Sums { memory, stale });
     }
 
+    /// Every leaf must stay below it.
+    pub fn bound(&self) -> f64 {
+        self.bound
+    }
+
     pub fn is_open(&self, bucket: usize) -> bool {
         self.buckets[bucket].is_some()
     }

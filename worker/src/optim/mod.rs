@@ -14,6 +14,7 @@ pub mod on_device;
 pub mod reduction;
 pub mod shard;
 pub mod state;
+pub mod trial;
 
 use crate::checkpoint::Source;
 use crate::ops::view;

@@ -11,6 +11,7 @@ use super::lending::{self, Kind};
 use super::norm;
 use super::shard::Shard;
 use super::state::{resident, Form};
+use super::trial::Trial;
 use crate::collective::courier::{Courier, Ticket};
 use crate::collective::{self, Collective};
 use crate::model::{BadNumber, Leaves};
@@ -145,6 +146,11 @@ impl Reduction {
     /// Whether all leaves so far could be added.
     pub fn check(&self) -> Result<(), BadNumber> {
         self.sums.check()
+    }
+
+    /// Judges leaves as this would, and adds none.
+    pub fn trial(&self) -> Trial {
+        Trial::new(self.layout.clone(), self.sums.bound())
     }
 
     pub fn stage(&self) -> Stage {

@@ -148,7 +148,14 @@ fn conduct(attendants: &[Attendant], dir: &Path, world: u32) -> Outcome {
         let micro_batches = share(rank, world);
         let step = |step| {
             let (target_tokens, micro_batches) = (30 * u64::from(MICRO_BATCHES), micro_batches.clone());
-            directive::Body::Step(Step { step, learning_rate: 3e-3, target_tokens, micro_batches, passes })
+            directive::Body::Step(Step {
+                step,
+                learning_rate: 3e-3,
+                target_tokens,
+                micro_batches,
+                passes,
+                ..Step::default()
+            })
         };
         let evaluate = || {
             let (suite, micro_batches) = (Suite::Validation as i32, micro_batches.clone());

@@ -18,7 +18,6 @@ pub struct Means {
     pub store: Store,
     /// Steps between snapshots.
     pub every: u64,
-    pub timeline: [u8; 32],
     pub neighbour: Neighbour,
     pub circle: Circle,
     pub reporter: Reporter,
@@ -42,9 +41,9 @@ impl Keeper {
         self.means.every > 0 && step.is_multiple_of(self.means.every)
     }
 
-    /// Copies the own shard, which is that after `step`, unless the last snapshot is still on its way. Returns once training
+    /// Copies the own shard, which is that after `step` of `timeline`, unless the last snapshot is still on its way. Returns once training
     /// may change the shard.
-    pub fn take(&mut self, step: u64, source: &Source<'_>) {
+    pub fn take(&mut self, step: u64, timeline: [u8; 32], source: &Source<'_>) {
         if self.sending.as_ref().is_some_and(|thread| !thread.is_finished()) {
             self.report(
                 step,
@@ -53,7 +52,7 @@ impl Keeper {
             return;
         }
         let (rank, world) = (source.shard.rank as u32, source.shard.world as u32);
-        let name = Name { timeline: self.means.timeline, step, rank, world };
+        let name = Name { timeline, step, rank, world };
         if let Some(image) = self.means.store.place(&name, None) {
             self.send(step, Unhashed::No(image));
             return;
