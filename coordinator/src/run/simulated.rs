@@ -384,8 +384,8 @@ impl World {
             Held { step, rank, world, timeline: states[&step].timeline.clone(), bytes: 1, blake3 }
         };
         match &body {
-            // A probe changes no state.
-            Report::Step(StepReport { step, grad_norm, .. }) if *grad_norm > 0.0 => worker.state = *step,
+            Report::Step(StepReport { step, grad_norm, .. }) if *grad_norm > 0.0 => worker.state = *step, // No probe.
+            Report::Failure(_) => worker.outbox.clear(), // Nothing follows it.
             Report::Copied(CheckpointCopied { step, .. }) => {
                 assert_eq!(*step, worker.state, "what is saved as the state after a step is that");
             }
