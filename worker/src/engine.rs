@@ -97,20 +97,14 @@ impl Engine {
             courier.check()?;
             let begun = Instant::now();
             let waiting = trace::span(Track::Compute, || format!("wait for {}", named()));
-            let alone = courier.world() == 1;
-            let mut reach = || {
+            telling(progress, courier.world(), || {
                 supply.reach(&needs[i], next, model, courier)?;
                 if let (Station::Backward(bucket), Some(optimizer)) = (station, optimizer.as_mut()) {
                     optimizer.reduction.open(bucket)?;
                     needs[i].iter().try_for_each(|&bucket| optimizer.reduction.open(bucket))?;
                 }
                 Ok::<_, Error>(())
-            };
-            // A world of one waits for nobody but its own device.
-            match alone {
-                true => reach()?,
-                false => progress.waiting(reach)?,
-            }
+            })?;
             drop(waiting);
             *waited += begun.elapsed().as_secs_f64();
             let _computing = trace::span(Track::Compute, named);
@@ -131,7 +125,7 @@ impl Engine {
     /// Whether a micro-batch alone gives a bad number; nothing is added up. All ranks probe together, who has none left
     /// without one: parameters come to all alike.
     pub fn probe(&mut self, batch: Option<Batch>, scale: f64) -> Result<Option<BadNumber>, Error> {
-        let Engine { model, optimizer, courier, supply, .. } = self;
+        let Engine { model, optimizer, courier, supply, progress, .. } = self;
         let mut wave = model.wave(batch.into_iter().collect())?;
         let (mut trial, mut bad) =
             (optimizer.as_ref().expect("a run with steps has an optimizer").reduction.trial(), None);
@@ -139,7 +133,8 @@ impl Engine {
         let needs: Vec<_> = way.iter().map(|&station| model.needs(station)).collect();
         for (i, &station) in way.iter().enumerate() {
             courier.check()?;
-            supply.reach(&needs[i], needs.get(i + 1).map_or(&[][..], Vec::as_slice), model, courier)?;
+            let next = needs.get(i + 1).map_or(&[][..], Vec::as_slice);
+            telling(progress, courier.world(), || supply.reach(&needs[i], next, model, courier))?;
             match wave.pass(model, station, scale, &mut trial) {
                 Err(Fault { source: model::Error::BadNumber(number), .. }) => {
                     // The others go on, and need this rank's parameters.
@@ -223,6 +218,14 @@ impl Engine {
         self.supply.reach(&[], &[], &mut self.model, &mut self.courier)?;
         self.courier = real;
         Ok(())
+    }
+}
+
+/// Waits for peers, and tells `progress` so. A world of one waits for nobody but its own device.
+fn telling<T>(progress: &Progress, world: usize, wait: impl FnOnce() -> T) -> T {
+    match world {
+        1 => wait(),
+        _ => progress.waiting(wait),
     }
 }
 

@@ -7,6 +7,7 @@
 use crate::collective::courier::{Courier, Ticket};
 use crate::collective::{self, Collective};
 use crate::model::{self, Model};
+use crate::ops::view;
 use crate::optim::lending::{self, Kind};
 use crate::optim::shard::Shard;
 use crate::optim::Parameters;
@@ -94,7 +95,7 @@ impl Supply {
     /// Gathers a bucket into `parameters`, from the own part on.
     fn fill(&mut self, bucket: usize, parameters: Tensor, model: &Model, courier: &mut Courier) {
         let own = self.shard.own(bucket);
-        parameters.narrow(0, own.start as i64, own.len() as i64).copy_(model.own(bucket, own.start).0);
+        view::part(&parameters, &own).copy_(model.own(bucket, own.start).0);
         self.send(bucket, parameters, model, courier);
     }
 

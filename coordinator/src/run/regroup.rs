@@ -111,8 +111,6 @@ impl Machine {
     /// The generation is over, and nobody is lost: everyone joins again.
     pub(super) fn disband(&mut self, now: f64, failure: &Failure) -> Vec<Effect> {
         self.generation += 1;
-        self.queue.clear();
-        self.complaints.clear();
         self.saves.void();
         self.queue.clear();
         self.complaints.clear();

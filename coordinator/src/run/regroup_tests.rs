@@ -169,8 +169,8 @@ fn if_nobody_comes_the_rest_go_on() {
     assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(9)));
 }
 
-#[test]
-fn a_late_worker_gets_a_place_at_the_next_checkpoint() {
+/// A run of two workers that goes on with one, since nobody came for the other.
+fn short_handed() -> World {
     let mut world = running(2);
     world.dies(Connection(1));
     world.joining.retain(|listen| listen == "ada:0");
@@ -179,6 +179,12 @@ fn a_late_worker_gets_a_place_at_the_next_checkpoint() {
     world.now += 31.0;
     world.apply(Event::Tick).unwrap();
     world.apply(Event::Tick).unwrap();
+    world
+}
+
+#[test]
+fn a_late_worker_gets_a_place_at_the_next_checkpoint() {
+    let mut world = short_handed();
     world.say(Connection(2));
     assert_eq!(world.machine.phase(), Phase::Running);
     assert_eq!(world.machine.status(world.now).workers.len(), 1);
@@ -192,13 +198,7 @@ fn a_late_worker_gets_a_place_at_the_next_checkpoint() {
 /// Somebody complained of a peer just before everyone regrouped for another reason: nobody is blamed for it afterwards.
 #[test]
 fn a_complaint_ends_with_its_generation() {
-    let mut world = running(2);
-    world.dies(Connection(1));
-    world.joining.retain(|listen| listen == "ada:0");
-    world.next_joins();
-    world.now += 31.0;
-    world.apply(Event::Tick).unwrap();
-    world.apply(Event::Tick).unwrap();
+    let mut world = short_handed();
     while world.machine.phase() != Phase::Running || world.commits.is_empty() {
         world.say(Connection(2));
     }

@@ -70,30 +70,33 @@ pub(super) fn meet(
     Ok(peers)
 }
 
-fn prepare(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
+/// A small message leaves at once, and nobody is waited for longer than `timeout`.
+pub(crate) fn prepare(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))
 }
 
+/// Calls whoever listens at `address`; `stopper` ends the connection.
+pub(crate) fn dial(address: &str, timeout: Duration, stopper: &Stopper) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for candidate in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&candidate, timeout) {
+            Ok(stream) => {
+                prepare(&stream, timeout)?;
+                stopper.watch(&stream)?;
+                return Ok(stream);
+            }
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
 fn connect(membership: &Membership, stopper: &Stopper, peer: usize) -> Result<TcpStream, Error> {
     let address = &membership.addresses[peer];
     let unreachable = |source| Error::Unreachable { peer, address: address.clone(), source };
-    let dial = || -> io::Result<TcpStream> {
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for candidate in address.to_socket_addrs()? {
-            match TcpStream::connect_timeout(&candidate, membership.timeout) {
-                Ok(stream) => {
-                    prepare(&stream, membership.timeout)?;
-                    stopper.watch(&stream)?;
-                    return Ok(stream);
-                }
-                Err(e) => last = e,
-            }
-        }
-        Err(last)
-    };
-    let stream = dial().map_err(unreachable)?;
+    let stream = dial(address, membership.timeout, stopper).map_err(unreachable)?;
     match membership.secret().connect(&stream, membership.rank, peer) {
         Ok(()) => Ok(stream),
         Err(_) if stopper.stopped() => Err(Error::Stopped),

@@ -4,7 +4,7 @@
 mod bytes;
 pub mod courier;
 pub(crate) mod handshake;
-mod meeting;
+pub(crate) mod meeting;
 pub mod nccl;
 mod neighbour;
 pub(crate) mod piece;
@@ -41,8 +41,8 @@ pub trait Collective {
         }
         let mut here = sums.to_device_(Device::Cpu, Kind::Int64, false, true);
         self.reduce_scatter(view::elements_mut(&mut here), owners)?;
-        let (own, here) = (part(sums, &owners[self.rank()]), part(&here, &owners[self.rank()]));
-        { own }.copy_(&here);
+        let own = &owners[self.rank()];
+        view::part(sums, own).copy_(&view::part(&here, own));
         Ok(())
     }
 
@@ -69,11 +69,6 @@ pub trait Collective {
     fn follow(&mut self, _computed: Event) -> Result<(), Error> {
         Ok(())
     }
-}
-
-/// Elements of a flat tensor.
-fn part(tensor: &Tensor, range: &Range<usize>) -> Tensor {
-    tensor.narrow(0, range.start as i64, range.len() as i64)
 }
 
 /// Why an exchange failed; each names the peer.

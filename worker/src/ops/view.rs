@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use half::bf16;
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 mod sealed {
@@ -54,6 +55,11 @@ pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
     }
     // SAFETY: as in `elements`; the exclusive borrow of the handle stands for the storage, see the contract above.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr() as *mut T, length) }
+}
+
+/// Elements of a flat tensor, wherever it is.
+pub fn part(tensor: &Tensor, range: &Range<usize>) -> Tensor {
+    tensor.narrow(0, range.start as i64, range.len() as i64)
 }
 
 unsafe fn slice<'a, T>(pointer: *const T, length: usize) -> &'a [T] {

@@ -5,7 +5,7 @@ use super::adamw::Scalars;
 use super::on_device::{self, Span};
 use super::state::{Form, State};
 use crate::ops::kernels::Kernels;
-use crate::ops::view::{elements, Element};
+use crate::ops::view::{elements, part, Element};
 use std::ops::Range;
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -19,11 +19,6 @@ struct Lying {
     low: Option<Tensor>,
     m: Tensor,
     v: Tensor,
-}
-
-/// Part of a flat tensor.
-fn part(tensor: &Tensor, range: &Range<usize>) -> Tensor {
-    tensor.narrow(0, range.start as i64, range.len() as i64)
 }
 
 impl Away {

@@ -2,7 +2,7 @@
 
 use super::exact::UNIT;
 use crate::model::TOGETHER;
-use crate::ops::simd::{integer, vectorised};
+use crate::ops::simd::{integer, vectorised, Narrow};
 use crate::ops::view::{self, Element};
 use half::bf16;
 use std::ops::Range;
@@ -36,25 +36,6 @@ fn elements<'a, T: Element>(leaves: &[&'a Tensor], part: Range<usize>) -> Vec<&'
     leaves.iter().map(|leaf| &view::elements::<T>(leaf)[part.clone()]).collect()
 }
 
-/// A leaf's element as fp32, exactly.
-trait Narrow: Copy {
-    fn value(self) -> f32;
-}
-
-impl Narrow for f32 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        self
-    }
-}
-
-impl Narrow for bf16 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-}
-
 /// Multiplying by 2^48 is exact in fp32: the product only overflows where the bound refuses the leaf.
 #[cfg(not(feature = "float-sum"))]
 #[inline(always)]
@@ -80,7 +61,7 @@ fn add_some<T: Narrow, const N: usize, const FIRST: bool>(sums: &mut [i64], leav
     for (i, sum) in sums.iter_mut().enumerate() {
         let mut total = if FIRST { 0 } else { *sum };
         for n in 0..N {
-            let x = leaves[n][i].value();
+            let x = leaves[n][i].load();
             peaks[n] = peaks[n].max(x.to_bits() & 0x7fff_ffff);
             total = accumulate(total, x);
         }

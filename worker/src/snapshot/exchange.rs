@@ -3,10 +3,11 @@
 
 use super::{Image, Name, Store};
 use crate::collective::handshake::{Failure, Secret};
+use crate::collective::meeting::{dial, prepare};
 use crate::collective::tcp::{self, Stopper};
 use crate::memory::Bytes;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -185,21 +186,7 @@ fn answer(mut stream: &TcpStream, stranger: Stranger, circle: &Circle, store: &S
 
 fn call(circle: &Circle, stopper: &Stopper, address: &str, rank: u32) -> Result<TcpStream, Error> {
     let failed = |source| Error::Peer { rank, address: address.to_owned(), source };
-    let dial = || -> io::Result<TcpStream> {
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for candidate in address.to_socket_addrs()? {
-            match TcpStream::connect_timeout(&candidate, circle.timeout) {
-                Ok(stream) => {
-                    prepare(&stream, circle.timeout)?;
-                    stopper.watch(&stream)?;
-                    return Ok(stream);
-                }
-                Err(e) => last = e,
-            }
-        }
-        Err(last)
-    };
-    let stream = dial().map_err(failed)?;
+    let stream = dial(address, circle.timeout, stopper).map_err(failed)?;
     match circle.secret.connect(&stream, circle.rank, rank as usize) {
         Ok(()) => Ok(stream),
         Err(Failure::Io(source)) => Err(failed(source)),
@@ -300,10 +287,4 @@ fn read(mut stream: &TcpStream, name: Name, hash: [u8; 32], bytes: u64, mut buff
 
 fn write(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
     bytes.chunks(PIECE).try_for_each(|piece| stream.write_all(piece))
-}
-
-fn prepare(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))
 }

@@ -96,7 +96,7 @@ fn parameters_reach_everybody() {
         let results = ranks(3, 20.0, device, |_, mut nccl| {
             let own = &owners[nccl.rank()];
             let mut bucket = Tensor::full([length as i64], -1, (kind, Device::Cpu));
-            super::super::part(&bucket, own).copy_(&super::super::part(&whole(), own));
+            view::part(&bucket, own).copy_(&view::part(&whole(), own));
             nccl.gather(&mut bucket, &owners).unwrap();
             bucket
         });
