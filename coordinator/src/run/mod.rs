@@ -1,5 +1,7 @@
 //! The pure heart: what the coordinator decides, as a state machine without clock, network or randomness of its own.
 
+#[cfg(test)]
+mod actors;
 pub mod assign;
 mod bounds;
 mod complaints;
