@@ -261,6 +261,40 @@ fn events_are_passed_on_whole_and_the_next_coordinator_goes_on_after_the_last() 
 }
 
 #[test]
+fn whoever_reads_nothing_holds_nobody_up_and_gets_every_event_once() {
+    // 30 MB of events: more than may wait. The first coordinator dies in the middle of telling them.
+    let stage = Stage::new(
+        &format!(
+            r#"for told; do :; done; case "$told" in [0-9]*) ;; *) told=0;; esac
+            echo '{{"report":"created","run_dir":"/runs/one"}}' > /proc/self/fd/$UNISONO_REPORT_FD; {READY}
+            if ! test -e "$0.second"; then touch "$0.second"; (sleep 0.5; kill -9 $$) & else echo $$ >> "$0.pids"; fi
+            exec awk -v told=$told 'BEGIN {{ fill = sprintf("%3000s", ""); for (i = told + 1; i <= 10000; i++) printf "{{\"sequence\":%d,\"fill\":\"%s\"}}\n", i, fill }}'"#
+        ),
+        "sleep 1",
+    );
+    let mut supervisor = stage.command().env(EVENTS, "1").stdout(Stdio::piped()).spawn().unwrap();
+    // Nothing has been read, and the next one is there.
+    stage.pids("coordinator", 1);
+    let reader = BufReader::new(supervisor.stdout.take().unwrap());
+    let sequence = |line: String| {
+        let number = line.strip_prefix("{\"sequence\":")?.split(',').next()?;
+        Some(number.parse::<u64>().unwrap())
+    };
+    let told: Vec<u64> = reader.lines().map_while(Result::ok).filter_map(sequence).collect();
+    assert!(told.iter().copied().eq(1..=10_000), "{} events, the last one {:?}", told.len(), told.last());
+    assert_eq!(end(supervisor).0.code(), Some(0));
+}
+
+#[test]
+fn a_standard_output_that_cannot_be_written_ends_the_telling_and_not_the_run() {
+    let stage = Stage::new(&format!(r#"{READY} echo '{{"sequence":6}}'; sleep 0.5; exit 0"#), "sleep 1");
+    let unwritable = std::fs::File::open("/dev/null").unwrap();
+    let (status, words) = end(stage.command().env(EVENTS, "1").stdout(unwritable).spawn().unwrap());
+    assert_eq!(status.code(), Some(0));
+    assert!(words.contains("standard output cannot be written") && words.lines().count() == 1, "{words}");
+}
+
+#[test]
 fn a_worker_that_cannot_load_libtorch_says_what_to_do() {
     let loader = r#"echo "$0: error while loading shared libraries: libtorch_cpu.so: cannot open shared object file" >&2; exit 127"#;
     let stage = Stage::new(&format!("{READY} {JOIN}"), loader);

@@ -184,7 +184,14 @@ impl Crew {
                 suspicion.get_or_insert(now + TESTIMONY);
             }
             let due = self.start_again(now)?;
-            let deadline = suspicion.into_iter().chain(due).min();
+            // A coordinator whose run is over waits for whoever reads its events, and that has an end.
+            let unread =
+                self.relay.as_ref().filter(|_| self.over).and_then(Relay::patience_ends).map(Instant::from_std);
+            if let Some(relay) = self.relay.as_ref().filter(|_| unread.is_some_and(|at| at <= now)) {
+                relay.give_up();
+            }
+            let unread = unread.filter(|at| *at > now);
+            let deadline = suspicion.into_iter().chain(due).chain(unread).min();
             tokio::select! {
                 _ = signals.child.recv() => {}
                 Some(report) = reports.recv() => self.heed(report)?,
@@ -405,22 +412,24 @@ impl Crew {
 }
 
 impl Crew {
-    /// Waits until every event that was told is passed on, at most `patience`; nobody who asks again has to.
+    /// Waits until every event that was told is passed on, at most `patience` and as long as somebody reads; nobody who asks again
+    /// has to.
     pub async fn pass_on(&mut self, signals: &mut Signals, patience: Option<Duration>) {
-        let Some(relay) = self.relay.take() else { return };
-        // The last of its words may have been told long before somebody reads them.
-        let written = relay.close();
+        let Some(mut relay) = self.relay.take() else { return };
         let patience = async {
             match patience {
                 Some(patience) => tokio::time::sleep(patience).await,
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
-            // An error is an end too.
-            _ = written => {}
-            () = patience => {}
-            _ = signals.requests.next() => {}
+        let unread = tokio::select! {
+            unread = relay.finish() => unread,
+            () = patience => relay.unwritten(),
+            _ = signals.requests.next() => relay.unwritten(),
+        };
+        if unread > 0 {
+            let run = self.run_dir.as_deref().map(|run| format!(" of {}", run.display())).unwrap_or_default();
+            eprintln!("unisono: {unread} events were not taken from standard output; the ledger{run} has them all");
         }
     }
 }
