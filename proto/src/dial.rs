@@ -23,6 +23,10 @@ pub const SERVER_NAME: &str = "unisono-coordinator";
 /// Seconds after which a connection that does not come about is given up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Between the pings of a viewer, and bytes that may be on their way to it.
+const VIEWER_PING: Duration = Duration::from_secs(20);
+const VIEWER_WINDOW: u32 = (1 << 16) - 1;
+
 /// Why the coordinator cannot be reached. Each is one sentence for a person.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -183,16 +187,19 @@ pub async fn dial_with(
             })
         }
     });
-    settings(Endpoint::from(uri))
-        .http2_keep_alive_interval(Duration::from_secs(5))
-        .keep_alive_timeout(Duration::from_secs(20))
-        .keep_alive_while_idle(true)
-        .connect_with_connector(service)
-        .await
-        .map_err(|error| {
-            let recorded = failure.lock().expect("nobody panics while holding it").take();
-            recorded.unwrap_or_else(|| Error::Connect { address: address.into(), problem: error.to_string() })
-        })
+    let endpoint = Endpoint::from(uri).keep_alive_timeout(Duration::from_secs(20)).keep_alive_while_idle(true);
+    let endpoint = match token.role() {
+        Role::Worker => endpoint.http2_keep_alive_interval(Duration::from_secs(5)),
+        // There may be a thousand of these. Of what is sent ahead of their reading, the coordinator may keep a part.
+        Role::Monitor | Role::Operator => endpoint
+            .http2_keep_alive_interval(VIEWER_PING)
+            .initial_stream_window_size(VIEWER_WINDOW)
+            .initial_connection_window_size(VIEWER_WINDOW),
+    };
+    settings(endpoint).connect_with_connector(service).await.map_err(|error| {
+        let recorded = failure.lock().expect("nobody panics while holding it").take();
+        recorded.unwrap_or_else(|| Error::Connect { address: address.into(), problem: error.to_string() })
+    })
 }
 
 /// The worker-facing service over a channel, with the limits both ways.

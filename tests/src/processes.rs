@@ -84,16 +84,6 @@ pub fn usage(pid: u32) -> Option<Usage> {
     Some(Usage { cpu: nanoseconds as f64 / 1e9, peak })
 }
 
-/// Seconds on processors that a process has used so far, in user and kernel mode.
-pub fn cpu_seconds(pid: u32) -> Option<f64> {
-    // The kernel tells in hundredths of a second on every architecture that Linux has.
-    const TICKS: f64 = 100.0;
-    let stat = std::fs::read_to_string(proc(pid, "stat")).ok()?;
-    // The name, in parentheses, may have blanks.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    Some((fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?) / TICKS)
-}
-
 /// Sends SIGKILL.
 pub fn kill(pid: u32) {
     let status = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().expect("kill is a command");

@@ -2,6 +2,7 @@
 //! can be ended from within: one on which nobody proves in time that he may call, and one whose other end takes nothing.
 
 use rustls::ServerConfig;
+use socket2::{SockRef, TcpKeepalive};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
@@ -25,6 +26,10 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A connection without a call that may be made is ended by then.
 const ADMISSION: Duration = Duration::from_secs(10);
 
+/// An idle connection is probed that often, and given up after as many probes without an answer.
+const PROBE: Duration = Duration::from_secs(5);
+const PROBES: u32 = 4;
+
 /// Handshakes at a time, and of these with one address.
 const HANDSHAKES: usize = 256;
 const HANDSHAKES_EACH: usize = 64;
@@ -39,7 +44,7 @@ struct Inner {
 }
 
 impl Gate {
-    fn new() -> (Self, oneshot::Receiver<()>) {
+    pub fn new() -> (Self, oneshot::Receiver<()>) {
         let (end, ended) = oneshot::channel();
         (Gate(Arc::new(Inner { end: Mutex::new(Some(end)), admitted: AtomicBool::new(false) })), ended)
     }
@@ -179,7 +184,7 @@ pub fn accept(
                     tracing::debug!("too many handshakes at a time");
                     return;
                 };
-                if let Err(error) = stream.set_nodelay(true) {
+                if let Err(error) = stream.set_nodelay(true).and_then(|()| keep_alive(&stream)) {
                     tracing::debug!(%error, "a connection ended at once");
                     return;
                 }
@@ -193,6 +198,13 @@ pub fn accept(
         }
     });
     (ReceiverStream::new(receiver), task)
+}
+
+/// The kernel finds out by itself who is gone, while a thousand idle connections cost this process nothing.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(PROBE).with_interval(PROBE).with_retries(PROBES))?;
+    socket.set_tcp_user_timeout(Some(PROBE * (PROBES + 1)))
 }
 
 async fn place(own: Arc<Semaphore>, all: Arc<Semaphore>) -> Option<[OwnedSemaphorePermit; 2]> {

@@ -2,11 +2,13 @@
 
 mod accept;
 mod access;
+mod audience;
 mod commit;
 pub mod control;
 mod filesystem;
 mod identity;
 pub mod ledger;
+mod pages;
 pub mod setup;
 mod steering;
 mod training;
@@ -24,7 +26,8 @@ use crate::run::program::Program;
 use crate::run::snapshots::{Snapshotting, Timeline};
 use crate::run::spike;
 use access::Access;
-use commit::{Archive, Committer};
+use audience::{Audience, Stage};
+use commit::Committer;
 use control::{Control, CONTROL};
 use ledger::Ledger;
 use rustls::crypto::ring;
@@ -32,8 +35,8 @@ use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use steering::{Alarm, Command, Handle, News, Steering};
-use tokio::sync::{oneshot, watch};
+use steering::{Alarm, Command, Handle, Steering};
+use tokio::sync::oneshot;
 use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
 use unisono_configs::model::Layout;
@@ -41,11 +44,10 @@ use unisono_configs::run::{
     Compute, Count, Device, OnBadNumbers, OptimizerState, Recompute, RunConfig, Transport, ZeroStage,
 };
 use unisono_proto::dial::Role;
-use unisono_proto::v1::monitor_server::MonitorServer;
 use unisono_proto::v1::training_server::TrainingServer;
 use unisono_proto::v1::{self as wire, Assign, ModelSource, Optimizer, RunStarted};
 use unisono_proto::MAX_MESSAGE_BYTES;
-use viewing::{Progress, Recent, Shelf, ViewingService};
+use viewing::{Archive, ViewingService};
 
 /// After the run's end, streams that are still open get this long to close.
 const LINGER: Duration = Duration::from_secs(3);
@@ -118,7 +120,7 @@ pub async fn serve(
             handle.send(Command::Warn { kind: "copy", step, message: error.to_string() });
         }
     }
-    let archive = Archive {
+    let archive = commit::Archive {
         run_dir: run_dir.clone(),
         config: fingerprint(&setup.config),
         layout,
@@ -130,13 +132,12 @@ pub async fn serve(
         keep: setup.config.checkpoint.keep,
         courier: courier.clone(),
     };
-    let (progress, seen) = watch::channel(Progress { sequence: 0, over: false });
+    let audience = Audience::new(ledger.sequence(), setup.viewer_patience);
     let committer = Committer::spawn(archive, handle.clone(), setup.conclude).map_err(Error::Socket)?;
     let machine = Machine::new(settings, program);
     let observer = setup.observer.clone();
-    let recent = Arc::new(Recent::default());
-    let news = News { progress, recent: recent.clone() };
-    let steering = Steering::new(machine, ledger, run_dir.clone(), setup.observer, news, committer, handle.clone());
+    let stage = Stage(audience.clone());
+    let steering = Steering::new(machine, ledger, run_dir.clone(), setup.observer, stage, committer, handle.clone());
     // Goes down with the thread that tells.
     let preparing = Alarm { handle: handle.clone(), thread: "tokenizes rows" };
     let prepared = Arc::new(AtomicU64::new(setup.work.program().prepared()));
@@ -159,14 +160,10 @@ pub async fn serve(
     let training = TrainingServer::new(TrainingService { handle: handle.clone(), work: setup.work, prepared })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let viewing = ViewingService::new(handle.clone(), Shelf::new(recent, reader), seen, setup.viewer_patience);
-    let viewing = MonitorServer::new(viewing)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let ushering = tokio::spawn(audience.clone().usher());
+    let viewing = ViewingService::new(handle.clone(), audience, Archive::new(reader));
     let (close, closing) = oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(5)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .max_concurrent_streams(Some(64))
         .add_service(InterceptedService::new(training, Access::new(tokens.clone(), &[Role::Worker])))
         .add_service(InterceptedService::new(viewing, Access::new(tokens, &[Role::Monitor, Role::Operator])))
@@ -211,6 +208,7 @@ pub async fn serve(
     if tokio::time::timeout(LINGER, &mut server).await.is_err() {
         server.abort();
     }
+    ushering.abort();
     outcome?
 }
 

@@ -1,10 +1,10 @@
 //! The one loop: it owns the machine and the ledger, on a thread of its own, because a durable append blocks. Everyone
 //! else holds a [`Handle`] and sends commands.
 
+use super::audience::Stage;
 use super::commit::{Committer, Job};
 use super::ledger::{self, Ledger};
 use super::setup::{Error, Observer};
-use super::viewing::{Progress, Recent};
 use crate::checkpoint::commit::prepare;
 use crate::checkpoint::disk::Local;
 use crate::run::event::{Conclusion, Connection, Effect, Event, NotCommitted, Outcome};
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
+use tokio::sync::{mpsc::UnboundedSender, oneshot};
 use tonic::Status;
 use unisono_proto::fail_point;
 use unisono_proto::v1::coordinator_message::Body;
@@ -142,18 +142,13 @@ impl Clock {
     }
 }
 
-/// What viewers hear of.
-pub struct News {
-    pub progress: watch::Sender<Progress>,
-    pub recent: Arc<Recent>,
-}
-
 pub struct Steering {
     pub machine: Machine,
     pub ledger: Ledger,
     pub run_dir: PathBuf,
     pub observer: Arc<dyn Observer>,
-    pub news: News,
+    /// Where viewers look.
+    pub stage: Stage,
     pub committer: Committer,
     pub handle: Handle,
     pub clock: Clock,
@@ -168,12 +163,12 @@ impl Steering {
         ledger: Ledger,
         run_dir: PathBuf,
         observer: Arc<dyn Observer>,
-        news: News,
+        stage: Stage,
         committer: Committer,
         handle: Handle,
     ) -> Self {
         let (clock, streams, backlog) = (Clock::new(), BTreeMap::new(), VecDeque::new());
-        Steering { machine, ledger, run_dir, observer, news, committer, handle, clock, streams, backlog }
+        Steering { machine, ledger, run_dir, observer, stage, committer, handle, clock, streams, backlog }
     }
 
     /// Steers until the run is over.
@@ -276,10 +271,7 @@ impl Steering {
                     fail_point::reached("after-append");
                     reached("after-quarantine");
                     events.iter().for_each(|event| self.observer.event(event));
-                    let sequence = events.last().map_or(0, |e| e.sequence);
-                    let over = self.machine.phase().is_final();
-                    self.news.recent.extend(&events);
-                    self.news.progress.send_replace(Progress { sequence, over });
+                    self.stage.tell(&events, self.machine.phase().is_final());
                 }
                 Err(error) => {
                     self.abort(error.to_string());

@@ -1,191 +1,217 @@
 //! The viewer-facing service: the ledger from a cursor on, then live. Each viewer reads at its own pace, what is newest from
 //! memory and what is older from the ledger; the loop only says that there is more, and never waits for anyone.
+//!
+//! What viewers get is made once for all of them ([`Audience`]), so the bytes of a page go out as they are, and not as
+//! messages that tonic would encode for each.
 
 use super::accept::Gate;
+use super::audience::{Audience, Next};
 use super::ledger::{self, Reader};
+use super::pages::Page;
 use super::steering::{Command, Handle};
-use std::collections::VecDeque;
+use bytes::Bytes;
+use http_body::Frame;
+use std::convert::Infallible;
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch, Semaphore};
-use tokio::time::timeout;
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_stream::Stream;
-use tonic::{Request, Response, Status};
-use unisono_proto::v1::monitor_server::Monitor;
+use std::task::{ready, Context, Poll};
+use tokio::sync::{oneshot, OwnedSemaphorePermit, Semaphore};
+use tonic::body::Body;
+use tonic::codec::Codec;
+use tonic::codegen::http::{self, header, HeaderMap, HeaderValue};
+use tonic::metadata::GRPC_CONTENT_TYPE;
+use tonic::server::{Grpc, NamedService, UnaryService};
+use tonic::{Request, Response, Status, Streaming};
+use tonic_prost::ProstCodec;
+use tower::Service;
+use unisono_proto::v1::monitor_server::SERVICE_NAME;
 use unisono_proto::v1::{Event, StatusReply, StatusRequest, WatchRequest};
+use unisono_proto::MAX_MESSAGE_BYTES;
 
-/// Entries read at once.
-const PAGE: usize = 64;
-/// Entries on their way to one viewer.
-const AHEAD: usize = 64;
-/// Newest entries that are kept in memory: a viewer that keeps up costs the ledger nothing.
-const RECENT: usize = 1024;
+/// Entries read from the ledger at once.
+const READ: usize = 64;
 /// Viewers that read the ledger at a time; the others wait for their turn.
 const READING: usize = 4;
 /// Viewers at a time.
 const VIEWERS: usize = 4096;
 
-/// What the loop tells viewers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// Sequence number of the newest durable entry.
-    pub sequence: u64,
-    /// No entry will follow.
-    pub over: bool,
-}
-
-/// The newest entries, in order and without gaps.
-#[derive(Debug, Default)]
-pub struct Recent(Mutex<VecDeque<Event>>);
-
-impl Recent {
-    pub fn extend(&self, events: &[Event]) {
-        let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.extend(events.iter().cloned());
-        let surplus = recent.len().saturating_sub(RECENT);
-        recent.drain(..surplus);
-    }
-
-    /// At most [`PAGE`] entries after `sequence`; `None` where the first of them is not here.
-    fn after(&self, sequence: u64) -> Option<Vec<Event>> {
-        let recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = recent.front()?.sequence;
-        let skipped = usize::try_from((sequence + 1).checked_sub(first)?).ok()?;
-        Some(recent.iter().skip(skipped).take(PAGE).cloned().collect())
-    }
-}
-
-/// Where viewers read.
-pub struct Shelf {
-    recent: Arc<Recent>,
+/// Entries that are not in memory any more.
+pub struct Archive {
     reader: Mutex<Reader>,
     reading: Semaphore,
 }
 
-impl Shelf {
-    pub fn new(recent: Arc<Recent>, reader: Reader) -> Self {
-        Shelf { recent, reader: Mutex::new(reader), reading: Semaphore::new(READING) }
+impl Archive {
+    pub fn new(reader: Reader) -> Self {
+        Archive { reader: Mutex::new(reader), reading: Semaphore::new(READING) }
     }
 
-    async fn after(self: &Arc<Self>, sequence: u64) -> Result<Vec<Event>, ledger::Error> {
-        if let Some(page) = self.recent.after(sequence).filter(|page| !page.is_empty()) {
-            return Ok(page);
-        }
+    async fn after(self: Arc<Self>, sequence: u64) -> Result<Option<Page>, ledger::Error> {
         let _turn = self.reading.acquire().await;
-        let shelf = self.clone();
-        let read = move || shelf.reader.lock().unwrap_or_else(PoisonError::into_inner).after(sequence, PAGE);
+        let archive = self.clone();
+        let read = move || {
+            let reader = archive.reader.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok(Page::of(&reader.after(sequence, READ)?))
+        };
         // It ends early only with the whole server.
-        tokio::task::spawn_blocking(read).await.unwrap_or_else(|_| Ok(Vec::new()))
+        tokio::task::spawn_blocking(read).await.unwrap_or(Ok(None))
     }
 }
 
+#[derive(Clone)]
 pub struct ViewingService {
     handle: Handle,
-    shelf: Arc<Shelf>,
-    progress: watch::Receiver<Progress>,
-    /// How long a viewer may take nothing of what is there for it.
-    patience: Duration,
-    viewers: Arc<Semaphore>,
+    audience: Arc<Audience>,
+    archive: Arc<Archive>,
+    places: Arc<Semaphore>,
 }
 
 impl ViewingService {
-    pub fn new(handle: Handle, shelf: Shelf, progress: watch::Receiver<Progress>, patience: Duration) -> Self {
-        let (shelf, viewers) = (Arc::new(shelf), Arc::new(Semaphore::new(VIEWERS)));
-        ViewingService { handle, shelf, progress, patience, viewers }
-    }
-}
-
-#[tonic::async_trait]
-impl Monitor for ViewingService {
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
-        let (reply, answer) = oneshot::channel();
-        let over = || Status::unavailable("the run is over");
-        if !self.handle.send(Command::Status { reply }) {
-            return Err(over());
-        }
-        Ok(Response::new(answer.await.map_err(|_| over())?))
+    pub fn new(handle: Handle, audience: Arc<Audience>, archive: Archive) -> Self {
+        ViewingService { handle, audience, archive: Arc::new(archive), places: Arc::new(Semaphore::new(VIEWERS)) }
     }
 
-    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let Ok(place) = self.viewers.clone().try_acquire_owned() else {
+    async fn watch(self, request: http::Request<Body>) -> Result<http::Response<Body>, Status> {
+        let gate = request.extensions().get::<Gate>().cloned();
+        let decoder = ProstCodec::<Event, WatchRequest>::default().decoder();
+        let mut messages = Streaming::new_request(decoder, request.into_body(), None, Some(MAX_MESSAGE_BYTES));
+        let asked = messages.message().await?;
+        let WatchRequest { after } = asked.ok_or_else(|| Status::invalid_argument("the request has no message"))?;
+        let Ok(place) = self.places.try_acquire_owned() else {
             return Err(Status::resource_exhausted(format!(
                 "{VIEWERS} viewers look on already, and this run serves no more; end some, or query ledger.sqlite in the run directory"
             )));
         };
-        let (sender, events) = mpsc::channel(AHEAD);
-        let (shelf, progress, patience) = (self.shelf.clone(), self.progress.clone(), self.patience);
-        let gate = request.extensions().get::<Gate>().cloned();
-        let after = request.into_inner().after;
-        tokio::spawn(async move {
-            let _place = place;
-            if !follow(after, &shelf, progress, sender, patience).await {
-                // Pings are answered by its side of the connection, whoever reads or not: only the end of all of it frees
-                // what waits there. Whoever wakes up connects again, and goes on where it was.
-                tracing::debug!("a viewer that reads nothing is cut off");
-                gate.inspect(Gate::end);
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
+        let (name, reading) = (self.audience.enter(gate), None);
+        let Self { audience, archive, .. } = self;
+        let watching = Watching { name, cursor: after, audience, archive, reading, ended: false, _place: place };
+        let mut response = http::Response::new(Body::new(watching));
+        response.headers_mut().insert(header::CONTENT_TYPE, GRPC_CONTENT_TYPE);
+        Ok(response)
     }
 }
 
-/// False where the viewer took nothing for as long as `patience`.
-async fn follow(
-    mut cursor: u64,
-    shelf: &Arc<Shelf>,
-    mut progress: watch::Receiver<Progress>,
-    sender: mpsc::Sender<Result<Event, Status>>,
-    patience: Duration,
-) -> bool {
-    loop {
-        let Progress { sequence, over } = *progress.borrow_and_update();
-        while cursor < sequence {
-            let page = match shelf.after(cursor).await {
-                Ok(page) if !page.is_empty() => page,
-                Ok(_) => return true,
-                Err(error) => {
-                    let told = sender.send(Err(Status::internal(error.to_string())));
-                    return timeout(patience, told).await.is_ok();
+impl Service<http::Request<Body>> for ViewingService {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let service = self.clone();
+        Box::pin(async move {
+            let method = request.uri().path().strip_prefix('/').and_then(|path| path.strip_prefix(SERVICE_NAME));
+            Ok(match method {
+                Some("/Watch") => service.watch(request).await.unwrap_or_else(Status::into_http),
+                Some("/Status") => {
+                    let grpc = Grpc::new(ProstCodec::<StatusReply, StatusRequest>::default());
+                    let limits = (Some(MAX_MESSAGE_BYTES), Some(MAX_MESSAGE_BYTES));
+                    let mut grpc = grpc.apply_max_message_size_config(limits.0, limits.1);
+                    grpc.unary(Ask(service.handle), request).await
                 }
-            };
-            for event in page {
-                cursor = event.sequence;
-                match timeout(patience, sender.send(Ok(event))).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) => return true,
-                    Err(_) => return false,
-                }
-            }
-        }
-        if over {
-            return true;
-        }
-        tokio::select! {
-            changed = progress.changed() => if changed.is_err() { return true },
-            () = sender.closed() => return true,
-        }
+                _ => Status::unimplemented("the viewer-facing service has Status and Watch").into_http(),
+            })
+        })
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl NamedService for ViewingService {
+    const NAME: &'static str = SERVICE_NAME;
+}
 
-    #[test]
-    fn the_newest_entries_are_in_memory_and_older_ones_are_not() {
-        let recent = Recent::default();
-        assert_eq!(recent.after(0), None);
-        let event = |sequence| Event { sequence, ..Event::default() };
-        recent.extend(&(1..=1000).map(event).collect::<Vec<_>>());
-        recent.extend(&(1001..=1030).map(event).collect::<Vec<_>>());
-        let sequences = |after| recent.after(after).map(|page| page.iter().map(|e| e.sequence).collect::<Vec<_>>());
-        assert_eq!(sequences(5), None, "1 to 6 are gone");
-        assert_eq!(sequences(6), Some((7..=70).collect()));
-        assert_eq!(sequences(1028), Some(vec![1029, 1030]));
-        assert_eq!(sequences(1030), Some(vec![]));
+/// Asks the loop where the run is.
+struct Ask(Handle);
+
+impl UnaryService<StatusRequest> for Ask {
+    type Response = StatusReply;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<StatusReply>, Status>> + Send>>;
+
+    fn call(&mut self, _: Request<StatusRequest>) -> Self::Future {
+        let handle = self.0.clone();
+        Box::pin(async move {
+            let (reply, answer) = oneshot::channel();
+            let over = || Status::unavailable("the run is over");
+            if !handle.send(Command::Status { reply }) {
+                return Err(over());
+            }
+            Ok(Response::new(answer.await.map_err(|_| over())?))
+        })
+    }
+}
+
+type Reading = Pin<Box<dyn Future<Output = Result<Option<Page>, ledger::Error>> + Send>>;
+
+/// What one viewer is sent. It is asked for more when the one before is on its way.
+struct Watching {
+    name: u64,
+    cursor: u64,
+    audience: Arc<Audience>,
+    archive: Arc<Archive>,
+    reading: Option<Reading>,
+    ended: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Watching {
+    fn send(&mut self, page: Page) -> Frame<Bytes> {
+        self.cursor = page.last;
+        Frame::data(page.bytes)
+    }
+
+    /// The last words.
+    fn end(&mut self, status: Option<Status>) -> Frame<Bytes> {
+        self.ended = true;
+        let mut trailers = HeaderMap::new();
+        match status.map(|status| status.add_header(&mut trailers)) {
+            Some(Ok(())) => {}
+            // Its sentence cannot be a header.
+            Some(Err(_)) => drop(trailers.insert("grpc-status", HeaderValue::from_static("13"))),
+            None => drop(trailers.insert("grpc-status", HeaderValue::from_static("0"))),
+        }
+        Frame::trailers(trailers)
+    }
+}
+
+impl http_body::Body for Watching {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let watching = &mut *self;
+        if watching.ended {
+            return Poll::Ready(None);
+        }
+        loop {
+            if let Some(reading) = &mut watching.reading {
+                let read = ready!(reading.as_mut().poll(context));
+                watching.reading = None;
+                watching.audience.sent(watching.name);
+                return Poll::Ready(Some(Ok(match read {
+                    Ok(Some(page)) => watching.send(page),
+                    Ok(None) => watching.end(None),
+                    Err(error) => watching.end(Some(Status::internal(error.to_string()))),
+                })));
+            }
+            match watching.audience.next(watching.name, watching.cursor, context.waker()) {
+                Next::Page(page) => return Poll::Ready(Some(Ok(watching.send(page)))),
+                Next::InTheLedger => watching.reading = Some(Box::pin(watching.archive.clone().after(watching.cursor))),
+                Next::Later => return Poll::Pending,
+                Next::Over => return Poll::Ready(Some(Ok(watching.end(None)))),
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.audience.leave(self.name);
     }
 }
