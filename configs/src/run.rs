@@ -15,7 +15,7 @@ mod tests;
 mod tree;
 
 pub use barriers::{Checkpoint, Eval};
-pub use cluster::{Assignment, Cluster, Count, Device, Recompute, Transport, ZeroStage};
+pub use cluster::{Assignment, Cluster, Count, Device, Offload, Recompute, Transport, ZeroStage};
 pub use error::Error;
 pub use gate::{Gate, Level};
 pub use names::explanation;

@@ -7,6 +7,7 @@ use crate::memory::Bytes;
 use crate::ops::{kernels, switches};
 use cudarc::driver::{result, sys};
 use std::process::Command;
+use std::sync::OnceLock;
 use tch::{Cuda, Device};
 
 /// Why a device cannot be used. Each is one sentence for a person.
@@ -206,12 +207,22 @@ pub fn identity(device: Device) -> Result<Vec<u8>, Error> {
     Ok(uuid.bytes.iter().map(|byte| *byte as u8).collect())
 }
 
-/// Bytes that a GPU has free besides what libtorch's own working memory may take; 0 on the host.
-pub fn room(device: Device) -> u64 {
+/// Bytes that a GPU had free when this process first asked, before it took any: what libtorch keeps of an earlier generation
+/// serves the next one. None on the host.
+pub fn free(device: Device) -> Option<u64> {
+    static FREE: OnceLock<u64> = OnceLock::new();
     match device {
-        Device::Cuda(index) => Gpu::describe(index).map_or(0, |gpu| gpu.free.saturating_sub(2 << 30)),
-        _ => 0,
+        Device::Cuda(index) => Some(*FREE.get_or_init(|| Gpu::describe(index).map_or(0, |gpu| gpu.free))),
+        _ => None,
     }
+}
+
+/// Bytes that the fullest GPU of this machine has free; none where it has no GPU.
+pub fn free_anywhere() -> Option<u64> {
+    Library::open("libcuda.so.1").ok()?;
+    result::init().ok()?;
+    let count = result::device::get_count().ok()?;
+    (0..count as usize).filter_map(|index| Some(Gpu::describe(index).ok()?.free)).min()
 }
 
 /// Who holds memory of GPUs, as nvidia-smi tells; empty where it tells nothing.

@@ -117,7 +117,7 @@ impl Engine {
             }
         }
         if let (true, Some(optimizer)) = (trains, optimizer.as_ref()) {
-            optimizer.reduction.check().map_err(|bad| Fault { index: 0, source: bad.into() })?;
+            optimizer.reduction.check().map_err(|(index, bad)| Fault { index, source: bad.into() })?;
         }
         Ok(wave.losses().collect())
     }
@@ -179,14 +179,6 @@ impl Engine {
         self.model.bring_home();
         self.optimizer.iter_mut().for_each(Optimizer::bring_home);
         Ok(())
-    }
-
-    /// Masters, moments and parameters live on the device from now on, if there is room for them.
-    pub fn live_on_device(&mut self) {
-        let device = self.model.device();
-        if self.optimizer.as_mut().is_some_and(|optimizer| optimizer.move_to(device)) {
-            self.model.live_on_device();
-        }
     }
 
     /// Brings the whole model here; returns what came, for [`Engine::disassemble`].

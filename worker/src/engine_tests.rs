@@ -3,7 +3,9 @@
 
 use super::*;
 use crate::collective::tcp::tests::mesh;
+use crate::memory::placement::Offload;
 use crate::model::Recompute;
+use crate::ops::kernels::emulator::Emulated;
 use crate::optim::adamw::Settings;
 use crate::optim::reduction::{Adding, Stage};
 use crate::optim::state::Form;
@@ -46,6 +48,15 @@ struct Way {
     stage: Stage,
     wave: usize,
     recompute: Recompute,
+    form: Form,
+    /// What a device leaves on the host; none: there is none.
+    offload: Option<Offload>,
+}
+
+impl Way {
+    fn here(world: usize, stage: Stage, wave: usize, recompute: Recompute) -> Self {
+        Way { world, stage, wave, recompute, form: Form::Split, offload: None }
+    }
 }
 
 /// Bits of losses and norms, and masters and moments by (bucket, rank, part).
@@ -68,18 +79,19 @@ fn engine(peers: crate::collective::tcp::Mesh, tied: bool, way: Way) -> Engine {
     };
     model.fill(read).unwrap();
     model.set_plan(way.recompute, usize::MAX);
-    let settings = Settings {
-        beta1: 0.9,
-        beta2: 0.99,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        max_grad_norm: 1.0,
-        form: Form::Split,
-        seed: 0,
-    };
-    let adding = Adding { stage: way.stage, leaves: 2 * MICRO_BATCHES, one_wave: way.wave >= MICRO_BATCHES };
+    let settings =
+        Settings { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0, form: way.form, seed: 5 };
+    let offload = way.offload.filter(|offload| offload.leaves_sums());
+    let (leaves, away) = (2 * MICRO_BATCHES, offload.is_some());
+    let adding = Adding { stage: way.stage, leaves, one_wave: way.wave >= MICRO_BATCHES, away };
     let mut optimizer = Optimizer::new(model.layout().clone(), rank, world, settings, adding);
     optimizer.load_masters(read).unwrap();
+    if let Some(offload) = offload {
+        // The same memory, but the one is the device's and the other the host's.
+        model.pretend_another_device();
+        model.live_on_device().unwrap();
+        optimizer.move_to(Device::Cpu, offload).unwrap();
+    }
     Engine::new(model, Some(optimizer), courier)
 }
 
@@ -88,7 +100,9 @@ fn share(rank: usize, world: usize) -> Vec<usize> {
     (0..MICRO_BATCHES).filter(|m| [0, 0, 1, 0, 1][*m] % world == rank).collect()
 }
 
-fn work(mut engine: Engine, way: Way) -> (Vec<(usize, u64)>, Vec<Vec<Vec<u8>>>) {
+fn work(peers: crate::collective::tcp::Mesh, tied: bool, way: Way) -> (Vec<(usize, u64)>, Vec<Vec<Vec<u8>>>) {
+    let _emulated = way.offload.map(|_| Emulated::begin().unwrap());
+    let mut engine = engine(peers, tied, way);
     let (rank, world) = (engine.courier.rank(), way.world);
     let own = share(rank, world);
     let passes = (0..world).map(|rank| share(rank, world).len()).max().unwrap();
@@ -132,21 +146,24 @@ fn work(mut engine: Engine, way: Way) -> (Vec<(usize, u64)>, Vec<Vec<Vec<u8>>>) 
 fn run(tied: bool, way: Way) -> Outcome {
     let ranks: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> =
-            mesh(way.world).into_iter().map(|peers| scope.spawn(move || work(engine(peers, tied, way), way))).collect();
+            mesh(way.world).into_iter().map(|peers| scope.spawn(move || work(peers, tied, way))).collect();
         threads.into_iter().map(|t| t.join().expect("worker")).collect()
     });
     let mut numbers: Vec<(usize, u64)> = ranks.iter().flat_map(|(numbers, _)| numbers.clone()).collect();
     numbers.sort_unstable();
     numbers.dedup();
     // Master, m and v of a rank lie one after another; put the ranks' together part by part.
-    let widths = [4, 4, 4];
+    let width = way.form.saved_width() / Part::ALL.len();
     let buckets = ranks[0].1.len();
     let saved = (0..buckets).map(|bucket| {
         let mut whole = vec![Vec::new(); 3];
         for (_, own) in &ranks {
             let bytes = &own[bucket][0];
-            let elements = bytes.len() / widths.iter().sum::<usize>();
-            bytes.chunks(4 * elements.max(1)).zip(&mut whole).for_each(|(part, whole)| whole.extend_from_slice(part));
+            let elements = bytes.len() / way.form.saved_width();
+            bytes
+                .chunks(width * elements.max(1))
+                .zip(&mut whole)
+                .for_each(|(part, whole)| whole.extend_from_slice(part));
         }
         whole.concat()
     });
@@ -158,7 +175,7 @@ fn run(tied: bool, way: Way) -> Outcome {
 fn no_stage_wave_level_or_share_changes_a_bit() {
     for tied in [true, false] {
         let nothing = Recompute::Nothing;
-        let alone = run(tied, Way { world: 1, stage: Stage::One, wave: 1, recompute: nothing });
+        let alone = run(tied, Way::here(1, Stage::One, 1, nothing));
         for (world, stage, wave, recompute) in [
             (1, Stage::One, 2, nothing),
             (1, Stage::Two, 5, nothing),
@@ -173,8 +190,32 @@ fn no_stage_wave_level_or_share_changes_a_bit() {
             (3, Stage::Three, 1, Recompute::UpProjection),
             (3, Stage::Three, 5, nothing),
         ] {
-            let way = Way { world, stage, wave, recompute };
+            let way = Way::here(world, stage, wave, recompute);
             assert!(run(tied, way) == alone, "tied: {tied}, {way:?}");
         }
     }
+}
+
+/// A device's kernels run on this processor, those of the model too: whatever lies where, the result is that of a host which
+/// adds and updates.
+#[cfg(not(feature = "float-sum"))]
+fn of_any_place(form: Form, ways: &[(usize, Stage, usize, Offload)]) {
+    let on_host = Way { form, offload: Some(Offload::All), ..Way::here(1, Stage::One, 1, Recompute::Nothing) };
+    let expected = run(true, on_host);
+    for &(world, stage, wave, offload) in ways {
+        let way = Way { world, stage, wave, offload: Some(offload), ..on_host };
+        assert!(run(true, way) == expected, "{way:?}");
+    }
+}
+
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn no_place_of_sums_and_state_changes_a_bit() {
+    of_any_place(Form::Split, &[(2, Stage::One, 2, Offload::Moments), (2, Stage::Three, 2, Offload::State)]);
+}
+
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn no_place_of_sums_and_a_narrow_state_changes_a_bit() {
+    of_any_place(Form::Narrow, &[(1, Stage::Two, 2, Offload::State), (2, Stage::Three, 5, Offload::Nothing)]);
 }

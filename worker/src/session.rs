@@ -12,12 +12,10 @@ use crate::device;
 use crate::engine::{self, Engine};
 use crate::link::{self, Link};
 use crate::memory::order::Choice;
-use crate::memory::placement::Placement;
 use crate::memory::{self, Available};
 use crate::model::weights::{self, Weights};
 use crate::model::{self, Model};
 use crate::optim::adamw::Settings;
-use crate::optim::away::Away;
 use crate::optim::reduction::{Adding, Stage};
 use crate::optim::state::Form;
 use crate::optim::Optimizer;
@@ -190,9 +188,10 @@ impl<'l> Loading<'l> {
         let snapshots = assign.neighbour.is_some() && standing.snapshots.is_some();
         let (rank, world) = (assign.rank as usize, assign.world as usize);
         let plan = {
-            let sketch = prospect.sketch()?;
+            let gpu = device::free(device).map(|bytes| bytes / sharing(&assign.peers, assign.rank as usize) as u64);
+            let sketch = prospect.sketch(gpu.is_some())?;
             let baseline = standing.baseline;
-            let demand = prospect.demand(assign, &sketch, baseline, snapshots, self.image_bytes())?;
+            let demand = prospect.demand(assign, &sketch, baseline, snapshots, self.image_bytes(), gpu)?;
             agree(peers.as_mut(), demand, |demand| Ok(demand.plan(&standing.available, standing.sharing)?))?
         };
         let Prospect { path, spec, layout, compute, form, owned } = prospect;
@@ -224,7 +223,7 @@ impl<'l> Loading<'l> {
             (None, Some(resume)) => Some(Saved::open(Path::new(&resume.path), resume.step)?),
             (None, None) => None,
         };
-        let Choice { stage, wave, recompute } = plan.choice;
+        let Choice { stage, wave, recompute, offload } = plan.choice;
         let mut model = match stage {
             Stage::One | Stage::Two => Model::new(spec, compute, device),
             Stage::Three => Model::sharded(spec, compute, device, &layout.shard_elements(rank, world)),
@@ -242,23 +241,21 @@ impl<'l> Loading<'l> {
                 filled.map_err(|error| error.named(&path))?;
             }
         };
-        model.set_plan(recompute, plan.activations as usize);
-        let (mut optimizer, mut placement) = (None, Placement::Host);
+        model.set_plan(recompute, plan.activations.max(plan.gpu.activations) as usize);
+        let mut optimizer = None;
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.
             let leaves = assign.micro_batches as usize * if tied { 2 } else { 1 };
-            let adding = Adding { stage, leaves, one_wave: wave >= prospect::micro_batches(assign) };
+            let away = device != tch::Device::Cpu && offload.leaves_sums();
+            let adding = Adding { stage, leaves, one_wave: wave >= prospect::micro_batches(assign), away };
             let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(form), adding);
             match &saved {
                 None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
                 Some(saved) => new.load_state(|name, part, range, out| saved.read(name, part, range, out))?,
             }
-            let state = Away::serves(form).then(|| new.bytes());
-            let left = device::room(device).saturating_sub(plan.activations);
-            placement = Placement::within(left, 8 * model.layout().parameters() as u64, state);
-            tracing::info!(?placement, left, "what of the state lies on the GPU");
-            if placement >= Placement::Sums {
-                new.reduction.move_to(device);
+            if away {
+                new.move_to(device, offload).map_err(|error| failed(error.into()))?;
+                model.live_on_device().map_err(failed)?;
             }
             optimizer = Some(new);
         }
@@ -277,9 +274,6 @@ impl<'l> Loading<'l> {
         }
         let mut engine = Engine::new(model, optimizer, Courier::new(peers, link.stopper()));
         engine.tell(link.progress());
-        if placement == Placement::State {
-            engine.live_on_device();
-        }
         let stuck = |error| match error {
             engine::Error::Micro(fault) => failed(fault.source),
             error => Error::Train(train::Error::of(error, &[])),
@@ -380,6 +374,11 @@ impl Filling {
 /// How many workers of a lower rank share `rank`'s machine.
 fn place_on_host(addresses: &[String], rank: usize) -> usize {
     neighbours(&addresses[..=rank], rank) - 1
+}
+
+/// How many workers share the GPU of `rank`, itself included.
+fn sharing(addresses: &[String], rank: usize) -> usize {
+    neighbours(addresses, rank).div_ceil((tch::Cuda::device_count() as usize).max(1))
 }
 
 /// How many of the workers share `rank`'s machine, itself included.

@@ -13,7 +13,7 @@ use crate::optim::shard::Shard;
 use crate::optim::Parameters;
 use crate::trace::{self, Track};
 use std::sync::Arc;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 /// Why parameters did not come.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +95,7 @@ impl Supply {
     /// Gathers a bucket into `parameters`, from the own part on.
     fn fill(&mut self, bucket: usize, parameters: Tensor, model: &Model, courier: &mut Courier) {
         let own = self.shard.own(bucket);
-        view::part(&parameters, &own).copy_(model.own(bucket, own.start).0);
+        view::part(&parameters, &own).copy_(model.own_away(bucket, own.start).0);
         self.send(bucket, parameters, model, courier);
     }
 
@@ -132,5 +132,5 @@ impl Supply {
 
 /// Memory for parameters.
 fn memory(model: &Model, elements: usize) -> Tensor {
-    Tensor::zeros([elements as i64], (model.compute(), Device::Cpu))
+    Tensor::zeros([elements as i64], (model.compute(), model.travels_on()))
 }

@@ -16,6 +16,9 @@ pub struct Cluster {
     pub zero_stage: ZeroStage,
     /// What the backward pass computes again to save memory; "auto": the least that fits. Same bits.
     pub recompute: Recompute,
+    /// What of the training state lies in host memory where workers compute on GPUs, which update it piece by piece; "auto":
+    /// the least that fits. Same bits. On a processor it has no meaning.
+    pub offload: Offload,
     /// Which worker computes which micro-batch. Same bits.
     pub assignment: Assignment,
     /// What sums and parameters travel over from worker to worker. Same bits.
@@ -45,6 +48,7 @@ impl Default for Cluster {
             device: Device::Auto,
             zero_stage: ZeroStage::Auto,
             recompute: Recompute::Auto,
+            offload: Offload::Auto,
             assignment: Assignment::Balanced,
             transport: Transport::Auto,
             peer_timeout: 60.0,
@@ -106,6 +110,24 @@ pub enum Recompute {
     UpProjection,
     /// All but the residual stream before each block.
     Block,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Offload {
+    /// The least that fits the GPU's memory.
+    #[default]
+    Auto,
+    /// All of it lies on the GPU.
+    Nothing,
+    /// What the parameters lack of their masters.
+    Masters,
+    /// AdamW's moments.
+    Moments,
+    /// Both.
+    State,
+    /// Sums of gradients too: processors add them, and update.
+    All,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -67,6 +67,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "device",
             "zero_stage",
             "recompute",
+            "offload",
             "assignment",
             "transport",
             "peer_timeout",

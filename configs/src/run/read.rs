@@ -4,8 +4,8 @@ use super::section::Section;
 use super::tree::{Document, Node, Place, Value};
 use super::{gate, names, rows, Error, OnBadNumbers, OnSpike};
 use super::{
-    Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Mixing, Model, OnBadRow,
-    OptimizerState, Recompute, RunConfig, Schedule, Split, Train, Transport, Turns, ZeroStage,
+    Assignment, Checkpoint, Cluster, Compute, Count, Data, Device, Eval, Format, Held, Mixing, Model, Offload,
+    OnBadRow, OptimizerState, Recompute, RunConfig, Schedule, Split, Train, Transport, Turns, ZeroStage,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -379,6 +379,18 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
                 ("norms", Recompute::Norms),
                 ("up-projection", Recompute::UpProjection),
                 ("block", Recompute::Block),
+            ],
+        )?,
+        offload: s.choice(
+            "offload",
+            d.offload,
+            &[
+                ("auto", Offload::Auto),
+                ("nothing", Offload::Nothing),
+                ("masters", Offload::Masters),
+                ("moments", Offload::Moments),
+                ("state", Offload::State),
+                ("all", Offload::All),
             ],
         )?,
         assignment: s.choice(

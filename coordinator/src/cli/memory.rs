@@ -30,9 +30,17 @@ pub struct Memory {
     /// Micro-batches that go through the model together.
     together: usize,
     recompute: String,
+    /// What of the training state lies on the host beside a GPU; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    offload: Option<String>,
+    /// What the GPU has free for each worker; absent where nobody here knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    gpu_available_bytes: Option<u64>,
     /// Of one worker: the one that owns most.
     items: Vec<Item>,
     total_bytes: u64,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    gpu_total_bytes: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     remedy: Option<String>,
 }
@@ -55,7 +63,15 @@ impl Unplanned {
 struct Item {
     name: String,
     bytes: u64,
+    /// Of the worker's GPU.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    gpu_bytes: u64,
     what: String,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// Asks the worker's program what each of the workers would need if so many of them ran `here`, all unless told otherwise;
@@ -109,19 +125,35 @@ impl Memory {
     pub fn show(&self) -> String {
         let whose = if self.workers == 1 { "the worker".into() } else { format!("each of {} workers", self.workers) };
         let mut text = format!("memory of {whose}, {} parameters:\n", grouped(self.parameters as u64));
-        for Item { name, bytes, what } in self.items.iter().filter(|item| item.bytes > 0) {
-            text += &format!("  {name:<14} {:>10}  {what}\n", megabytes(*bytes));
+        // A second column where there is a second memory.
+        let on_gpu = |bytes| if self.offload.is_some() { format!(" {:>11}", megabytes(bytes)) } else { String::new() };
+        if self.offload.is_some() {
+            text += &format!("  {:<14} {:>10} {:>11}\n", "", "host", "GPU");
+        }
+        for Item { name, bytes, gpu_bytes, what } in self.items.iter().filter(|item| item.bytes + item.gpu_bytes > 0) {
+            text += &format!("  {name:<14} {:>10}{}  {what}\n", megabytes(*bytes), on_gpu(*gpu_bytes));
         }
         let (recompute, stage, together) = (&self.recompute, self.zero_stage, self.together);
-        text += &format!("  {:<14} {:>10}  ", "in all", megabytes(self.total_bytes));
+        text += &format!("  {:<14} {:>10}{}  ", "in all", megabytes(self.total_bytes), on_gpu(self.gpu_total_bytes));
         let (share, source) = (megabytes(self.available_bytes / self.workers.max(1) as u64), &self.available_source);
         text += &format!("of {share} that {source} leaves it; cluster.zero_stage = {stage}, cluster.recompute = \"{recompute}\", {together} micro-batches together\n");
+        if let Some(offload) = &self.offload {
+            let has = match self.gpu_available_bytes {
+                Some(bytes) => format!("each worker's GPU has {} free", megabytes(bytes)),
+                None => "there is no GPU here, so this is what one must have free".into(),
+            };
+            text += &format!("  {has}; cluster.offload = \"{offload}\"\n");
+        }
         text
     }
 
     /// The sentence that refuses it, with the cheapest change that would fit.
     pub fn refusal(&self) -> Option<String> {
         let remedy = self.remedy.as_ref()?;
+        if let Some(free) = self.gpu_available_bytes.filter(|&free| self.gpu_total_bytes > free) {
+            let (needed, free) = (megabytes(self.gpu_total_bytes), megabytes(free));
+            return Some(format!("this needs {needed} of each worker's GPU, which has {free} free: {remedy}"));
+        }
         let needed = megabytes(self.total_bytes * self.workers as u64);
         let (workers, source) = (self.workers, &self.available_source);
         let left = megabytes(self.available_bytes);
@@ -157,6 +189,16 @@ mod tests {
         );
         let sentence = memory.refusal().unwrap();
         assert!(sentence.contains("needs 3,200 MB for 2 worker(s)") && sentence.ends_with("= 1024"), "{sentence}");
-        assert_eq!(Memory { remedy: None, ..memory }.refusal(), None);
+        assert_eq!(Memory { remedy: None, ..memory.clone() }.refusal(), None);
+
+        let mut items = memory.items.clone();
+        items[0].gpu_bytes = 700_000_000;
+        let (offload, gpu_available_bytes) = (Some("moments".into()), Some(600_000_000));
+        let memory = Memory { items, offload, gpu_available_bytes, gpu_total_bytes: 700_000_000, ..memory };
+        let text = memory.show();
+        assert!(text.contains("1,600 MB      700 MB  to compute with"), "{text}");
+        assert!(text.ends_with("each worker's GPU has 600 MB free; cluster.offload = \"moments\"\n"), "{text}");
+        let sentence = memory.refusal().unwrap();
+        assert!(sentence.starts_with("this needs 700 MB of each worker's GPU, which has 600 MB free"), "{sentence}");
     }
 }

@@ -41,7 +41,7 @@ use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
 use unisono_configs::model::Layout;
 use unisono_configs::run::{
-    Compute, Count, Device, OnBadNumbers, OptimizerState, Recompute, RunConfig, Transport, ZeroStage,
+    Compute, Count, Device, Offload, OnBadNumbers, OptimizerState, Recompute, RunConfig, Transport, ZeroStage,
 };
 use unisono_proto::dial::Role;
 use unisono_proto::v1::training_server::TrainingServer;
@@ -261,6 +261,14 @@ pub fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error
         Recompute::UpProjection => wire::Recompute::UpProjection,
         Recompute::Block => wire::Recompute::Block,
     };
+    let offload = match config.cluster.offload {
+        Offload::Auto => wire::Offload::Auto,
+        Offload::Nothing => wire::Offload::Nothing,
+        Offload::Masters => wire::Offload::Masters,
+        Offload::Moments => wire::Offload::Moments,
+        Offload::State => wire::Offload::State,
+        Offload::All => wire::Offload::All,
+    };
     let transport = match config.cluster.transport {
         Transport::Auto => wire::Transport::Auto,
         Transport::Tcp => wire::Transport::Tcp,
@@ -296,6 +304,7 @@ pub fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error
         },
         zero_stage,
         recompute: recompute.into(),
+        offload: offload.into(),
         transport: transport.into(),
         quarantines: train.on_bad_numbers == OnBadNumbers::Quarantine,
         peer_timeout: config.cluster.peer_timeout,

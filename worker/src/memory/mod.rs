@@ -1,5 +1,6 @@
 //! Memory before step 0: what a worker will need, what the machine has, and what was really used.
 
+pub mod gpu;
 pub mod kernels;
 mod machine;
 pub mod order;
@@ -15,7 +16,9 @@ use crate::ops::documents::LENGTH;
 use crate::optim::lending;
 use crate::optim::reduction::Stage;
 use crate::optim::state::Form;
+use gpu::OnGpu;
 use order::{Choice, Range};
+use placement::Offload;
 use std::fmt;
 use table::Item;
 use unisono_configs::model::ModelSpec;
@@ -48,9 +51,29 @@ pub struct Demand<'a> {
     pub images: u64,
     /// Resident bytes before anything is loaded: the binary and libtorch.
     pub baseline: u64,
+    /// Bytes that the worker's GPU has free for it; absent: it computes on the host.
+    pub gpu: Option<u64>,
 }
 
-/// Predicted peak resident memory by purpose, bytes.
+/// Bytes that one worker may use.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    host: u64,
+    gpu: u64,
+}
+
+impl Limits {
+    /// By how much a plan is beyond them.
+    fn lack(self, plan: &Plan) -> u64 {
+        plan.total().saturating_sub(self.host) + plan.gpu.total().saturating_sub(self.gpu)
+    }
+
+    fn hold(self, plan: &Plan) -> bool {
+        self.lack(plan) == 0
+    }
+}
+
+/// Predicted peak resident memory by purpose, bytes; of the host, but for what [`Plan::gpu`] says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
     pub baseline: u64,
@@ -77,6 +100,8 @@ pub struct Plan {
     pub communication: u64,
     /// Compiled for the shapes that come up.
     pub kernels: u64,
+    /// The same of the memory of the worker's GPU; nothing where it has none.
+    pub gpu: OnGpu,
     pub choice: Choice,
 }
 
@@ -97,7 +122,7 @@ impl Plan {
 
     /// Line by line.
     pub fn items(&self) -> [Item; 12] {
-        let item = |name, bytes, what| Item { name, bytes, what };
+        let item = |name, bytes, what| Item { name, bytes, gpu_bytes: self.gpu.of(name), what };
         [
             item(
                 "program",
@@ -122,6 +147,12 @@ impl Plan {
         ]
     }
 
+    /// With what `other`, which differs in what is left on the host, needs besides.
+    fn with_activations_of(&self, other: Plan) -> Plan {
+        let gpu = OnGpu { activations: self.gpu.activations, ..other.gpu };
+        Plan { activations: self.activations, gpu, ..other }
+    }
+
     /// While the state is loaded from snapshots of `images` bytes: nothing is computed yet, and nothing saved.
     pub fn loading(&self, images: u64) -> u64 {
         self.total() - self.activations - self.copy - self.snapshots - self.cache + images
@@ -136,6 +167,18 @@ fn position(spec: &ModelSpec) -> usize {
 impl Demand<'_> {
     /// What the worker needs where it runs a step like this.
     fn at(&self, choice: Choice) -> Result<Plan, model::Error> {
+        let activations = self.activations(choice)?;
+        let least = self.least(choice);
+        Ok(match self.gpu {
+            // Prompts are continued on the host.
+            Some(_) if self.positions > 0 => Plan { activations, gpu: OnGpu { activations, ..least.gpu }, ..least },
+            Some(_) => Plan { gpu: OnGpu { activations, ..least.gpu }, ..least },
+            None => Plan { activations, ..least },
+        })
+    }
+
+    /// Bytes of activations and temporaries.
+    fn activations(&self, choice: Choice) -> Result<u64, model::Error> {
         let vocab = self.sketch.spec().vocab;
         let extremes = self.together(choice.wave).map(|tokens| Extremes { tokens, ..self.extremes });
         let batches: Vec<Batch> = extremes.filter_map(|extremes| extremes.batch(vocab)).collect();
@@ -148,7 +191,7 @@ impl Demand<'_> {
             let units = vec![largest; choice.wave];
             activations = activations.max(self.sketch.dry_run(&units, choice.recompute, false)?);
         }
-        Ok(Plan { activations: activations as u64, ..self.least(choice) })
+        Ok(activations as u64)
     }
 
     /// Tokens of the largest micro-batches that may go together.
@@ -174,41 +217,62 @@ impl Demand<'_> {
             (_, true, _) => (lent(lending::accumulators(self.range.world)), 4),
         };
         let streams = if self.trains { spec.layers } else { 1 };
+        let residual = (4 * self.together(choice.wave).sum::<usize>() * spec.hidden * streams) as u64;
+        let (sums, gradient) = (trains * 8 * sums as u64, trains * (gradient * self.owned) as u64);
+        let parameters = (present * width) as u64;
+        let gpu = self.gpu.map(|_| self.on_gpu(choice, OnGpu { parameters, sums, gradient, ..OnGpu::default() }));
+        // Beside a GPU the host has a copy of what is saved, and of the parameters that workers exchange on it.
+        let on_host = gpu.is_none() || !choice.offload.leaves_sums();
+        let mirrored =
+            if choice.stage == Stage::Three && gpu.is_some() { (self.owned * width) as u64 } else { parameters };
+        let here = |bytes| if on_host { bytes } else { 0 };
         Plan {
             baseline: self.baseline + WORKING,
-            parameters: (present * width) as u64,
-            sums: trains * 8 * sums as u64,
-            gradient: trains * (gradient * self.owned) as u64,
+            parameters: if on_host { parameters } else { mirrored },
+            sums: here(sums),
+            gradient: here(gradient),
             masters: trains * (self.form.master_width() * self.owned) as u64,
             moments: trains * (self.form.moments_width() * self.owned) as u64,
             copy: 0,
             snapshots: 0,
-            kernels: kernels::bytes(self.sketch.compute(), &self.extremes),
+            kernels: if gpu.is_none() { kernels::bytes(self.sketch.compute(), &self.extremes) } else { 0 },
             cache: self.positions * position(spec) as u64,
             communication: if self.range.world > 1 { tcp::BUFFERS as u64 } else { 0 },
-            activations: (4 * self.together(choice.wave).sum::<usize>() * spec.hidden * streams) as u64,
+            activations: if gpu.is_none() { residual } else { 0 },
+            gpu: gpu.map_or(OnGpu::default(), |gpu| OnGpu { activations: residual, ..gpu }),
             choice,
         }
     }
 
-    /// The cheapest plan in time that fits into `most` bytes, else the smallest.
-    fn best(&self, most: u64) -> Result<Plan, model::Error> {
+    /// The cheapest plan in time that fits, else the one that lacks least.
+    fn best(&self, limits: Limits) -> Result<Plan, model::Error> {
         let groups = match self.trains {
             true => self.range.groups(),
-            false => vec![vec![Choice { stage: Stage::One, wave: 1, recompute: Recompute::Nothing }]],
+            false => {
+                let (stage, wave, recompute, offload) = (Stage::One, 1, Recompute::Nothing, Offload::All);
+                vec![vec![Choice { stage, wave, recompute, offload }]]
+            }
         };
         let mut smallest: Option<Plan> = None;
-        let smaller = |a: Option<Plan>, b: Plan| Some(a.filter(|a| a.total() <= b.total()).unwrap_or(b));
+        let size = |plan: &Plan| (limits.lack(plan), plan.total() + plan.gpu.total());
+        let smaller = |a: Option<Plan>, b: Plan| Some(a.filter(|a| size(a) <= size(&b)).unwrap_or(b));
+        // What is left on the host changes no activations.
+        let mut known: Vec<(Choice, Plan)> = Vec::new();
         for group in groups {
             let mut fitting: Option<Plan> = None;
             for choice in group {
                 let least = self.least(choice);
-                if least.total() > most {
+                if !limits.hold(&least) {
                     smallest = smaller(smallest, least);
                     continue;
                 }
-                let plan = self.at(choice)?;
-                match plan.total() <= most {
+                let alike = |known: &(Choice, Plan)| Choice { offload: choice.offload, ..known.0 } == choice;
+                let plan = match known.iter().position(alike) {
+                    Some(at) => known[at].1.with_activations_of(least),
+                    None => self.at(choice)?,
+                };
+                known.push((choice, plan));
+                match limits.hold(&plan) {
                     true => fitting = smaller(fitting, plan),
                     false => smallest = smaller(smallest, plan),
                 }
@@ -224,8 +288,9 @@ impl Demand<'_> {
     pub fn plan(&self, available: &Available, workers: usize) -> Result<Plan, Error> {
         let workers = workers.max(1);
         let each = available.bytes / workers as u64;
-        let plan = self.best(each)?;
-        if plan.total() <= each {
+        let limits = Limits { host: each, gpu: self.gpu.unwrap_or(0) };
+        let plan = self.best(limits)?;
+        if limits.hold(&plan) {
             let fitting = |plan: &Plan, bytes: u64| if plan.total() + bytes <= each { bytes } else { 0 };
             let copy = if self.copies { (self.form.saved_width() * self.owned) as u64 } else { 0 };
             let plan = Plan { copy: fitting(&plan, copy), ..plan };
@@ -234,8 +299,9 @@ impl Demand<'_> {
             let snapshots = if after_copy { all } else { 0 };
             return Ok(Plan { snapshots: fitting(&plan, snapshots), ..plan });
         }
-        let remedy = remedy::remedy(self, each, workers, plan.total())?;
-        Err(Error::TooLittle { plan: Box::new(plan), workers, available: available.clone(), remedy })
+        let remedy = remedy::remedy(self, limits, workers, &plan)?;
+        let gpu = self.gpu.filter(|&gpu| plan.gpu.total() > gpu);
+        Err(Error::TooLittle { plan: Box::new(plan), workers, available: available.clone(), gpu, remedy })
     }
 }
 
@@ -290,13 +356,24 @@ impl Extremes {
 /// Why a run is refused before its first step.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("this needs {needed} for {workers} worker(s) on this machine ({plan}), and {source_of} leaves {left}: {remedy}",
-        needed = Bytes(plan.total() * *workers as u64), source_of = available.source, left = Bytes(available.bytes))]
-    TooLittle { plan: Box<Plan>, workers: usize, available: Available, remedy: String },
+    #[error("{}", too_little(plan, *workers, available, *gpu, remedy))]
+    TooLittle { plan: Box<Plan>, workers: usize, available: Available, gpu: Option<u64>, remedy: String },
     #[error("the model is larger than any address space: use a smaller model")]
     Beyond,
     #[error("the memory plan cannot be made: {0}")]
     DryRun(#[from] model::Error),
+}
+
+fn too_little(plan: &Plan, workers: usize, available: &Available, gpu: Option<u64>, remedy: &str) -> String {
+    if let Some(gpu) = gpu {
+        let needed = Bytes(plan.gpu.total());
+        return format!("this needs {needed} of each worker's GPU ({plan}), which has {} free: {remedy}", Bytes(gpu));
+    }
+    let (needed, left) = (Bytes(plan.total() * workers as u64), Bytes(available.bytes));
+    let source = &available.source;
+    format!(
+        "this needs {needed} for {workers} worker(s) on this machine ({plan}), and {source} leaves {left}: {remedy}"
+    )
 }
 
 impl fmt::Display for Plan {
@@ -315,7 +392,11 @@ impl fmt::Display for Plan {
             self.choice.wave,
             self.choice.recompute,
             Bytes(self.baseline)
-        )
+        )?;
+        match self.gpu.total() {
+            0 => Ok(()),
+            bytes => write!(f, "; of its GPU {}: {}, offloaded: {}", Bytes(bytes), self.gpu, self.choice.offload.key()),
+        }
     }
 }
 

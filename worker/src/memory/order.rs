@@ -1,5 +1,6 @@
 //! In which order ways to run a step are tried: the cheapest in time first.
 
+use super::placement::Offload;
 use crate::model::Recompute;
 use crate::optim::reduction::Stage;
 
@@ -10,6 +11,8 @@ pub struct Choice {
     /// Micro-batches that go through the model together.
     pub wave: usize,
     pub recompute: Recompute,
+    /// All of it where there is no GPU.
+    pub offload: Offload,
 }
 
 /// What may be chosen from.
@@ -19,9 +22,15 @@ pub struct Range {
     pub stage: Option<Stage>,
     pub wave: Option<usize>,
     pub recompute: Option<Recompute>,
-    /// Micro-batches of the largest step, and workers that share them.
+    pub offload: Option<Offload>,
+    /// Micro-batches of the largest step with their tokens, and workers that share them.
     pub micro_batches: usize,
+    pub tokens: usize,
     pub world: usize,
+    /// They compute on GPUs.
+    pub gpu: bool,
+    /// AdamW's bytes beside each parameter: what masters lack there, and moments.
+    pub state: (usize, usize),
 }
 
 impl Range {
@@ -46,10 +55,23 @@ impl Range {
         let mut choices = Vec::new();
         for stage in stages {
             for wave in self.waves(stage) {
-                choices.extend(levels.iter().map(|&recompute| Choice { stage, wave, recompute }));
+                for offload in self.offloads() {
+                    choices.extend(levels.iter().map(|&recompute| Choice { stage, wave, recompute, offload }));
+                }
             }
         }
         choices
+    }
+
+    /// What may be left on the host.
+    fn offloads(&self) -> Vec<Offload> {
+        match (self.gpu, self.offload) {
+            (false, _) => vec![Offload::All],
+            (true, Some(offload)) => vec![offload],
+            // Where parameters hold the whole masters there is nothing of them to leave.
+            (true, None) if self.state.0 == 0 => vec![Offload::Nothing, Offload::State, Offload::All],
+            (true, None) => Offload::EVERY.to_vec(),
+        }
     }
 
     /// All micro-batches of a step in one wave, a fair share of them, and fewer and fewer.
@@ -76,6 +98,8 @@ impl Range {
     /// Thousandths of a step's time that a choice takes longer than the fastest, about: what is computed again as shares
     /// of a forward pass, what travels as shares of what it was measured to cost. (47 million parameters, two workers, bf16,
     /// 1.5k and 7k tokens a step, in turn: ZeRO-2 1 to 5 % slower than ZeRO-1, ZeRO-3 4 to 6 %; docs/benchmarks.md.)
+    /// What is left on the host is rated by bytes and clocks nobody has measured yet: 50 GB/s each way, 400 TFLOP/s, and a
+    /// processor that adds a leaf's element and updates a parameter in 2 ns.
     fn cost(&self, choice: Choice) -> u32 {
         let again = match choice.recompute {
             Recompute::Nothing => 0,
@@ -89,7 +113,25 @@ impl Range {
             (_, Stage::Two) => 30 + 20 * (waves - 1),
             (_, Stage::Three) => 50 * waves + 20 * (waves - 1),
         };
-        again + travel
+        again + travel + self.moved(choice.offload)
+    }
+
+    /// Thousandths for what is left on the host.
+    fn moved(&self, offload: Offload) -> u32 {
+        if !self.gpu {
+            return 0;
+        }
+        let (masters, moments) = self.state;
+        let left = |leaves: bool, bytes| if leaves { 0 } else { bytes };
+        let bytes = left(offload.leaves_masters(), masters) + left(offload.leaves_moments(), moments);
+        // Picoseconds for each parameter of the model; computing takes 6 operations for each token.
+        let tokens = self.tokens.div_ceil(self.world.max(1)).max(1);
+        let computing = 0.015 * tokens as f64;
+        let picoseconds = match offload {
+            Offload::All => 2000.0 * (self.share() as f64 + 1.0),
+            _ => 20.0 * bytes as f64 / self.world.max(1) as f64,
+        };
+        (1000.0 * picoseconds / computing) as u32
     }
 }
 
@@ -99,7 +141,17 @@ mod tests {
 
     #[test]
     fn the_cheapest_comes_first_and_what_is_asked_for_is_kept() {
-        let any = Range { stage: None, wave: None, recompute: None, micro_batches: 8, world: 2 };
+        let any = Range {
+            stage: None,
+            wave: None,
+            recompute: None,
+            offload: None,
+            micro_batches: 8,
+            tokens: 8 * 4096,
+            world: 2,
+            gpu: false,
+            state: (2, 8),
+        };
         let groups = any.groups();
         let first: Vec<_> = groups[0].iter().map(|c| (c.stage, c.wave, c.recompute)).collect();
         let nothing = Recompute::Nothing;
@@ -109,8 +161,32 @@ mod tests {
         let last = groups.last().unwrap()[0];
         assert_eq!((last.stage, last.wave, last.recompute), (Stage::Three, 1, Recompute::Block));
         let fixed = Range { stage: Some(Stage::Three), wave: Some(2), recompute: Some(Recompute::Norms), ..any };
-        assert_eq!(fixed.groups(), [[Choice { stage: Stage::Three, wave: 2, recompute: Recompute::Norms }]]);
+        let (stage, wave, recompute, offload) = (Stage::Three, 2, Recompute::Norms, Offload::All);
+        assert_eq!(fixed.groups(), [[Choice { stage, wave, recompute, offload }]]);
         let alone = Range { stage: Some(Stage::Three), world: 1, ..any };
         assert!(alone.groups().iter().flatten().all(|c| c.stage == Stage::Two));
+    }
+
+    #[test]
+    fn less_is_left_on_the_host_first_and_the_more_tokens_the_less_it_costs() {
+        let (stage, wave, recompute) = (Some(Stage::One), None, Some(Recompute::Nothing));
+        let micro_batches = 8;
+        let range = |offload, tokens, state| Range {
+            stage,
+            wave,
+            recompute,
+            offload,
+            micro_batches,
+            tokens,
+            world: 1,
+            gpu: true,
+            state,
+        };
+        let order = |range: Range| range.groups().concat().iter().map(|c| c.offload).collect::<Vec<_>>();
+        assert_eq!(order(range(None, 8 * 4096, (2, 8))), Offload::EVERY);
+        assert_eq!(order(range(None, 8 * 4096, (0, 8))), [Offload::Nothing, Offload::State, Offload::All]);
+        assert_eq!(order(range(Some(Offload::Masters), 8 * 4096, (2, 8))), [Offload::Masters]);
+        let moments = |tokens| range(None, tokens, (2, 8)).moved(Offload::Moments);
+        assert_eq!((moments(32_768), moments(262_144)), (325, 40));
     }
 }

@@ -1,25 +1,46 @@
-//! What of the training state lies on a GPU, beside the parameters and activations that must: whatever fits, in the order of
-//! what it saves. No choice changes a bit.
+//! What of the training state lies in host memory where a worker computes on a GPU. Parameters and activations are always on
+//! the GPU; of the rest it takes what fits. No choice changes a bit.
 
-/// Where sums of gradients, masters and moments are.
+/// What was left on the host: each more than the one before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Placement {
-    /// All on the host.
-    Host,
-    /// Leaves are added on the GPU; the sums come to the host once a step.
-    Sums,
-    /// The state lives there too, and the update moves nothing.
+pub enum Offload {
+    Nothing,
+    /// What parameters lack of their masters.
+    Masters,
+    /// AdamW's moments.
+    Moments,
+    /// Both.
     State,
+    /// Sums of gradients too, and the host updates: all there is without a GPU.
+    All,
 }
 
-impl Placement {
-    /// What fits into `left` bytes of the GPU. Where `state` is none the GPU cannot update it.
-    pub fn within(left: u64, sums: u64, state: Option<u64>) -> Self {
-        match state {
-            Some(state) if sums + state <= left => Placement::State,
-            _ if sums <= left => Placement::Sums,
-            _ => Placement::Host,
+impl Offload {
+    pub const EVERY: [Offload; 5] =
+        [Offload::Nothing, Offload::Masters, Offload::Moments, Offload::State, Offload::All];
+
+    /// A value of cluster.offload.
+    pub fn key(self) -> &'static str {
+        match self {
+            Offload::Nothing => "nothing",
+            Offload::Masters => "masters",
+            Offload::Moments => "moments",
+            Offload::State => "state",
+            Offload::All => "all",
         }
+    }
+
+    /// Whether sums are on the GPU.
+    pub fn leaves_sums(self) -> bool {
+        self != Offload::All
+    }
+
+    pub fn leaves_masters(self) -> bool {
+        matches!(self, Offload::Nothing | Offload::Moments)
+    }
+
+    pub fn leaves_moments(self) -> bool {
+        matches!(self, Offload::Nothing | Offload::Masters)
     }
 }
 
@@ -28,10 +49,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_saves_most_comes_first_where_it_fits() {
-        assert_eq!(Placement::within(18, 8, Some(10)), Placement::State);
-        assert_eq!(Placement::within(17, 8, Some(10)), Placement::Sums);
-        assert_eq!(Placement::within(1 << 40, 8, None), Placement::Sums);
-        assert_eq!(Placement::within(7, 8, Some(0)), Placement::Host);
+    fn more_is_left_on_the_host_from_one_to_the_next() {
+        let left = Offload::EVERY.map(|o| [o.leaves_masters(), o.leaves_moments(), o.leaves_sums()].map(u32::from));
+        // Bytes on the GPU: 2 of masters, 8 of moments and of sums each.
+        let bytes = left.map(|[masters, moments, sums]| 2 * masters + 8 * moments + 8 * sums);
+        assert_eq!(bytes, [18, 16, 10, 8, 0]);
     }
 }

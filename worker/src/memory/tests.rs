@@ -3,7 +3,7 @@
 use super::*;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use unisono_configs::model::ModelSpec;
+use unisono_configs::model::{ModelSpec, CHUNK};
 
 fn sketch() -> Model {
     sketch_in(tch::Kind::BFloat16)
@@ -21,15 +21,30 @@ fn sketch_in(kind: tch::Kind) -> Model {
 
 fn demand(sketch: &Model) -> Demand<'_> {
     let (stage, wave, recompute) = (Some(Stage::One), None, Some(Recompute::Nothing));
-    let range = Range { stage, wave, recompute, micro_batches: 8, world: 2 };
+    let (offload, gpu, tokens, state) = (None, false, 8 * 4096, (2, 8));
+    let range = Range { stage, wave, recompute, offload, micro_batches: 8, tokens, world: 2, gpu, state };
     let (owned, form, trains, copies, snapshots, images) = (100_000, Form::Split, true, false, false, 0);
     let positions = 0;
     let (extremes, baseline) = (Extremes { tokens: 4096, document: 256, documents: 16 }, 1000);
-    Demand { sketch, owned, form, extremes, sizes: &[], trains, range, copies, snapshots, positions, images, baseline }
+    Demand {
+        sketch,
+        owned,
+        form,
+        extremes,
+        sizes: &[],
+        trains,
+        range,
+        copies,
+        snapshots,
+        positions,
+        images,
+        baseline,
+        gpu: None,
+    }
 }
 
 fn at(recompute: Recompute) -> Choice {
-    Choice { stage: Stage::One, wave: 1, recompute }
+    Choice { stage: Stage::One, wave: 1, recompute, offload: Offload::All }
 }
 
 /// Any level may be chosen.
@@ -182,4 +197,88 @@ fn the_extreme_batch_is_packed_full() {
 fn bytes_read_well() {
     let shown: Vec<_> = [999, 2_400_000, 5_210_000_000].map(|b| Bytes(b).to_string()).into();
     assert_eq!(shown, ["999 B", "2 MB", "5.21 GB"]);
+}
+
+/// Shapes that people know.
+fn known(
+    layers: usize,
+    hidden: usize,
+    intermediate: usize,
+    heads: usize,
+    kv: usize,
+    vocab: usize,
+    tied: bool,
+) -> Model {
+    let config = serde_json::json!({
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": tied
+    });
+    let spec = ModelSpec::from_json(&config, std::path::Path::new("config.json")).unwrap();
+    Model::sketch(spec, tch::Kind::BFloat16).unwrap().as_on_gpu()
+}
+
+/// One worker on a GPU that has so much free, with 8 micro-batches of 8,192 tokens of documents of 1,024.
+fn on_gpu(sketch: &Model, gpu: u64, form: Form) -> Demand<'_> {
+    let (micro_batches, tokens) = (8, 8 * 8192);
+    let state = (form.master_width(), form.moments_width());
+    let demand = demand(sketch);
+    Demand {
+        owned: sketch.layout().parameters(),
+        form,
+        extremes: Extremes { tokens: 8192, document: 1024, documents: 8 },
+        range: Range {
+            stage: None,
+            recompute: None,
+            micro_batches,
+            tokens,
+            world: 1,
+            gpu: true,
+            state,
+            ..demand.range
+        },
+        gpu: Some(gpu),
+        ..demand
+    }
+}
+
+const H200: u64 = 139 << 30;
+
+#[test]
+fn eight_billion_parameters_with_exact_state_fit_one_gpu() {
+    let sketch = known(32, 4096, 14336, 32, 8, 128_256, false);
+    let parameters = sketch.layout().parameters() as u64;
+    assert!(parameters.abs_diff(8_030_261_248) < 32 * CHUNK as u64, "{parameters}");
+    let plan = on_gpu(&sketch, H200, Form::Split).plan(&left(128 << 30), 1).unwrap();
+    // Parameters and activations are on the GPU; the state is not, or not all of it: that would be 14 GB more than there is.
+    assert_eq!((plan.gpu.parameters, plan.masters + plan.moments), (2 * parameters, 10 * parameters));
+    assert!(plan.gpu.total() <= H200 && plan.gpu.activations > 1 << 30, "{plan}");
+    assert!(plan.choice.offload.leaves_sums() && plan.choice.offload != Offload::Nothing, "{plan}");
+    assert_eq!(plan.sums + plan.gradient, 0, "nothing is summed on the host");
+    // With 8 bytes for each parameter in all there is room for everything, at the cost of computing more again.
+    let narrow = on_gpu(&sketch, H200, Form::Narrow);
+    let range = Range { offload: Some(Offload::Nothing), ..narrow.range };
+    let narrow = Demand { range, ..narrow }.plan(&left(128 << 30), 1).unwrap();
+    assert_eq!((narrow.gpu.moments, narrow.gpu.staging), (4 * parameters, 0), "{narrow}");
+    // On a smaller GPU everything that may be left is left; then it is refused, with what would do.
+    let error = on_gpu(&sketch, 16 << 30, Form::Split).plan(&left(1 << 40), 1).unwrap_err().to_string();
+    assert!(error.contains("of each worker's GPU") && error.contains("GPU with"), "{error}");
+    let asked = on_gpu(&sketch, H200, Form::Split);
+    let asked =
+        Demand { range: Range { offload: Some(Offload::Nothing), stage: Some(Stage::One), ..asked.range }, ..asked };
+    let error = asked.plan(&left(128 << 30), 1).unwrap_err().to_string();
+    assert!(error.ends_with("set cluster.offload = \"auto\""), "{error}");
+}
+
+#[test]
+fn smaller_models_lie_on_the_gpu_with_all_they_have() {
+    for (sketch, most) in
+        [(known(24, 896, 4864, 14, 2, 151_936, true), 80), (known(28, 1536, 8960, 12, 2, 151_936, true), 130)]
+    {
+        let plan = on_gpu(&sketch, H200, Form::Split).plan(&left(64 << 30), 1).unwrap();
+        assert_eq!((plan.choice.offload, plan.choice.recompute), (Offload::Nothing, Recompute::Nothing), "{plan}");
+        assert!(plan.gpu.total() < most << 30, "{plan}");
+        let parameters = sketch.layout().parameters() as u64;
+        assert_eq!((plan.gpu.masters, plan.gpu.moments), (2 * parameters, 8 * parameters));
+    }
 }

@@ -100,6 +100,16 @@ impl Attention<'_> {
         let mut q = self.pool.expect(kind, &[rows * self.queries.width()]);
         let (mut k, mut v) =
             (self.pool.expect(kind, &[rows * keys.width()]), self.pool.expect(kind, &[rows * keys.width()]));
+        // What ATen's kernels take for themselves: sums of the queries' gradient in fp32, padded for each document, and, where
+        // keys are shared, gradients of keys and values for each query head.
+        let (padded, width) =
+            (rows + 128 * flat.documents().count(), self.queries.count * self.queries.dim.next_multiple_of(32));
+        let shared = if self.group() > 1 { rows * width } else { 0 };
+        let _temporaries = [
+            self.pool.expect(self.wide, &[padded * width]),
+            self.pool.expect(kind, &[shared]),
+            self.pool.expect(kind, &[shared]),
+        ];
         operation("attention backward", || -> Result<(), Error> {
             let attended = flash::Attended {
                 output: self.flat(&saved.output, self.queries),

@@ -14,7 +14,7 @@ use tch::{Device, Tensor};
 pub const CHUNK: usize = 512;
 
 /// On a GPU more: each chunk's gradient of the weight is written and added up, which takes as long as its product.
-fn chunk(device: Device) -> usize {
+pub fn rows_at_once(device: Device) -> usize {
     match device {
         Device::Cpu => CHUNK,
         _ => 8 * CHUNK,
@@ -31,6 +31,8 @@ pub struct Head {
     /// `[V, H]`: the embedding's matrix where they are tied.
     pub weight: Tensor,
     pub weight_at: (usize, usize),
+    /// Rows of logits at a time.
+    pub rows: usize,
 }
 
 /// The residual stream after the last block, of the rows with targets (rounded up): `residual + mlp + bias`.
@@ -74,7 +76,7 @@ impl Head {
     /// Sum of the loss, and how many targets are the first choice.
     pub fn evaluate(&self, last: &Last<'_>, targets: &[u32], pool: &Pool) -> Result<(f64, u64), Error> {
         let last = self.norm(last, pool);
-        let chunk = chunk(self.weight.device());
+        let chunk = self.rows;
         let (mut loss, mut correct) = (cross_entropy::Loss::default(), 0);
         for first in (0..last.rows).step_by(chunk) {
             let length = chunk.min(last.rows - first);
@@ -101,7 +103,7 @@ impl Head {
         let (wide, compute, hidden) = (last.residual.kind(), self.weight.kind(), self.norm.numel());
         let grad_normed = pool.take(compute, &[last.rows, hidden]);
         let mut sum: Option<Buffer> = None;
-        let (mut loss, chunk) = (cross_entropy::Loss::default(), chunk(self.weight.device()));
+        let (mut loss, chunk) = (cross_entropy::Loss::default(), self.rows);
         for first in (0..last.rows).step_by(chunk) {
             let length = chunk.min(last.rows - first);
             let normed = last.normed.narrow(0, first as i64, length as i64);

@@ -62,6 +62,7 @@ impl<'a> Held<'a> {
         let (from, buffers): (Vec<_>, Vec<_>) = std::mem::take(waiting).into_iter().unzip();
         self.bytes -= buffers.iter().map(bytes).sum::<usize>();
         let gradients: Vec<&Tensor> = buffers.iter().map(|buffer| &**buffer).collect();
+        self.leaves.come_from(&from);
         operation("leaves", || self.leaves.together(*bucket, *offset, &gradients)).map_err(|(which, bad)| {
             self.culprit = Some(from[which]);
             bad
@@ -75,10 +76,12 @@ fn bytes(buffer: &Buffer) -> usize {
 
 impl Leaves for Held<'_> {
     fn dense(&mut self, bucket: usize, offset: usize, gradient: &Tensor) -> Result<(), BadNumber> {
+        self.leaves.come_from(&[self.micro_batch]);
         self.leaves.dense(bucket, offset, gradient)
     }
 
     fn rows(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) -> Result<(), BadNumber> {
+        self.leaves.come_from(&[self.micro_batch]);
         self.leaves.rows(bucket, offset, rows, gradient)
     }
 
@@ -88,6 +91,7 @@ impl Leaves for Held<'_> {
         let here = self.places.iter().position(|place| (place.bucket, place.offset, place.kind) == key);
         let alone = self.last && here.is_none_or(|place| self.places[place].waiting.is_empty());
         if alone || self.bytes + size > WAITING {
+            self.leaves.come_from(&[self.micro_batch]);
             return operation("leaves", || self.leaves.dense(bucket, offset, &gradient));
         }
         let here = here.unwrap_or_else(|| {

@@ -72,6 +72,9 @@ pub trait Leaves {
         self.dense(bucket, offset, &gradient)
     }
 
+    /// The next leaves are of these micro-batches of a wave: for those who learn only later that one was bad.
+    fn come_from(&mut self, _micro_batches: &[usize]) {}
+
     /// As [`Leaves::dense`], of several micro-batches for the same elements; an error says which.
     fn together(&mut self, bucket: usize, offset: usize, gradients: &[&Tensor]) -> Result<(), (usize, BadNumber)> {
         let mut each = gradients.iter().enumerate();
@@ -120,6 +123,8 @@ pub struct Model {
     rotation: Mutex<Option<Rotation>>,
     /// Documents lie flat, for FlashAttention, instead of in tiles.
     flat: bool,
+    /// Rows of logits at a time.
+    head_rows: usize,
 }
 
 impl Model {
@@ -139,8 +144,8 @@ impl Model {
 
     fn over(spec: ModelSpec, layout: Arc<Layout>, compute: Kind, device: Device, parameters: Parameters) -> Self {
         let (pool, recompute, rotation) = (Pool::new(device), Recompute::default(), Mutex::default());
-        let flat = flash::serves(device, compute, spec.head_dim);
-        Model { spec, layout, compute, device, parameters, pool, recompute, rotation, flat }
+        let (flat, head_rows) = (flash::serves(device, compute, spec.head_dim), head::rows_at_once(device));
+        Model { spec, layout, compute, device, parameters, pool, recompute, rotation, flat, head_rows }
     }
 
     /// A model for dry runs: no memory stands behind its parameters. None where they exceed every address space.
@@ -148,6 +153,15 @@ impl Model {
         let (layout, device) = (Arc::new(Layout::new(&spec)), Device::Cpu);
         let parameters = Parameters::phantom(&layout, compute)?;
         Some(Model { pool: Pool::phantom(), ..Model::over(spec, layout, compute, device, parameters) })
+    }
+
+    /// Dry runs take what they would take on a GPU.
+    #[must_use]
+    pub fn as_on_gpu(mut self) -> Self {
+        let gpu = Device::Cuda(0);
+        self.flat = flash::serves(gpu, self.compute, self.spec.head_dim);
+        self.head_rows = head::rows_at_once(gpu);
+        self
     }
 
     /// A model with the weights of a Hugging Face directory, rounded to `compute`.
@@ -242,8 +256,19 @@ impl Model {
 
     /// From now on the optimizer writes the parameters that the model computes with; [`Model::bring_home`] brings the host's
     /// copy up to date.
-    pub fn live_on_device(&mut self) {
-        self.parameters.live_there();
+    pub fn live_on_device(&mut self) -> Result<(), Error> {
+        self.parameters.live_there()
+    }
+
+    /// Where buckets lie while they travel.
+    pub fn travels_on(&self) -> Device {
+        self.parameters.travels_on()
+    }
+
+    /// This processor stands for another device.
+    #[cfg(test)]
+    pub fn pretend_another_device(&mut self) {
+        self.parameters.pretend_another_device();
     }
 
     /// Brings the host's copy up to date; nothing to do where it is the original.
@@ -319,7 +344,7 @@ mod tests {
         });
         let spec = ModelSpec::from_json(&config, Path::new("config.json")).unwrap();
         let mut model = Model::new(spec, Kind::BFloat16, Device::Cpu);
-        model.parameters.pretend_another_device();
+        model.pretend_another_device();
         let ones = |_: &str, _: Range<usize>, out: &mut [f32]| -> Result<(), Error> {
             out.fill(1.0);
             Ok(())
@@ -332,7 +357,7 @@ mod tests {
         model.publish().unwrap();
         assert_eq!(first(&model), 2.0);
         // Where the optimizer writes on the device, that is what travels, and the host's copy is brought home.
-        model.live_on_device();
+        model.live_on_device().unwrap();
         let host = |model: &Model| f64::try_from(optim::Parameters::own(model, 1, 0).0.get(0)).unwrap();
         let _ = optim::Parameters::own_away(&model, 1, 0).0.shallow_clone().fill_(3.0);
         assert_eq!((first(&model), host(&model)), (3.0, 2.0));

@@ -20,6 +20,8 @@ pub(super) struct Parameters {
     lives_there: bool,
     /// Sharded: the own elements of each bucket, and where they lie in it.
     own: Option<Vec<(Range<usize>, Tensor)>>,
+    /// The same on the device, where they live there.
+    own_there: Vec<Tensor>,
 }
 
 fn zeros(elements: usize, options: (Kind, Device)) -> Tensor {
@@ -31,7 +33,15 @@ impl Parameters {
     pub fn whole(layout: &Layout, compute: Kind, device: Device) -> Self {
         let all = |device| layout.buckets.iter().map(move |b| Some(zeros(b.elements, (compute, device)))).collect();
         let mirrors = (device != Device::Cpu).then(|| all(Device::Cpu));
-        Parameters { compute, device, present: all(device), mirrors, lives_there: false, own: None }
+        Parameters {
+            compute,
+            device,
+            present: all(device),
+            mirrors,
+            lives_there: false,
+            own: None,
+            own_there: Vec::new(),
+        }
     }
 
     /// All zero; only the elements `own` of each bucket are kept.
@@ -39,21 +49,46 @@ impl Parameters {
         let absent = || layout.buckets.iter().map(|_| None).collect();
         let own = own.iter().map(|own| (own.clone(), zeros(own.len(), (compute, Device::Cpu)))).collect();
         let mirrors = (device != Device::Cpu).then(absent);
-        Parameters { compute, device, present: absent(), mirrors, lives_there: false, own: Some(own) }
+        let own = Some(own);
+        Parameters { compute, device, present: absent(), mirrors, lives_there: false, own, own_there: Vec::new() }
     }
 
     fn here(compute: Kind, present: Vec<Option<Tensor>>) -> Self {
-        Parameters { compute, device: Device::Cpu, present, mirrors: None, lives_there: false, own: None }
+        let (device, own_there) = (Device::Cpu, Vec::new());
+        Parameters { compute, device, present, mirrors: None, lives_there: false, own: None, own_there }
     }
 
-    /// From now on the optimizer writes on the device.
-    pub fn live_there(&mut self) {
-        self.lives_there = self.mirrors.is_some() && self.own.is_none();
+    /// From now on the optimizer writes on the device, and what travels lies there.
+    pub fn live_there(&mut self) -> Result<(), Error> {
+        self.lives_there = self.mirrors.is_some();
+        if self.lives_there {
+            let there = |(_, own): &(Range<usize>, Tensor)| own.f_to_device_(self.device, self.compute, false, true);
+            self.own_there = self.own.iter().flatten().map(there).collect::<Result<_, _>>()?;
+        }
+        Ok(())
+    }
+
+    /// Where what travels lies.
+    pub fn travels_on(&self) -> Device {
+        if self.lives_there {
+            self.device
+        } else {
+            Device::Cpu
+        }
     }
 
     /// Brings the host's copy up to date, where it is but a copy.
     pub fn bring_home(&mut self) {
         if !self.lives_there {
+            return;
+        }
+        for ((_, own), there) in self.own.iter_mut().flatten().zip(&self.own_there) {
+            own.copy_(there);
+        }
+        if let (Some(mirrors), true) = (&mut self.mirrors, self.own.is_some()) {
+            let here =
+                |bucket: &Option<Tensor>| bucket.as_ref().map(|b| b.to_device_(Device::Cpu, self.compute, false, true));
+            *mirrors = self.present.iter().map(here).collect();
             return;
         }
         for (mirror, here) in self.mirrors.iter_mut().flatten().zip(&self.present) {
@@ -86,7 +121,7 @@ impl Parameters {
     }
 
     pub fn has(&self, bucket: usize) -> bool {
-        self.present[bucket].is_some() && self.host(bucket).is_some()
+        self.present[bucket].is_some() && (self.lives_there || self.host(bucket).is_some())
     }
 
     fn host(&self, bucket: usize) -> Option<&Tensor> {
@@ -112,9 +147,10 @@ impl Parameters {
 
     /// The same on the device.
     pub fn own_away(&self, bucket: usize, begin: usize) -> (&Tensor, usize) {
-        match self.lives_there {
-            true => (self.bucket(bucket), begin),
-            false => self.own(bucket, begin),
+        match (self.lives_there, &self.own) {
+            (true, Some(_)) => (&self.own_there[bucket], 0),
+            (true, None) => (self.bucket(bucket), begin),
+            (false, _) => self.own(bucket, begin),
         }
     }
 
@@ -134,6 +170,7 @@ impl Parameters {
         };
         if self.own.is_some() {
             self.present[bucket] = None;
+            self.mirrors.iter_mut().for_each(|mirrors| mirrors[bucket] = None);
         }
         taken.expect("a bucket is taken once")
     }

@@ -55,7 +55,7 @@ impl Model {
             Some((weight, offset)) => (weight, (last, offset)),
             None => (self.embedding(), (0, 0)),
         };
-        Head { norm, eps: self.spec().norm_eps, norm_at: (last, norm_offset), weight, weight_at }
+        Head { norm, eps: self.spec().norm_eps, norm_at: (last, norm_offset), weight, weight_at, rows: self.head_rows }
     }
 
     /// `[V, H]`
@@ -93,7 +93,8 @@ impl Model {
         let parameters = Parameters::phantom(&layout, self.compute);
         let parameters = parameters.expect("a model that exists fits an address space");
         let model = Model::over(spec, layout, self.compute, self.device, parameters);
-        let model = Model { pool: Pool::phantom(), recompute: level, flat: self.flat, ..model };
+        let (flat, head_rows) = (self.flat, self.head_rows);
+        let model = Model { pool: Pool::phantom(), recompute: level, flat, head_rows, ..model };
         model.whole_pass(batches, trains, 1.0, &mut Nowhere)?;
         Ok(model.pool.bytes())
     }

@@ -22,7 +22,7 @@ macro_rules! element {
         }
     )*};
 }
-element!(f32 => Float, f64 => Double, bf16 => BFloat16, i64 => Int64, i32 => Int, i16 => Int16);
+element!(f32 => Float, f64 => Double, bf16 => BFloat16, i64 => Int64, i32 => Int, i16 => Int16, u16 => Int16);
 
 fn check<T: Element>(tensor: &Tensor) {
     assert_eq!(tensor.kind(), T::KIND, "element kind of a host view");
@@ -60,6 +60,32 @@ pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
 /// Elements of a flat tensor, wherever it is.
 pub fn part(tensor: &Tensor, range: &Range<usize>) -> Tensor {
     tensor.narrow(0, range.start as i64, range.len() as i64)
+}
+
+/// Copies `values` to a tensor of as many elements of their kind, on any device. They may be changed afterwards.
+pub fn write<T: Element>(values: &[T], to: &Tensor) {
+    assert_eq!((to.kind(), to.numel()), (T::KIND, values.len()), "as many of a kind");
+    if !values.is_empty() {
+        // SAFETY: the tensor is over `values`, which are only read, and is gone before they may change: the copy is waited for.
+        let from = unsafe { over(values.as_ptr(), values.len()) };
+        to.shallow_clone().copy_(&from);
+    }
+}
+
+/// Copies a tensor, of any device, to as many `values` of its kind.
+pub fn read<T: Element>(from: &Tensor, values: &mut [T]) {
+    assert_eq!((from.kind(), from.numel()), (T::KIND, values.len()), "as many of a kind");
+    if !values.is_empty() {
+        // SAFETY: the tensor is over `values`, which are borrowed exclusively, and is gone before they are read: the copy is
+        // waited for.
+        let mut to = unsafe { over(values.as_mut_ptr(), values.len()) };
+        to.copy_(from);
+    }
+}
+
+unsafe fn over<T: Element>(pointer: *const T, length: usize) -> Tensor {
+    // SAFETY: the caller vouches for `length` elements that outlive the tensor, and for who writes to them.
+    unsafe { Tensor::from_blob(pointer.cast(), &[length as i64], &[1], T::KIND, Device::Cpu) }
 }
 
 unsafe fn slice<'a, T>(pointer: *const T, length: usize) -> &'a [T] {

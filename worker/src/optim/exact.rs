@@ -1,9 +1,9 @@
 //! The exact sum: gradients of micro-batches ("leaves") are added as integers, so that neither order, nor ownership, nor
 //! the number of workers can change a bit of the result. A leaf `x` counts as `round_ties_even(x * 2^48)`.
 
+use super::away::kernels;
 use super::{leaf, on_device};
 use crate::model::{BadNumber, Leaves};
-use crate::ops::kernels::Kernels;
 use crate::ops::simd::{self, vectorised};
 use crate::ops::view;
 use half::bf16;
@@ -104,12 +104,18 @@ pub struct ExactSum {
 /// Accumulators on a device: leaves need not leave it, and nobody waits for them.
 #[derive(Debug)]
 struct Away {
-    /// Of each bucket the bits of the largest magnitude so far: `[buckets]` i32.
+    /// Of each micro-batch of a wave and each bucket the bits of the largest magnitude so far: `[micro-batches, buckets]` i32.
     peaks: Tensor,
-    /// Of each bucket what it takes its leaves in, while it is closed.
-    memory: Vec<Option<Tensor>>,
-    /// Sums are handed out as they lie, instead of on the host.
-    stays: bool,
+    /// The micro-batches of the next leaves.
+    whose: Vec<usize>,
+}
+
+impl Away {
+    /// The place of the peak of leaf number `which` of those that come now.
+    fn peak(&self, which: usize, bucket: usize) -> Tensor {
+        let micro_batch = self.whose.get(which).map_or(0, |&index| index as i64).min(self.peaks.size()[0] - 1);
+        self.peaks.select(0, micro_batch).narrow(0, bucket as i64, 1)
+    }
 }
 
 /// Accumulators of one bucket.
@@ -143,40 +149,29 @@ impl ExactSum {
         ExactSum { layout, buckets, bound: bound(leaves), away: None }
     }
 
-    /// From now on leaves are added on `device`, by its kernels. The same bits as on the host.
-    pub fn move_to(&mut self, device: Device) -> Result<(), tch::TchError> {
-        let count = self.layout.buckets.len();
-        let peaks = Tensor::f_zeros([count as i64], (Kind::Int, device))?;
-        let mut memory = Vec::with_capacity(count);
-        for bucket in &self.layout.buckets {
-            memory.push(Some(Tensor::f_zeros([bucket.elements as i64], (Kind::Int64, device))?));
-        }
-        let open: Vec<_> = (0..count).filter(|&bucket| self.is_open(bucket)).collect();
-        self.away = Some(Away { peaks, memory, stays: false });
-        open.into_iter().for_each(|bucket| self.open(bucket, Tensor::new()));
+    /// From now on leaves are added on `device`, by its kernels, of waves of at most `wave` micro-batches, in memory there that
+    /// [`ExactSum::open`] brings. The same bits as on the host.
+    pub fn move_to(&mut self, device: Device, wave: usize) -> Result<(), tch::TchError> {
+        let shape = [wave.max(1) as i64, self.layout.buckets.len() as i64];
+        self.away = Some(Away { peaks: Tensor::f_zeros(shape, (Kind::Int, device))?, whose: vec![0] });
         Ok(())
-    }
-
-    /// From now on closed buckets stay on the device, and whoever opens one gives its memory back.
-    pub fn stay(&mut self) {
-        self.away.as_mut().expect("moved there before").stays = true;
     }
 
     pub fn is_away(&self) -> bool {
         self.away.is_some()
     }
 
-    pub fn stays(&self) -> bool {
-        self.away.as_ref().is_some_and(|away| away.stays)
-    }
-
-    /// Whether all leaves so far could be added; waits for the device that adds them. On the host that is known at once.
-    pub fn check(&self) -> Result<(), BadNumber> {
+    /// Whether all leaves so far could be added, or the first micro-batch of the wave that has a bad one; waits for the device
+    /// that adds them. On the host that is known at once.
+    pub fn check(&self) -> Result<(), (usize, BadNumber)> {
         let Some(away) = &self.away else { return Ok(()) };
-        let peaks = Vec::<i32>::try_from(&away.peaks).expect("a vector of i32");
+        let peaks = Vec::<i32>::try_from(away.peaks.view([-1])).expect("a vector of i32");
         let _ = away.peaks.shallow_clone().zero_();
-        for (bucket, bits) in self.layout.buckets.iter().zip(peaks) {
-            self.judge(&bucket.name, f64::from(f32::from_bits(bits as u32)))?;
+        for (micro_batch, peaks) in peaks.chunks(self.layout.buckets.len()).enumerate() {
+            for (bucket, bits) in self.layout.buckets.iter().zip(peaks) {
+                let judged = self.judge(&bucket.name, f64::from(f32::from_bits(*bits as u32)));
+                judged.map_err(|bad| (micro_batch, bad))?;
+            }
         }
         Ok(())
     }
@@ -192,7 +187,6 @@ impl ExactSum {
     /// From now on `bucket` takes leaves, in `memory` of at least its length, whatever that holds.
     pub fn open(&mut self, bucket: usize, memory: Tensor) {
         let stale = vec![true; self.layout.buckets[bucket].tensors.len()];
-        let memory = self.away.as_mut().and_then(|away| away.memory[bucket].take()).unwrap_or(memory);
         self.buckets[bucket] = Some(Sums { memory, stale });
     }
 
@@ -205,14 +199,10 @@ impl ExactSum {
         self.buckets[bucket].is_some()
     }
 
-    /// Ends the leaves of `bucket`, if it is open: its sums on the host, in memory that may be longer.
+    /// Ends the leaves of `bucket`, if it is open: its sums where they are added, in memory that may be longer.
     pub fn close(&mut self, bucket: usize) -> Option<Tensor> {
         self.settle_bucket(bucket);
-        let memory = self.buckets[bucket].take()?.memory;
-        let Some(away) = self.away.as_mut().filter(|away| !away.stays) else { return Some(memory) };
-        let here = memory.to_device_(Device::Cpu, Kind::Int64, false, true);
-        away.memory[bucket] = Some(memory);
-        Some(here)
+        Some(self.buckets[bucket].take()?.memory)
     }
 
     /// The sums of an open bucket, once [`ExactSum::settle`] has been called.
@@ -265,10 +255,9 @@ impl ExactSum {
             let part = part.start + begin - offset..part.start + end - offset;
             if let Some(away) = &self.away {
                 let sums = memory.narrow(0, begin as i64, (end - begin) as i64);
-                let peak = away.peaks.narrow(0, bucket as i64, 1);
                 for (i, gradient) in gradients.iter().enumerate() {
                     let leaf = gradient.view([-1]).narrow(0, part.start as i64, part.len() as i64);
-                    on_device::add_leaf(kernels(&sums), &sums, &leaf, first && i == 0, &peak);
+                    on_device::add_leaf(kernels(&sums), &sums, &leaf, first && i == 0, &away.peak(i, bucket));
                 }
                 continue;
             }
@@ -290,10 +279,6 @@ fn clear(memory: &mut Tensor, range: Range<usize>) {
         Device::Cpu => view::elements_mut::<i64>(memory)[range].fill(0),
         _ => drop(memory.narrow(0, range.start as i64, range.len() as i64).zero_()),
     }
-}
-
-fn kernels(sums: &Tensor) -> Kernels {
-    Kernels::on(sums).expect("sums are on a device only where it has kernels")
 }
 
 /// The leaf in host memory, where the sums are.
@@ -321,13 +306,20 @@ impl ExactSum {
             clear(memory, slot.range());
         }
         let sums = memory.narrow(0, offset as i64, (slot.range().end - offset) as i64);
-        let peaks = &self.away.as_ref().expect("looked at before").peaks;
-        on_device::add_rows(kernels(&sums), &sums, rows, gradient, &peaks.narrow(0, bucket as i64, 1));
+        let peak = self.away.as_ref().expect("looked at before").peak(0, bucket);
+        on_device::add_rows(kernels(&sums), &sums, rows, gradient, &peak);
         Ok(())
     }
 }
 
 impl Leaves for ExactSum {
+    fn come_from(&mut self, micro_batches: &[usize]) {
+        if let Some(away) = &mut self.away {
+            away.whose.clear();
+            away.whose.extend_from_slice(micro_batches);
+        }
+    }
+
     fn dense(&mut self, bucket: usize, offset: usize, gradient: &Tensor) -> Result<(), BadNumber> {
         self.together(bucket, offset, &[gradient]).map_err(|(_, bad)| bad)
     }

@@ -194,18 +194,24 @@ fn sums_on_a_device_are_those_of_the_host() {
         found
     };
     let (mut here, mut away) = (ExactSum::new(layout.clone(), 4), ExactSum::new(layout, 4));
-    away.move_to(Device::Cpu).unwrap();
+    away.move_to(Device::Cpu, 3).unwrap();
     for number in 1..=2 {
         let expected = step(&mut here, number);
         assert_eq!(step(&mut away, number), expected);
         assert!(expected[..37].iter().any(|&q| q != 0) && expected[37..] == [0; 4]);
     }
     away.dense(0, 0, &Tensor::from_slice(&[1.0f32, f32::NAN])).unwrap();
-    assert!(away.check().unwrap_err().value.is_nan());
+    assert!(away.check().unwrap_err().1.value.is_nan());
     away.check().unwrap();
     let large = Tensor::from_slice(&[bound(4) as f32; 3]).view([1, 3]);
+    // The first of a wave that is bad is named, whoever comes first.
+    away.come_from(&[2]);
     away.rows(0, 0, &[1], &large).unwrap();
-    assert_eq!(away.check().unwrap_err().bucket, "block.0");
+    let (good, bad) = (Tensor::from_slice(&[1.0f32]), Tensor::from_slice(&[f32::INFINITY]));
+    away.come_from(&[0, 1]);
+    away.together(0, 3, &[&good, &bad]).unwrap();
+    let (index, bad) = away.check().unwrap_err();
+    assert_eq!((index, bad.bucket.as_str()), (1, "block.0"));
 }
 
 proptest! {

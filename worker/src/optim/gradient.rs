@@ -1,13 +1,14 @@
 //! The own part of a step's gradient, from the sums of its waves to the update.
 
+use super::away::kernels;
 use super::exact::{self, Exactly, Nearest, Reduced};
-use super::norm;
 use super::state::Form;
+use super::{norm, on_device};
 use crate::collective::piece;
 use crate::ops::view;
 use half::bf16;
 use std::ops::Range;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use unisono_configs::model::CHUNK;
 
 /// Of one bucket. All forms stand for the same fp32 numbers.
@@ -16,8 +17,8 @@ pub enum Gradient {
     /// The totals stay where the leaves were added: of the own range, in accumulators of the whole bucket, which are absent
     /// while leaves are still added elsewhere.
     InPlace(Option<Tensor>),
-    /// As [`Gradient::InPlace`], on a device.
-    Away(Option<Tensor>),
+    /// On a device: sums of the waves so far, or rounded from the only wave: `[own elements]`.
+    Away(Tensor),
     /// Sums of the waves so far: `[own elements]`.
     Sums(Vec<i64>),
     /// Rounded from the only wave: `[own elements]`.
@@ -37,9 +38,16 @@ impl Gradient {
     /// Takes the totals of one more wave (the `first` of a step replaces what an earlier step left) from the range `own` of
     /// a bucket's accumulators; gives the accumulators back if they are free for other leaves.
     pub fn take(&mut self, sums: Tensor, own: Range<usize>, first: bool) -> Option<Tensor> {
-        if let Gradient::InPlace(place) | Gradient::Away(place) = self {
-            *place = Some(sums);
-            return None;
+        match self {
+            Gradient::InPlace(place) => {
+                *place = Some(sums);
+                return None;
+            }
+            Gradient::Away(kept) => {
+                take_away(kept, &sums.narrow(0, own.start as i64, own.len() as i64), first);
+                return Some(sums);
+            }
+            _ => {}
         }
         let total = &view::elements::<i64>(&sums)[own];
         let one_wave = matches!(self, Gradient::Wide(_) | Gradient::Narrow(_));
@@ -65,6 +73,19 @@ impl Gradient {
             Gradient::Sums(sums) => View::Sums(sums),
             Gradient::Wide(gradient) => View::Wide(gradient),
             Gradient::Narrow(gradient) => View::Narrow(gradient),
+        }
+    }
+}
+
+/// As [`Gradient::take`], of totals on a device.
+fn take_away(kept: &mut Tensor, total: &Tensor, first: bool) {
+    match kept.kind() {
+        _ if total.numel() == 0 => {}
+        Kind::Int64 if first => kept.copy_(total),
+        Kind::Int64 => on_device::add(kernels(kept), kept, total),
+        _ => {
+            assert!(first, "what is rounded takes no more waves: the plan counted one");
+            on_device::round(kernels(kept), total, kept);
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod state;
 pub mod trial;
 
 use crate::checkpoint::Source;
+use crate::memory::placement::Offload;
 use crate::ops::view;
 use crate::restore::Part;
 use adamw::{Scalars, Settings};
@@ -29,7 +30,7 @@ use shard::Shard;
 use state::{Held, State, Values};
 use std::ops::Range;
 use std::sync::Arc;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use unisono_configs::model::{Layout, CHUNK};
 
 /// The parameters that an optimizer updates, fp32 or bf16.
@@ -116,21 +117,17 @@ impl Optimizer {
         Ok(())
     }
 
-    /// From now on the loaded state lives on `device`, where the sums are already. False: it stays on the host, where updates
-    /// have the same bits.
-    pub fn move_to(&mut self, device: Device) -> bool {
-        if !Away::serves(self.settings.form) || !self.reduction.is_away() {
-            return false;
-        }
-        match Away::of(&self.states, device) {
-            Ok(away) => self.away = Some(away),
-            Err(error) => {
-                tracing::warn!(%error, "masters and moments stay on the host");
-                return false;
-            }
-        }
-        self.reduction.stay();
-        true
+    /// From now on `device` adds leaves and updates the loaded state, of which it keeps what `offload` leaves there. For an
+    /// optimizer whose leaves are added away. An error where it does not fit. No bit depends on it.
+    pub fn move_to(&mut self, device: Device, offload: Offload) -> Result<(), TchError> {
+        self.reduction.move_to(device)?;
+        self.away = Some(Away::of(&mut self.states, device, offload)?);
+        Ok(())
+    }
+
+    /// Whether a device updates the state.
+    pub fn is_away(&self) -> bool {
+        self.away.is_some()
     }
 
     /// Brings the state home from where it lives, for [`Optimizer::source`].
@@ -182,17 +179,18 @@ impl Optimizer {
     /// Applies an update to the own part of `bucket`, whose gradient is then of no more use.
     pub fn update(&mut self, bucket: usize, update: &Update, parameters: &mut dyn Parameters) {
         let own = self.shard.own(bucket);
+        let noise = Noise { seed: self.settings.seed, step: update.step, bucket };
         if let Some(away) = &self.away {
             let ((tensor, begin), gradient) = (parameters.own_away(bucket, own.start), self.reduction.away(bucket));
             for piece in self.shard.pieces_of(&self.layout, bucket) {
                 let scalars = if piece.tensor.decays() { &update.decaying } else { &update.plain };
-                let at = begin + piece.of_shard.start;
-                away.update(bucket, &piece.of_shard, &gradient, (tensor, at), scalars);
+                let start = piece.of_shard.start;
+                let place = (tensor, begin + start, own.start + start);
+                away.update(&mut self.states[bucket], &piece.of_shard, &gradient, place, (scalars, &noise));
             }
             return self.reduction.forget(bucket);
         }
         let (tensor, begin) = parameters.own_mut(bucket, own.start);
-        let noise = Noise { seed: self.settings.seed, step: update.step, bucket };
         let gradient = self.reduction.gradient(bucket);
         for piece in self.shard.pieces_of(&self.layout, bucket) {
             let scalars = if piece.tensor.decays() { &update.decaying } else { &update.plain };

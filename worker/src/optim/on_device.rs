@@ -2,8 +2,10 @@
 //! they lie decides nothing.
 
 use super::adamw::Scalars;
+use super::noise::{Noise, BLOCK};
+use super::state::Form;
 use crate::ops::form::small_integers;
-use crate::ops::kernels::{blocks, pack, striding, word, Kernels};
+use crate::ops::kernels::{blocks, pack, striding, word, Argument, Kernels};
 use tch::{Kind, Tensor};
 use unisono_configs::model::CHUNK;
 
@@ -29,49 +31,73 @@ pub fn add_rows(kernels: Kernels, sums: &Tensor, at: &[u32], leaf: &Tensor, peak
     kernels.launch("add_leaf_rows", blocks(at.len(), 256), &arguments);
 }
 
-/// Rounds the sums of a step to gradients: fp32, as many.
+/// Adds as many sums to `sums`.
+pub fn add(kernels: Kernels, sums: &Tensor, more: &Tensor) {
+    assert_eq!((sums.kind(), sums.numel()), (more.kind(), more.numel()), "sums for sums");
+    assert!(flat([sums, more]), "sums lie in one piece each");
+    kernels.launch("add_sums", striding(sums.numel()), &[sums.into(), more.into(), (sums.numel() as i64).into()]);
+}
+
+/// Rounds the sums of a step to gradients: fp32 or bf16, as many.
 pub fn round(kernels: Kernels, sums: &Tensor, gradients: &Tensor) {
     assert_eq!(sums.numel(), gradients.numel(), "a gradient for each sum");
     assert!(flat([sums, gradients]), "sums and gradients lie in one piece each");
     let arguments = [sums.into(), gradients.into(), (sums.numel() as i64).into()];
-    kernels.launch("round_sums", striding(sums.numel()), &arguments);
+    kernels.launch(&format!("round_sums_{}", word(gradients.kind())), striding(sums.numel()), &arguments);
 }
 
-/// Sums of squares of each chunk of gradients, sums or fp32: fp64.
-pub fn partials(kernels: Kernels, gradients: &Tensor) -> Tensor {
+/// Sums of squares of each chunk of gradients, sums or rounded, as a state of `form` uses them: fp64.
+pub fn partials(kernels: Kernels, gradients: &Tensor, form: Form) -> Tensor {
     assert!(flat([gradients]), "gradients lie in one piece");
     let chunks = gradients.numel().div_ceil(CHUNK);
     let partials = Tensor::empty([chunks as i64], (Kind::Double, gradients.device()));
     let arguments = [gradients.into(), (gradients.numel() as i64).into(), (&partials).into()];
-    kernels.launch(&format!("squares_of_chunks_{}", reduced(gradients)), blocks(chunks.div_ceil(16), 256), &arguments);
+    let rounding = if (form, gradients.kind()) == (Form::Narrow, Kind::Int64) { "_narrow" } else { "" };
+    let name = format!("squares_of_chunks_{}{rounding}", reduced(gradients));
+    kernels.launch(&name, blocks(chunks.div_ceil(16), 256), &arguments);
     partials
 }
 
 /// The elements of one update, equally many of each.
 pub struct Span<'a> {
-    /// Sums or fp32, before clipping.
+    /// Sums, or rounded from them, before clipping.
     pub gradient: &'a Tensor,
-    /// fp32, which are the masters; or bf16, their upper halves.
+    /// fp32, which are the masters; or bf16: their upper halves, or all there is.
     pub parameter: &'a Tensor,
     /// i16: the lower halves of the masters beside bf16 parameters.
     pub low: Option<&'a Tensor>,
+    /// fp32, or bf16 beside bf16 parameters without masters.
     pub m: &'a Tensor,
     pub v: &'a Tensor,
+    /// The first one's place in its bucket.
+    pub first: usize,
 }
 
-/// Applies one update.
-pub fn update(kernels: Kernels, span: &Span<'_>, scalars: &Scalars) {
+/// Applies one update; only a state without masters is rounded at random, by `noise`.
+pub fn update(kernels: Kernels, span: &Span<'_>, scalars: &Scalars, noise: &Noise) {
     let count = span.gradient.numel();
     let tensors = [Some(span.gradient), Some(span.parameter), span.low, Some(span.m), Some(span.v)];
     let tensors = tensors.into_iter().flatten();
     assert!(tensors.clone().all(|t| t.numel() == count), "one update of equally many elements");
     assert!(flat(tensors.clone()), "each lies in one piece");
-    assert_eq!(span.parameter.kind() == Kind::BFloat16, span.low.is_some(), "bf16 parameters and lower halves");
+    let form = match (span.parameter.kind(), span.low.is_some(), span.m.kind()) {
+        (Kind::Float, false, Kind::Float) => "whole",
+        (Kind::BFloat16, true, Kind::Float) => "split",
+        (Kind::BFloat16, false, Kind::BFloat16) => "narrow",
+        other => unreachable!("no state is kept as {other:?}"),
+    };
     let mut arguments: Vec<_> = tensors.map(Into::into).collect();
     arguments.push((count as i64).into());
+    let mut work = count;
+    if form == "narrow" {
+        let Noise { seed, step, bucket } = *noise;
+        arguments.extend([span.first as i64, seed as i64, step as i64].map(Argument::from));
+        arguments.push(bucket.into());
+        // A thread serves two elements.
+        work = count.div_ceil(2) + BLOCK;
+    }
     arguments.extend(scalars.arguments());
-    let form = if span.low.is_some() { "split" } else { "whole" };
-    kernels.launch(&format!("adamw_{form}_{}", reduced(span.gradient)), striding(count), &arguments);
+    kernels.launch(&format!("adamw_{form}_{}", reduced(span.gradient)), striding(work), &arguments);
 }
 
 /// Kernels go over memory from its begin.
@@ -92,9 +118,9 @@ mod tests {
     use crate::ops::kernels::emulator::Emulated;
     use crate::ops::view::elements;
     use crate::optim::adamw::{self, Settings};
-    use crate::optim::exact::{self, Exactly, UNIT};
+    use crate::optim::exact::{self, Exactly, Nearest, UNIT};
     use crate::optim::norm;
-    use crate::optim::state::{split as halves, Form};
+    use crate::optim::state::split as halves;
     use half::bf16;
     use tch::Device;
 
@@ -180,8 +206,20 @@ mod tests {
         assert!(elements::<f32>(&gradients).iter().zip(&rounded).all(|(a, b)| a.to_bits() == b.to_bits()));
         let expected: Vec<f64> = sums.chunks(CHUNK).map(|chunk| norm::partial(chunk, Exactly)).collect();
         for gradient in [&on_device, &gradients] {
-            assert_eq!(elements::<f64>(&partials(kernels, gradient)), expected);
+            assert_eq!(elements::<f64>(&partials(kernels, gradient, Form::Split)), expected);
         }
+        let narrow = Tensor::zeros([n as i64], (Kind::BFloat16, Device::Cpu));
+        round(kernels, &on_device, &narrow);
+        let mut rounded = vec![bf16::ZERO; n];
+        exact::round_narrow(&sums, &mut rounded);
+        assert_eq!(elements::<bf16>(&narrow), rounded);
+        let expected: Vec<f64> = sums.chunks(CHUNK).map(|chunk| norm::partial(chunk, Nearest)).collect();
+        for gradient in [&on_device, &narrow] {
+            assert_eq!(elements::<f64>(&partials(kernels, gradient, Form::Narrow)), expected);
+        }
+        let twice = Tensor::from_slice(&sums);
+        add(kernels, &twice, &on_device);
+        assert!(elements::<i64>(&twice).iter().zip(&sums).all(|(twice, once)| *twice == 2 * once));
         let (form, seed) = (Form::Split, 0);
         let settings =
             Settings { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0, form, seed };
@@ -190,6 +228,34 @@ mod tests {
             whole(kernels, &sums, gradient, &scalars);
             split(kernels, &sums, gradient, &scalars.without_decay());
         }
+        for gradient in [&on_device, &narrow] {
+            for begin in [0, 5, 16, 40, 65_549] {
+                narrow_from(kernels, &sums, gradient, &scalars, begin);
+            }
+        }
+    }
+
+    const NOISE: Noise = Noise { seed: 0x1234_5678_9abc_def0, step: (3 << 32) + 7, bucket: 5 };
+
+    /// Elements from `begin` of a bucket on, whose bits of noise begin anywhere in a group.
+    fn narrow_from(kernels: Kernels, sums: &[i64], gradient: &Tensor, scalars: &Scalars, begin: usize) {
+        let (sums, count) = (&sums[begin..], (sums.len() - begin) as i64);
+        let narrow = |values: Vec<f32>| -> Vec<bf16> { values[begin..].iter().map(|x| bf16::from_f32(*x)).collect() };
+        let [mut parameter, mut m, mut v] = state(sums.len() + begin).map(narrow);
+        let there = |values: &[bf16]| {
+            let tensor = Tensor::zeros([count], (Kind::BFloat16, Device::Cpu));
+            crate::ops::view::write(values, &tensor);
+            tensor
+        };
+        let [on_device, first, second] = [&parameter, &m, &v].map(|values| there(values));
+        adamw::update_narrow(sums, &mut parameter, &mut m, &mut v, scalars, &NOISE, begin);
+        let gradient = &gradient.narrow(0, begin as i64, count);
+        let span = Span { gradient, parameter: &on_device, low: None, m: &first, v: &second, first: begin };
+        update(kernels, &span, scalars, &NOISE);
+        let same = |tensor: &Tensor, expected: &[bf16]| {
+            elements::<bf16>(tensor).iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits())
+        };
+        assert!(same(&on_device, &parameter) && same(&first, &m) && same(&second, &v), "from {begin}");
     }
 
     /// Masters and moments.
@@ -206,7 +272,7 @@ mod tests {
         let on_device = [&master, &m, &v].map(|values| Tensor::from_slice(values));
         adamw::update_whole(sums, &mut master, &mut m, &mut v, scalars);
         let [parameter, first, second] = &on_device;
-        update(kernels, &Span { gradient, parameter, low: None, m: first, v: second }, scalars);
+        update(kernels, &Span { gradient, parameter, low: None, m: first, v: second, first: 0 }, scalars, &NOISE);
         assert!(same(parameter, &master) && same(first, &m) && same(second, &v));
     }
 
@@ -219,8 +285,8 @@ mod tests {
         let on_device = Tensor::from_slice(&wide).to_kind(Kind::BFloat16);
         let lower = Tensor::from_slice(&signed(&low));
         adamw::update_split(sums, &mut parameter, &mut low, &mut m, &mut v, scalars);
-        let span = Span { gradient, parameter: &on_device, low: Some(&lower), m: &first, v: &second };
-        update(kernels, &span, scalars);
+        let span = Span { gradient, parameter: &on_device, low: Some(&lower), m: &first, v: &second, first: 0 };
+        update(kernels, &span, scalars, &NOISE);
         assert!(same(&first, &m) && same(&second, &v));
         assert!(elements::<bf16>(&on_device).iter().zip(&parameter).all(|(a, b)| a.to_bits() == b.to_bits()));
         assert_eq!(elements::<i16>(&lower), signed(&low));

@@ -36,14 +36,14 @@ fn value(seed: usize, i: usize) -> f32 {
 
 /// Final masters and moments as they are saved, parameters (as fp32) and norms of a run of 3 steps with 6 leaves each.
 fn train(world: usize, form: Form, adding: Adding) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
-    train_where(world, form, adding, false)
+    train_where(world, form, adding, Offload::All)
 }
 
 /// The same with sums and state on a device, as far as the emulator is one.
-fn train_where(world: usize, form: Form, adding: Adding, away: bool) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
+fn train_where(world: usize, form: Form, adding: Adding, offload: Offload) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
     let ranks: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> =
-            mesh(world).into_iter().map(|peers| scope.spawn(move || worker(peers, form, adding, away))).collect();
+            mesh(world).into_iter().map(|peers| scope.spawn(move || worker(peers, form, adding, offload))).collect();
         threads.into_iter().map(|t| t.join().expect("worker")).collect()
     });
     let (_, parameters, norms) = &ranks[0];
@@ -96,15 +96,15 @@ fn begin(
 }
 
 /// Leaves come in one wave, or in three.
-fn worker(peers: Mesh, form: Form, adding: Adding, away: bool) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
+fn worker(peers: Mesh, form: Form, adding: Adding, offload: Offload) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
     let (layout, stopper) = (layout(), peers.stopper().clone());
     let mut courier = Courier::new(Box::new(peers), &stopper);
     let (rank, world) = (courier.rank(), courier.world());
+    let adding = Adding { away: offload.leaves_sums(), ..adding };
     let (mut optimizer, mut parameters) = begin((rank, world), form, adding, |i| value(7, i) * 10.0);
-    let _emulated = away.then(|| Emulated::begin().expect("a C++ compiler"));
-    if away {
-        optimizer.reduction.move_to(tch::Device::Cpu);
-        assert!(optimizer.move_to(tch::Device::Cpu));
+    let _emulated = adding.away.then(|| Emulated::begin().expect("a C++ compiler"));
+    if adding.away {
+        optimizer.move_to(tch::Device::Cpu, offload).unwrap();
     }
     let waves = if adding.one_wave { 1 } else { 3 };
     let mut norms = vec![];
@@ -142,7 +142,7 @@ fn any_number_of_workers_gives_the_same_bits() {
         assert!(alone.2.iter().all(|n| *n > SETTINGS.max_grad_norm), "clipping is at work: {:?}", alone.2);
         for (stage, one_wave) in [(Stage::One, false), (Stage::Two, false), (Stage::Two, true)] {
             for world in [1, 2, 3, 5] {
-                let adding = Adding { stage, leaves: 6, one_wave };
+                let adding = Adding { stage, leaves: 6, one_wave, away: false };
                 assert!(train(world, form, adding) == alone, "{world} workers, {form:?}, {adding:?}");
             }
         }
@@ -152,18 +152,22 @@ fn any_number_of_workers_gives_the_same_bits() {
 #[test]
 #[cfg(not(feature = "float-sum"))]
 fn a_state_that_lives_on_a_device_has_the_same_bits() {
-    for form in [Form::Whole, Form::Split] {
+    for form in [Form::Whole, Form::Split, Form::Narrow] {
         let alone = train(1, form, Adding::in_place(6));
-        for world in [1, 2] {
-            assert!(train_where(world, form, Adding::in_place(6), true) == alone, "{world} workers, {form:?}");
+        for (world, stage, one_wave, offload) in [
+            (1, Stage::One, false, Offload::Nothing),
+            (2, Stage::One, false, Offload::State),
+            (1, Stage::Two, true, Offload::Masters),
+            (2, Stage::Two, true, Offload::Nothing),
+            (2, Stage::Two, false, Offload::Moments),
+        ] {
+            let adding = Adding { stage, leaves: 6, one_wave, away: true };
+            assert!(
+                train_where(world, form, adding, offload) == alone,
+                "{world} workers, {form:?}, {adding:?}, {offload:?}"
+            );
         }
     }
-    // Without kernels for a form it stays where it is.
-    let (mut narrow, _) = begin((0, 1), Form::Narrow, Adding::in_place(1), |_| 1.0);
-    narrow.reduction.move_to(tch::Device::Cpu);
-    assert!(!narrow.move_to(tch::Device::Cpu));
-    let (mut split, _) = begin((0, 1), Form::Split, Adding::in_place(1), |_| 1.0);
-    assert!(!split.move_to(tch::Device::Cpu), "only beside its sums");
 }
 
 #[test]

@@ -19,8 +19,9 @@ use crate::trace::{self, Track};
 use half::bf16;
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
-use tch::{Device, Tensor};
+use tch::{Device, Kind as Element, TchError, Tensor};
 use unisono_configs::model::Layout;
 
 /// What is sharded beside the optimizer's state (Rajbhandari et al. 2020). No stage changes a bit.
@@ -52,12 +53,14 @@ pub struct Adding {
     pub leaves: usize,
     /// Every step has one wave: no sums are kept between waves.
     pub one_wave: bool,
+    /// On a device: nothing of it is on the host, and nothing is added before [`Reduction::move_to`].
+    pub away: bool,
 }
 
 impl Adding {
     /// In accumulators of the whole model.
     pub fn in_place(leaves: usize) -> Self {
-        Adding { stage: Stage::One, leaves, one_wave: false }
+        Adding { stage: Stage::One, leaves, one_wave: false, away: false }
     }
 }
 
@@ -79,6 +82,15 @@ struct Reduced {
     /// Accumulators that are free again.
     free: Option<Tensor>,
     partials: Vec<f64>,
+    /// Totals on a device, which the thread that computes there has yet to take.
+    total: Option<Total>,
+}
+
+#[derive(Debug)]
+struct Total {
+    sums: Tensor,
+    own: Range<usize>,
+    first: bool,
 }
 
 #[derive(Debug)]
@@ -86,7 +98,7 @@ pub struct Reduction {
     layout: Arc<Layout>,
     shard: Arc<Shard>,
     form: Form,
-    stage: Stage,
+    adding: Adding,
     sums: ExactSum,
     /// Accumulators that nobody has borrowed.
     free: Vec<(Kind, Tensor)>,
@@ -100,16 +112,18 @@ pub struct Reduction {
 
 impl Reduction {
     pub fn new(layout: Arc<Layout>, shard: Arc<Shard>, form: Form, adding: Adding) -> Self {
-        let Adding { stage, leaves, one_wave } = adding;
+        let Adding { stage, leaves, one_wave, away } = adding;
         let own = |bucket| shard.own(bucket).len();
         let gradient = |bucket| match stage {
             Stage::One => Gradient::InPlace(None),
+            _ if away => Gradient::Away(Tensor::new()),
             _ if !one_wave => Gradient::Sums(resident(own(bucket), 1, 0)),
             _ if form == Form::Narrow => Gradient::Narrow(resident(own(bucket), bf16::ONE, bf16::ZERO)),
             _ => Gradient::Wide(resident(own(bucket), 1.0, 0.0)),
         };
         let gradients = (0..shard.buckets()).map(|bucket| Some(gradient(bucket))).collect();
         let (sums, free) = match stage {
+            _ if away => (ExactSum::closed(layout.clone(), leaves), Vec::new()),
             Stage::One => (ExactSum::new(layout.clone(), leaves), Vec::new()),
             Stage::Two | Stage::Three => {
                 let lots = lending::lots(&layout, lending::accumulators(shard.world)).into_iter();
@@ -118,18 +132,33 @@ impl Reduction {
             }
         };
         let partials = vec![Vec::new(); shard.buckets()];
-        Reduction { layout, shard, form, stage, sums, free, gradients, travelling: VecDeque::new(), partials }
+        Reduction { layout, shard, form, adding, sums, free, gradients, travelling: VecDeque::new(), partials }
     }
 
-    /// Leaves of all waves are added on `device`, where the accumulators are those of the whole model and fit there; else all
-    /// stays on the host. No bit depends on it.
-    pub fn move_to(&mut self, device: Device) {
-        if self.stage != Stage::One || cfg!(feature = "float-sum") {
-            return;
+    /// Takes what is added away its memory on `device`; an error where that does not fit. No bit depends on it.
+    pub fn move_to(&mut self, device: Device) -> Result<(), TchError> {
+        assert!(self.adding.away, "made to be away");
+        self.sums.move_to(device, self.adding.leaves)?;
+        let memory = |elements: usize, kind| Tensor::f_zeros([elements as i64], (kind, device));
+        for (bucket, gradient) in self.gradients.iter_mut().enumerate() {
+            match gradient {
+                Some(Gradient::Away(kept)) => {
+                    let kind = match (self.adding.one_wave, self.form) {
+                        (false, _) => Element::Int64,
+                        (true, Form::Narrow) => Element::BFloat16,
+                        (true, _) => Element::Float,
+                    };
+                    *kept = memory(self.shard.own(bucket).len(), kind)?;
+                }
+                _ => self.sums.open(bucket, memory(self.layout.buckets[bucket].elements, Element::Int64)?),
+            }
         }
-        if let Err(error) = self.sums.move_to(device) {
-            tracing::warn!(%error, "gradient sums stay on the host");
+        if self.adding.stage != Stage::One {
+            for (kind, elements) in lending::lots(&self.layout, lending::accumulators(self.shard.world)) {
+                self.free.push((kind, memory(elements, Element::Int64)?));
+            }
         }
+        Ok(())
     }
 
     /// Whether leaves are added on a device.
@@ -137,14 +166,8 @@ impl Reduction {
         self.sums.is_away()
     }
 
-    /// Sums that are added on a device stay there, for an update there.
-    pub fn stay(&mut self) {
-        self.sums.stay();
-        self.gradients.iter_mut().for_each(|gradient| *gradient = Some(Gradient::Away(None)));
-    }
-
-    /// Whether all leaves so far could be added.
-    pub fn check(&self) -> Result<(), BadNumber> {
+    /// Whether all leaves so far could be added; else whose could not.
+    pub fn check(&self) -> Result<(), (usize, BadNumber)> {
         self.sums.check()
     }
 
@@ -154,7 +177,7 @@ impl Reduction {
     }
 
     pub fn stage(&self) -> Stage {
-        self.stage
+        self.adding.stage
     }
 
     /// Leaves for `bucket` may come.
@@ -174,22 +197,25 @@ impl Reduction {
 
     /// No leaf of this wave comes to `bucket` any more: off it goes, unless more waves are added to it here.
     pub fn finish(&mut self, bucket: usize, turn: Turn, courier: &mut Courier) {
-        if self.stage == Stage::One && !turn.last {
+        if self.adding.stage == Stage::One && !turn.last {
             return;
         }
         let sums = self.sums.close(bucket).expect("opened before it is finished");
         let mut gradient = self.gradients[bucket].take().expect("one journey at a time");
         let (shard, form, elements) = (self.shard.clone(), self.form, self.layout.buckets[bucket].elements);
         let name = self.layout.buckets[bucket].name.clone();
-        // Squares on a device are for the thread that computes there.
-        let here = !self.sums.stays();
+        let away = self.is_away();
         let ticket = courier.send(move |collective: &mut dyn Collective| {
             let _reducing = trace::span(Track::Communication, || format!("reduce {name}"));
             let own = shard.own(bucket);
             collective.reduce(&mut sums.narrow(0, 0, elements as i64), shard.owners(bucket))?;
+            if away {
+                let total = Some(Total { sums, own, first: turn.first });
+                return Ok(Reduced { gradient, free: None, partials: Vec::new(), total });
+            }
             let free = gradient.take(sums, own.clone(), turn.first);
-            let partials = if turn.last && here { gradient.view(own).partials(form) } else { Vec::new() };
-            Ok(Reduced { gradient, free, partials })
+            let partials = if turn.last { gradient.view(own).partials(form) } else { Vec::new() };
+            Ok(Reduced { gradient, free, partials, total: None })
         });
         self.travelling.push_back((bucket, ticket));
     }
@@ -197,7 +223,10 @@ impl Reduction {
     /// Waits for the bucket that left first.
     fn receive(&mut self) -> Result<(), collective::Error> {
         let (bucket, ticket) = self.travelling.pop_front().expect("what is not free is on its way");
-        let Reduced { gradient, free, partials } = ticket.wait()?;
+        let Reduced { mut gradient, mut free, partials, total } = ticket.wait()?;
+        if let Some(Total { sums, own, first }) = total {
+            free = gradient.take(sums, own, first);
+        }
         self.gradients[bucket] = Some(gradient);
         self.partials[bucket] = partials;
         self.free.extend(free.map(|memory| (lending::kind(&self.layout, bucket), memory)));
@@ -209,8 +238,11 @@ impl Reduction {
         while !self.travelling.is_empty() {
             self.receive()?;
         }
-        let partials = match self.sums.stays() {
-            true => away::partials(&(0..self.gradients.len()).map(|bucket| self.away(bucket)).collect::<Vec<_>>()),
+        let partials = match self.is_away() {
+            true => {
+                let gradients: Vec<Tensor> = (0..self.gradients.len()).map(|bucket| self.away(bucket)).collect();
+                away::partials(&gradients, self.form)
+            }
             false => self.partials.concat(),
         };
         let mine: Vec<u8> = partials.iter().flat_map(|partial| partial.to_le_bytes()).collect();
@@ -238,18 +270,19 @@ impl Reduction {
         self.gradients[bucket].as_ref().expect("it has arrived").view(self.shard.own(bucket))
     }
 
-    /// The same where it stays on a device: sums, `[own elements]`.
+    /// The same where it is on a device: sums or rounded from them, `[own elements]`.
     pub fn away(&self, bucket: usize) -> Tensor {
-        let Some(Gradient::Away(Some(sums))) = &self.gradients[bucket] else {
-            unreachable!("looked at once all leaves are in")
-        };
         let own = self.shard.own(bucket);
-        sums.narrow(0, own.start as i64, own.len() as i64)
+        match &self.gradients[bucket] {
+            Some(Gradient::Away(gradient)) => gradient.shallow_clone(),
+            Some(Gradient::InPlace(Some(sums))) => sums.narrow(0, own.start as i64, own.len() as i64),
+            _ => unreachable!("looked at once all leaves are in"),
+        }
     }
 
     /// The gradient of `bucket` is of no more use.
     pub fn forget(&mut self, bucket: usize) {
-        if let Some(Gradient::InPlace(place) | Gradient::Away(place)) = &mut self.gradients[bucket] {
+        if let Some(Gradient::InPlace(place)) = &mut self.gradients[bucket] {
             if let Some(memory) = place.take() {
                 self.sums.open(bucket, memory);
             }
@@ -258,6 +291,10 @@ impl Reduction {
 }
 
 impl Leaves for Reduction {
+    fn come_from(&mut self, micro_batches: &[usize]) {
+        self.sums.come_from(micro_batches);
+    }
+
     fn dense(&mut self, bucket: usize, offset: usize, gradient: &Tensor) -> Result<(), BadNumber> {
         self.sums.dense(bucket, offset, gradient)
     }

@@ -6,11 +6,12 @@ use crate::collective::tcp::{Membership, Mesh};
 use crate::collective::Collective;
 use crate::device;
 use crate::engine::{self, Engine};
+use crate::memory::placement::Offload;
 use crate::memory::{Demand, Plan};
 use crate::model::{Fault, Recompute};
 use crate::optim::reduction::Stage;
 use crate::optim::state::Form;
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 use unisono_proto::v1::{self as wire, Assign};
 
 /// How the state is kept beside parameters of a kind.
@@ -34,6 +35,18 @@ pub(super) fn recompute(asked: wire::Recompute) -> Option<Recompute> {
         wire::Recompute::Norms => Some(Recompute::Norms),
         wire::Recompute::UpProjection => Some(Recompute::UpProjection),
         wire::Recompute::Block => Some(Recompute::Block),
+    }
+}
+
+/// What the coordinator asks to be left on the host; none: what must.
+pub(super) fn offload(asked: wire::Offload) -> Option<Offload> {
+    match asked {
+        wire::Offload::Auto => None,
+        wire::Offload::Nothing => Some(Offload::Nothing),
+        wire::Offload::Masters => Some(Offload::Masters),
+        wire::Offload::Moments => Some(Offload::Moments),
+        wire::Offload::State => Some(Offload::State),
+        wire::Offload::All => Some(Offload::All),
     }
 }
 
@@ -122,7 +135,10 @@ pub(super) fn try_worst(assign: &Assign, engine: &mut Engine, plan: &Plan) -> Re
     let failed = |source| engine::Error::Micro(Fault { index: 0, source });
     let alone =
         engine.model.dry_run(std::slice::from_ref(&batch), plan.choice.recompute, assign.trains).map_err(failed)?;
-    let beside = std::hint::black_box(vec![1u8; (plan.activations as usize).saturating_sub(alone)]);
+    let planned = if plan.gpu.total() > 0 { plan.gpu.activations } else { plan.activations };
+    let room = (planned as usize).saturating_sub(alone) as i64;
+    let beside = Tensor::f_full([room], 1, (Kind::Uint8, engine.model.device()));
+    let beside = beside.map_err(|error| failed(error.into()))?;
     // Others' parameters may be absent here, and gradients without them of any size: they are all zero times as large.
     engine.rehearse(vec![batch], assign.trains, 0.0)?;
     drop(beside);

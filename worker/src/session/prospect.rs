@@ -1,8 +1,9 @@
 //! What an assignment asks of this machine: the model, how it is computed and kept, and the memory for it, before anything
 //! of it is there.
 
-use super::choice::{form, recompute, stage};
+use super::choice::{form, offload, recompute, stage};
 use super::Error;
+use crate::device;
 use crate::link;
 use crate::memory::order::Range;
 use crate::memory::table::Table;
@@ -44,13 +45,14 @@ impl Prospect {
         Ok(Prospect { path, spec, layout, compute, form, owned })
     }
 
-    /// Its model, for dry runs.
-    pub fn sketch(&self) -> Result<Model, Error> {
-        Ok(Model::sketch(self.spec.clone(), self.compute).ok_or(memory::Error::Beyond)?)
+    /// Its model, for dry runs, as it computes on a GPU or on the host.
+    pub fn sketch(&self, gpu: bool) -> Result<Model, Error> {
+        let sketch = Model::sketch(self.spec.clone(), self.compute).ok_or(memory::Error::Beyond)?;
+        Ok(if gpu { sketch.as_on_gpu() } else { sketch })
     }
 
     /// What decides its memory. `baseline` bytes are used already; `snapshots` are kept where there is room, and `images` bytes of
-    /// them are loaded from.
+    /// them are loaded from. A GPU has `gpu` bytes free.
     pub fn demand<'a>(
         &self,
         assign: &'a Assign,
@@ -58,13 +60,18 @@ impl Prospect {
         baseline: u64,
         snapshots: bool,
         images: u64,
+        gpu: Option<u64>,
     ) -> Result<Demand<'a>, Error> {
         let range = Range {
             stage: stage(assign.zero_stage)?,
             wave: None,
             recompute: recompute(assign.recompute()),
+            offload: offload(assign.offload()),
             micro_batches: micro_batches(assign),
+            tokens: tokens(assign),
             world: assign.world as usize,
+            gpu: gpu.is_some(),
+            state: (self.form.master_width(), self.form.moments_width()),
         };
         Ok(Demand {
             sketch,
@@ -79,6 +86,7 @@ impl Prospect {
             positions: assign.worst_positions,
             images,
             baseline,
+            gpu,
         })
     }
 }
@@ -88,6 +96,14 @@ pub(super) fn micro_batches(assign: &Assign) -> usize {
     match assign.worst_sizes.len() {
         0 => assign.micro_batches as usize,
         known => known,
+    }
+}
+
+/// Tokens of the largest step, about.
+fn tokens(assign: &Assign) -> usize {
+    match assign.worst_sizes.len() {
+        0 => (assign.micro_batches * assign.worst_tokens) as usize,
+        _ => assign.worst_sizes.iter().map(|&tokens| tokens as usize).sum(),
     }
 }
 
@@ -101,11 +117,14 @@ pub(super) fn extremes(assign: &Assign) -> Extremes {
     }
 }
 
-/// What an assignment will need of the memory of this machine, if `workers` share it: before anything is loaded.
-pub fn foresee(assign: &Assign, workers: usize) -> Result<Table, Error> {
+/// What an assignment will need of the memory of this machine, if `workers` share it: before anything is loaded. Where it is
+/// for GPUs, each of which has `gpu` bytes free, or what is free on this machine's, all that a GPU may need is said if it has none.
+pub fn foresee(assign: &Assign, workers: usize, gpu: Option<u64>) -> Result<Table, Error> {
     let (available, baseline) = (memory::available(), memory::resident());
     let prospect = Prospect::of(assign)?;
-    let sketch = prospect.sketch()?;
-    let plan = prospect.demand(assign, &sketch, baseline, assign.neighbour.is_some(), 0)?.plan(&available, workers);
-    Ok(Table::of(plan, &available, workers)?)
+    let gpu = (assign.device != "cpu").then(|| gpu.or_else(device::free_anywhere).unwrap_or(u64::MAX));
+    let sketch = prospect.sketch(gpu.is_some())?;
+    let kept = assign.neighbour.is_some();
+    let plan = prospect.demand(assign, &sketch, baseline, kept, 0, gpu)?.plan(&available, workers);
+    Ok(Table::of(plan, &available, workers, gpu)?)
 }

@@ -25,7 +25,7 @@ const SOURCES: [&str; 8] = [
 ];
 
 /// Every kernel, by what a name is made of: `{}` stands for each of the words.
-const NAMES: [(&str, &[&str]); 17] = [
+const NAMES: [(&str, &[&str]); 18] = [
     ("norm_forward_{}", &["float_1", "float_4", "bf16_1", "bf16_4"]),
     ("norm_backward_{}", &["float_1", "float_4", "bf16_1", "bf16_4"]),
     ("sum_slab_{}", &["float", "bf16"]),
@@ -40,9 +40,10 @@ const NAMES: [(&str, &[&str]); 17] = [
     ("sum_by_id", &[""]),
     ("add_leaf_{}", &["float_1", "float_2", "bf16_1", "bf16_2"]),
     ("add_leaf_rows", &[""]),
-    ("round_sums", &[""]),
-    ("squares_of_chunks_{}", &["i64", "float"]),
-    ("adamw_{}", &["whole_i64", "whole_float", "split_i64", "split_float"]),
+    ("round_sums_{}", &["float", "bf16"]),
+    ("add_sums", &[""]),
+    ("squares_of_chunks_{}", &["i64", "i64_narrow", "float", "bf16"]),
+    ("adamw_{}", &["whole_i64", "whole_float", "split_i64", "split_float", "narrow_i64", "narrow_bf16"]),
 ];
 
 /// Bytes that a block may share without asking.

@@ -11,6 +11,14 @@ __device__ __forceinline__ i64 plus(i64 a, i64 b) { return (i64)((unsigned long 
 // An element of a gradient: still a sum, or rounded from it.
 __device__ __forceinline__ float gradient_of(i64 sum) { return (float)((double)sum * (1.0 / 281474976710656.0)); }
 __device__ __forceinline__ float gradient_of(float gradient) { return gradient; }
+__device__ __forceinline__ float gradient_of(bf16 gradient) { return load(gradient); }
+// What becomes of it before it is used: it stays, or is kept as bf16.
+struct Exactly {
+    static __device__ __forceinline__ float round(float gradient) { return gradient; }
+};
+struct Nearest {
+    static __device__ __forceinline__ float round(float gradient) { return load(Kind<bf16>::store(gradient)); }
+};
 
 // The largest magnitude as bits: those of non-negative floats ascend with their values, infinity and then NaN above them.
 __device__ __forceinline__ void raise(u32 *peak, u32 most) {
@@ -67,13 +75,23 @@ extern "C" __global__ void __launch_bounds__(256)
     raise(peak, most);
 }
 
-extern "C" __global__ void __launch_bounds__(256) round_sums(const i64 *sums, float *gradients, i64 count) {
+#define ROUND_SUMS(C)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(256) round_sums_##C(const i64 *sums, C *gradients, i64 count) { \
+        for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) \
+            gradients[i] = Kind<C>::store(gradient_of(sums[i]));                                             \
+    }
+ROUND_SUMS(float)
+ROUND_SUMS(bf16)
+
+// The sums of one more wave.
+extern "C" __global__ void __launch_bounds__(256) add_sums(i64 *sums, const i64 *more, i64 count) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x)
-        gradients[i] = gradient_of(sums[i]);
+        sums[i] = plus(sums[i], more[i]);
 }
 
 // The sum of squares of each chunk of 65,536 gradients, in sixteen lanes; sixteen chunks a block.
-template <class G> __device__ __forceinline__ void squares_of_chunks(const G *gradients, i64 count, double *partials) {
+template <class G, class R>
+__device__ __forceinline__ void squares_of_chunks(const G *gradients, i64 count, double *partials) {
     __shared__ double lanes[256];
     const int lane = threadIdx.x % 16;
     const i64 chunk = (i64)blockIdx.x * 16 + threadIdx.x / 16, first = chunk * 65536;
@@ -81,7 +99,7 @@ template <class G> __device__ __forceinline__ void squares_of_chunks(const G *gr
     double sum = 0.0;
 #pragma unroll 8
     for (i64 i = first + lane; i < end; i += 16) {
-        const double x = (double)gradient_of(gradients[i]);
+        const double x = (double)R::round(gradient_of(gradients[i]));
         sum += x * x;
     }
     lanes[threadIdx.x] = sum;
@@ -129,13 +147,64 @@ adamw_split(const G *gradients, bf16 *parameter, unsigned short *low, float *m, 
     }
 }
 
-#define SQUARES(G)                                                                   \
-    extern "C" __global__ void __launch_bounds__(256)                                \
-        squares_of_chunks_##G(const G *gradients, i64 count, double *partials) {     \
-        squares_of_chunks<G>(gradients, count, partials);                            \
+// Random bits for stochastic rounding: Philox4x32-7, as the host has them. A counter serves two elements.
+struct Bits {
+    u32 at[4];
+};
+
+__device__ __forceinline__ Bits philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
+    for (int round = 0; round < 7; round++) {
+        const unsigned long long p0 = (unsigned long long)c0 * 0xd2511f53u, p1 = (unsigned long long)c2 * 0xcd9e8d57u;
+        c0 = (u32)(p1 >> 32) ^ c1 ^ k0;
+        c2 = (u32)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (u32)p1;
+        c3 = (u32)p0;
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
     }
-SQUARES(i64)
-SQUARES(float)
+    return {{c0, c1, c2, c3}};
+}
+
+// To one of its two neighbours in bf16, to each as often as it is near.
+__device__ __forceinline__ bf16 to_either(float value, u32 bits) {
+    return (bf16)((__float_as_uint(value) + (bits & 0xffffu)) >> 16);
+}
+
+// Parameters and moments are bf16, and there are no masters. The arrays begin with element `begin` of bucket `bucket`; of
+// every 32 elements, the first sixteen and the last sixteen share sixteen counters.
+template <class G>
+__device__ __forceinline__ void adamw_narrow(
+    const G *gradients, bf16 *parameter, bf16 *m, bf16 *v, i64 count, i64 begin, i64 seed, i64 step, int bucket,
+    const Scalars &s
+) {
+    const i64 last = (begin + count + 31) / 32 * 16;
+    for (i64 c = begin / 32 * 16 + (i64)blockIdx.x * blockDim.x + threadIdx.x; c < last; c += (i64)gridDim.x * blockDim.x) {
+        const u32 high = (u32)((unsigned long long)c >> 32) | (u32)bucket << 8;
+        const Bits bits = philox(
+            (u32)c, high, (u32)step, (u32)((unsigned long long)step >> 32), (u32)seed, (u32)((unsigned long long)seed >> 32)
+        );
+        for (int half = 0; half < 2; half++) {
+            const i64 i = c / 16 * 32 + c % 16 + 16 * half - begin;
+            if (i < 0 || i >= count) continue;
+            const u32 one = bits.at[2 * half], two = bits.at[2 * half + 1];
+            float first = load(m[i]), second = load(v[i]);
+            const float gradient = Nearest::round(gradient_of(gradients[i]));
+            const float next = advance(s, gradient, load(parameter[i]), &first, &second);
+            parameter[i] = to_either(next, one);
+            m[i] = to_either(first, one >> 16);
+            v[i] = to_either(second, two);
+        }
+    }
+}
+
+#define SQUARES(name, G, R)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256) name(const G *gradients, i64 count, double *partials) { \
+        squares_of_chunks<G, R>(gradients, count, partials);                                                  \
+    }
+SQUARES(squares_of_chunks_i64, i64, Exactly)
+SQUARES(squares_of_chunks_i64_narrow, i64, Nearest)
+SQUARES(squares_of_chunks_float, float, Exactly)
+SQUARES(squares_of_chunks_bf16, bf16, Exactly)
 
 #define ADAMW(G)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(256) adamw_whole_##G(                                              \
@@ -155,3 +224,15 @@ SQUARES(float)
     }
 ADAMW(i64)
 ADAMW(float)
+
+#define ADAMW_NARROW(G)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) adamw_narrow_##G(                                            \
+        const G *gradients, bf16 *parameter, bf16 *m, bf16 *v, i64 count, i64 begin, i64 seed, i64 step, int bucket, \
+        float clip, float decay, float lerp1, float beta2, float lerp2, float root_correction2, float eps,         \
+        float negative_step_size                                                                                   \
+    ) {                                                                                                            \
+        const Scalars s = {clip, decay, lerp1, beta2, lerp2, root_correction2, eps, negative_step_size};           \
+        adamw_narrow<G>(gradients, parameter, m, v, count, begin, seed, step, bucket, s);                          \
+    }
+ADAMW_NARROW(i64)
+ADAMW_NARROW(bf16)
