@@ -1,7 +1,7 @@
 //! The kernels on real GPUs: compiled once for each, launched on libtorch's stream, so that they run in turn with its own.
 #![allow(unsafe_code)]
 
-use super::{nvrtc, Argument, Grid};
+use super::{cache, nvrtc, Argument, Grid};
 use crate::library::Library;
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
@@ -59,7 +59,7 @@ pub fn load(index: usize) -> Result<(), Error> {
     };
     let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-    let code = nvrtc::compile(&super::source(), &format!("sm_{major}{minor}"))?;
+    let code = cache::compiled(&super::source(), &format!("sm_{major}{minor}"))?;
     // SAFETY: the device is the driver's own; its primary context, which libtorch uses too, is kept for good.
     let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("its context"))?;
     // SAFETY: a live context.

@@ -3,6 +3,7 @@
 //!
 //! The launch of a kernel stands beside the operation that it computes.
 
+mod cache;
 mod cuda;
 pub mod emulator;
 pub mod nvrtc;
