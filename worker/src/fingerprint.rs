@@ -18,12 +18,30 @@ pub fn fingerprint() -> io::Result<Fingerprint> {
     })
 }
 
-/// The best instruction set that ATen's and oneDNN's kernels dispatch on, and whatever the environment makes of it.
+/// What else decides which kernels libraries take, and so the order of their sums.
+const VARIABLES: [&str; 12] = [
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+];
+
+/// The best instruction set that ATen's and oneDNN's kernels dispatch on, what else of the processor they go by (MKL by who
+/// made it, oneDNN's blocks by its caches), and whatever the environment makes of it.
 fn instruction_set() -> String {
     let mut set = best().to_owned();
-    for variable in
-        ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"]
-    {
+    let cache = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index2/size").unwrap_or_default();
+    let known = [cpuinfo("vendor_id"), cache.trim().to_owned()];
+    known.iter().filter(|word| !word.is_empty()).for_each(|word| set.push_str(&format!(" {word}")));
+    for variable in VARIABLES {
         if let Ok(value) = std::env::var(variable) {
             set.push_str(&format!("+{variable}={value}"));
         }
@@ -51,9 +69,14 @@ fn best() -> &'static str {
 
 #[cfg(target_arch = "x86_64")]
 fn kernel_lists(flag: &str) -> bool {
+    cpuinfo("flags").split_ascii_whitespace().any(|f| f == flag)
+}
+
+/// What the kernel says of the first processor under `name`; empty: nothing.
+fn cpuinfo(name: &str) -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = text.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    flags.split_ascii_whitespace().any(|f| f == flag)
+    let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+    lines.find(|(key, _)| key.trim() == name).map_or(String::new(), |(_, value)| value.trim().to_owned())
 }
 
 #[cfg(not(target_arch = "x86_64"))]

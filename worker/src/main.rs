@@ -353,8 +353,10 @@ fn reach(
 ) -> Result<Link, link::Error> {
     let begun = Instant::now();
     let (mut pause, mut silent) = (Duration::from_millis(20), true);
+    let round = ROUNDS.load(Ordering::SeqCst);
     loop {
-        match Link::open(address, token.clone(), join.clone(), known, leave_soon) {
+        match Link::open(address, token.clone(), join.clone(), known, move |error, rank| leave_soon(round, error, rank))
+        {
             Err(link::Error::Dial(error))
                 if error.may_pass() && (lifeline::is_supervised() || begun.elapsed() < patience) =>
             {
@@ -413,9 +415,9 @@ fn code(error: &link::Error) -> u8 {
 
 /// Called from the link's thread when it ends: the compute thread usually notices by itself; if it computes for longer,
 /// the process ends under it, unless it is to join again.
-fn leave_soon(error: &link::Error, rank: Option<u32>) {
+/// `round` is that of the link: the compute thread may have joined the next one before this is called.
+fn leave_soon(round: u64, error: &link::Error, rank: Option<u32>) {
     let (code, sentence, rejoins) = (code(error), error.to_string(), error.rejoins());
-    let round = ROUNDS.load(Ordering::SeqCst);
     std::thread::spawn(move || {
         std::thread::sleep(if rejoins { HUNG } else { GRACE });
         if rejoins && ROUNDS.load(Ordering::SeqCst) != round {

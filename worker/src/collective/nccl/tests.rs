@@ -154,7 +154,7 @@ fn an_exchange_waits_for_what_computes_its_sums() {
         let mut courier = Courier::new(Box::new(nccl), &stopper);
         stand_in.hold(true);
         let sums = Tensor::from_slice(&[-7i64, -7]);
-        let mut travelling = sums.shallow_clone();
+        let (mut travelling, reduced) = (sums.shallow_clone(), sums.shallow_clone());
         let ticket = courier.send(move |c: &mut dyn Collective| c.reduce(&mut travelling, &[0..1, 1..2]));
         std::thread::sleep(Duration::from_millis(60));
         // What was asked for before is only done now.
@@ -162,9 +162,9 @@ fn an_exchange_waits_for_what_computes_its_sums() {
         std::thread::sleep(Duration::from_millis(20));
         stand_in.hold(false);
         ticket.wait().unwrap();
-        rank
+        elements::<i64>(&reduced)[rank]
     });
-    assert_eq!(results, [0, 1]);
+    assert_eq!(results, [1 + 2, 16 + 32]);
 }
 
 /// The error of rank 0 where rank 1 does as it is told; and how long it took.
@@ -230,6 +230,8 @@ fn a_peer_that_is_gone_is_named_before_the_deadline() {
             begun.elapsed(),
         ))
     });
+    let named = |r: &Option<(Error, Duration)>| matches!(r, Some((Error::Lost { peer: 2, .. }, _)));
+    assert!(results.iter().any(named), "{results:?}");
     for (error, took) in results.into_iter().flatten() {
         // Whoever notices first leaves too.
         assert!(matches!(error, Error::Lost { operation: "reduce", bytes: 240, .. }), "{error:?}");
