@@ -289,6 +289,13 @@ pub struct Train {
     pub on_bad_numbers: OnBadNumbers,
 }
 
+impl Train {
+    /// Whether rows may be left out while the run goes on.
+    pub fn may_leave_out(&self) -> bool {
+        self.on_spike == OnSpike::Quarantine || self.on_bad_numbers == OnBadNumbers::Quarantine
+    }
+}
+
 impl Default for Train {
     fn default() -> Self {
         Train {

@@ -212,7 +212,11 @@ impl World {
         };
         match &body {
             Report::Step(StepReport { step, grad_norm, .. }) if *grad_norm > 0.0 => worker.state = *step, // No probe.
-            Report::Failure(_) => worker.outbox.clear(), // Nothing follows it.
+            // Nothing follows it, whatever else it is told.
+            Report::Failure(_) => {
+                worker.outbox.clear();
+                worker.complained = true;
+            }
             Report::Copied(CheckpointCopied { step, .. }) => {
                 assert_eq!(*step, worker.state, "what is saved as the state after a step is that");
             }

@@ -50,3 +50,21 @@ pub(super) fn permitted(train: &Train) -> Worst {
         positions: 0,
     }
 }
+
+/// The largest that any step can bring from which any rows have been left out, and tokens of its largest micro-batch, of the
+/// second largest, and so on: dealt again, the rest may lie otherwise. No row has more than `longest` tokens, no step more than `largest`
+/// with all of its rows, and none more than `micro_batches`.
+pub(super) fn dealt_again(train: &Train, micro_batches: u32, longest: u32, largest: u64) -> (Worst, Vec<u32>) {
+    let max = train.max_tokens_per_micro_batch.max(1) as u64;
+    // A step of which nothing is left takes one row of another.
+    let total = largest.max(longest.into());
+    // So many are at least as large as this one.
+    let sizes: Vec<u32> = (1..=u64::from(micro_batches)).map(|place| max.min(total / place) as u32).collect();
+    let worst = Worst {
+        tokens: sizes.first().copied().unwrap_or(0),
+        document: longest,
+        documents: u32::try_from(train.global_batch_size).unwrap_or(u32::MAX),
+        ..Worst::default()
+    };
+    (worst, sizes)
+}

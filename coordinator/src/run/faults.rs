@@ -6,6 +6,7 @@ use super::pace::Straggler;
 use super::phases::Phase;
 use super::program::{Item, Program};
 use super::spike::Spike;
+use unisono_configs::run::OnBadNumbers;
 use unisono_proto::v1::coordinator_message::Body as Order;
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
@@ -56,8 +57,11 @@ impl Machine {
         if self.phase == Phase::Gathering {
             failure.rank = None;
         }
-        if let Some(effects) = self.suspected(now, rank, &failure) {
-            return effects;
+        if self.is_number(&failure) {
+            self.roster.get_mut(rank).complained = true;
+            let turn = self.roster.workers()[rank].answered + 1;
+            self.complaints.note_number(turn, rank, failure);
+            return self.settle_answered(now);
         }
         self.roster.get_mut(rank).complained = true;
         if failure.recoverable && self.phase != Phase::Gathering {
@@ -65,6 +69,20 @@ impl Machine {
             return Vec::new();
         }
         self.fail(now, failure)
+    }
+
+    /// Whether the work itself came to this, whoever does it: a bad number in a micro-batch, or a norm that is none.
+    fn is_number(&self, failure: &Failure) -> bool {
+        let came = failure.micro_batch.is_some() || failure.phase() == wire::Phase::Reduce && !failure.bad_input;
+        came && !failure.recoverable && self.phase == Phase::Running
+    }
+
+    /// The oldest directive gave a bad number, and all before it are settled: a spike of an earlier step, or what else it came to, is
+    /// known by now, whoever was the first to say something.
+    pub(super) fn heed_number(&mut self, now: f64) -> Option<Vec<Effect>> {
+        let oldest = self.queue.front()?.id;
+        let (rank, failure) = self.complaints.take_number(oldest)?;
+        Some(self.suspected(now, rank, &failure).unwrap_or_else(|| self.fail(now, failure)))
     }
 
     pub(super) fn tick(&mut self, now: f64) -> Vec<Effect> {
@@ -111,7 +129,19 @@ impl Machine {
     fn rows_at_fault(&self, rank: usize, micro_batch: u32) -> String {
         let turn = self.roster.workers()[rank].answered + 1;
         match self.queue.iter().find(|o| o.id == turn).map(|o| o.item) {
-            Some(Item::Step(step)) => self.name_rows(Suite::Train, step, micro_batch),
+            Some(Item::Step(step)) => {
+                let rows = self.name_rows(Suite::Train, step, micro_batch);
+                match self.settings.on_bad_numbers {
+                    OnBadNumbers::Quarantine => rows,
+                    // As it is, it would come to the same.
+                    OnBadNumbers::Stop => {
+                        format!(
+                            "{rows}; to go on without them, set train.on_bad_numbers to \"quarantine\" and {}",
+                            self.again()
+                        )
+                    }
+                }
+            }
             Some(Item::Evaluate { suite, .. }) => self.name_rows(suite, 0, micro_batch),
             _ => String::new(),
         }

@@ -322,6 +322,10 @@ impl Machine {
                 }
             }
         }
+        if let Some(more) = self.heed_number(now) {
+            effects.extend(more);
+            return effects;
+        }
         effects.extend(self.queue_ahead(now));
         effects.extend(self.conclude(now));
         effects

@@ -203,6 +203,7 @@ impl Plan {
         let sizes: Vec<Option<Size>> = (0..self.rows.count() as u32).map(|row| self.rows.size(row)).collect();
         fits("training", sizes.iter().flatten(), train.max_tokens_per_micro_batch)?;
         let (mut worst, mut totals, mut most) = (Worst::default(), Totals::default(), Vec::new());
+        let mut largest = 0;
         for step in 1..=self.steps {
             let dealt = self.step(step);
             if dealt.examples.is_empty() {
@@ -214,6 +215,7 @@ impl Plan {
             most.iter_mut().zip(&tokens).for_each(|(most, tokens)| *most = *tokens.max(most));
             totals.examples += dealt.examples.len() as u64;
             totals.tokens += dealt.tokens;
+            largest = dealt.tokens.max(largest);
             totals.target_tokens += dealt.target_tokens;
             let document = dealt.examples.iter().filter_map(|&e| sizes[e as usize]).map(|size| size.tokens).max();
             worst = worst.join(Worst {
@@ -225,6 +227,10 @@ impl Plan {
         }
         // Bounds the magnitude of a leaf: whether one is refused must not depend on how much was known at the start.
         let micro_batches = self.worst.micro_batches;
+        if train.may_leave_out() {
+            let longest = sizes.iter().flatten().map(|size| size.tokens).max().unwrap_or(0);
+            (worst, most) = bounds::dealt_again(train, micro_batches, longest, largest);
+        }
         self.sizes = most;
         (self.worst, self.totals) = (Worst { micro_batches, ..worst }, Some(totals));
         Ok(())
@@ -265,13 +271,13 @@ impl Plan {
         self.rows.size(row)
     }
 
-    /// Exact where every size was known when the plan was made, else the largest that the configuration permits.
+    /// Exact where every size was known when the plan was made and no row may be left out of a step later; else an upper bound.
     pub fn worst(&self) -> Worst {
         self.worst
     }
 
-    /// Tokens of the largest micro-batch of any step, of the second largest of any, and so on; none where not every size was
-    /// known when the plan was made.
+    /// Tokens of the largest micro-batch of any step, of the second largest of any, and so on, or as many as they may have where
+    /// rows may be left out; none where not every size was known when the plan was made.
     pub fn sizes(&self) -> &[u32] {
         &self.sizes
     }

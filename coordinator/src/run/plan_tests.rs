@@ -3,6 +3,7 @@
 use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
+use unisono_configs::run::OnBadNumbers;
 
 pub const COST: CostModel = CostModel { token: 1000, pair: 3, target: 500 };
 
@@ -130,6 +131,29 @@ proptest! {
             prop_assert!(dealt.micro_batches.len() <= permitted.micro_batches as usize);
             prop_assert!(!dealt.examples.is_empty() && dealt.examples.iter().all(|row| !gone.contains(row)));
             prop_assert_eq!(early.step(step), dealt);
+        }
+    }
+
+    #[test]
+    fn whatever_is_left_out_later_nothing_is_larger_than_was_planned_for(
+        rows in 4usize..120, batch in 4usize..30, bins in 1usize..8, max in 98usize..256,
+        gone in prop::collection::btree_set(0u32..120, 1..60), from in 1u64..6,
+    ) {
+        let on_bad_numbers = OnBadNumbers::Quarantine;
+        let train = Train { epochs: 2, on_bad_numbers, max_tokens_per_micro_batch: max, ..train(batch, bins) };
+        let plan = Plan::new(Arc::new(sizes(rows)), reversed(rows), &train, COST).unwrap();
+        let left_out: Vec<u32> = gone.into_iter().filter(|&row| (row as usize) < rows - 1).collect();
+        plan.quarantine(from, &left_out);
+        let worst = plan.worst();
+        for step in 1..=plan.steps() {
+            let dealt = plan.step(step);
+            let mut tokens: Vec<u32> = dealt.micro_batches.iter().map(|m| m.tokens).collect();
+            tokens.sort_unstable_by(|a, b| b.cmp(a));
+            prop_assert!(tokens.len() <= plan.sizes().len() && tokens.len() <= worst.micro_batches as usize);
+            prop_assert!(tokens.iter().zip(plan.sizes()).all(|(tokens, most)| tokens <= most));
+            prop_assert!(tokens[0] <= worst.tokens);
+            prop_assert!(dealt.micro_batches.iter().all(|m| m.rows.len() <= worst.documents as usize));
+            prop_assert!(dealt.examples.iter().all(|&e| sizes(rows)[e as usize].tokens <= worst.document));
         }
     }
 

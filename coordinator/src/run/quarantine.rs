@@ -90,11 +90,11 @@ impl Machine {
             "{} of the {count} micro-batches of step {step} came to numbers that are not finite or too large; the run goes on from there without these rows",
             bad.len()
         );
-        Ok(vec![self.quarantine(step, bad, message)])
+        Ok(vec![self.quarantine(step, bad, false, message)])
     }
 
     /// Leaves the rows of these micro-batches of `step` out from it on.
-    fn quarantine(&mut self, step: u64, micro_batches: Vec<u32>, message: String) -> Effect {
+    fn quarantine(&mut self, step: u64, micro_batches: Vec<u32>, spike: bool, message: String) -> Effect {
         let Program::Train(training) = &self.program else { unreachable!("only a training program has steps") };
         let dealt = training.plan.dealt(step);
         let of = |&m: &u32| dealt.micro_batches[m as usize].rows.clone();
@@ -102,10 +102,10 @@ impl Machine {
         let key = |&micro_batch: &u32| wire::BatchKey { suite: Suite::Train.into(), step, micro_batch };
         let names = micro_batches.iter().flat_map(|m| (self.settings.rows.0)(key(m))).collect();
         training.plan.quarantine(step, &rows);
-        // A later step was dealt with them; whether it is bad without them is found anew.
-        self.suspect = None;
+        // This step is another one now, and a later one was dealt with them; whether it is bad without them is found anew.
+        (self.suspect, self.cleared) = (None, None);
         self.settings.snapshots.branch(step, &rows);
-        self.new_entry(Entry::Quarantined(Quarantined { step, micro_batches, rows, names, message }))
+        self.new_entry(Entry::Quarantined(Quarantined { step, micro_batches, rows, names, message, spike }))
     }
 
     /// What happens instead of committing a step whose loss is a spike; `None`: it is committed.
@@ -123,9 +123,11 @@ impl Machine {
         let (step, told) = (entry.step, tell_spike(entry, spike, worst));
         let rows = self.name_rows(Suite::Train, step, worst);
         if policy == OnSpike::Stop {
-            return Err(Fault { rank: None, message: format!("{told}{rows}; {}", self.again()) });
+            // As it is, it would come to the same.
+            let remedy = format!("set train.on_spike to \"quarantine\" or \"warn\", and {}", self.again());
+            return Err(Fault { rank: None, message: format!("{told}{rows}; {remedy}") });
         }
-        let before = self.settings.recorded.quarantined().iter().filter(|q| q.step == step).count();
+        let before = self.settings.recorded.quarantined().iter().filter(|q| q.step == step && q.spike).count();
         let Program::Train(training) = &self.program else { unreachable!("only a training program has steps") };
         if before >= SPIKES || training.plan.dealt(step).micro_batches.len() < 2 {
             let message = format!(
@@ -139,7 +141,7 @@ impl Machine {
         }
         let failure = self.failure(None, wire::Phase::Forward, Some(step), told.clone());
         let message = format!("{told}. The run goes back before step {step}, and on without these rows");
-        let mut effects = vec![self.quarantine(step, vec![worst], message)];
+        let mut effects = vec![self.quarantine(step, vec![worst], true, message)];
         effects.extend(self.disband(now, &failure));
         Ok(Some(effects))
     }

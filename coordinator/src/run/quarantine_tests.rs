@@ -1,6 +1,7 @@
 //! Rows that give bad numbers or spikes: whoever computes and whatever happens, the same rows are left out from the same step.
 
 use super::event::Connection;
+use super::event::Event;
 use super::machine::Machine;
 use super::phases::Phase;
 use super::program::Program;
@@ -8,7 +9,10 @@ use super::simulated::*;
 use super::storm::story;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
-use unisono_configs::run::{Assignment, OnSpike};
+use unisono_configs::run::{Assignment, OnBadNumbers, OnSpike};
+use unisono_proto::v1::event::Body as Entry;
+use unisono_proto::v1::worker_message::Body as Report;
+use unisono_proto::v1::{Failure, Phase as Place, Quarantined, WorkerMessage};
 
 const STEPS: u64 = 12;
 
@@ -84,4 +88,77 @@ fn a_run_that_is_to_stop_at_a_spike_does_and_does_not_commit_it() {
     assert!(failure.message.contains("is above") && failure.message.contains("--resume"), "{failure:?}");
     let step = failure.message.split(' ').nth(4).unwrap().trim_end_matches(',').to_owned();
     assert_eq!(step, (world.steps().len() + 1).to_string());
+}
+
+/// Rows of a step of the first epoch, which nobody has been trained on before.
+fn rows_of(step: u64) -> Vec<u32> {
+    let Program::Train(training) = program(STEPS) else { unreachable!() };
+    training.plan.places(step)
+}
+
+/// Everyone speaks in turn until so many steps are committed.
+fn speak_until(world: &mut World, steps: usize) {
+    while world.steps().len() < steps {
+        let connections: Vec<Connection> = world.workers.keys().copied().collect();
+        connections.into_iter().for_each(|from| {
+            world.say(from);
+        });
+        world.commit();
+    }
+}
+
+#[test]
+fn what_a_step_came_to_is_known_before_what_follows_it_is_judged() {
+    // Step 4 is a spike. What is trained on it gives a bad number in step 5, or when it is evaluated: by then some rank may not
+    // have said what its part of step 4 was.
+    let mut ended = BTreeSet::new();
+    for (poisoned, first) in rows_of(5).into_iter().flat_map(|row| [(row, 0), (row, 1)]) {
+        let mut world = world(2, &BTreeSet::from([poisoned]), &BTreeSet::from([rows_of(4)[0]]));
+        world.machine.settings.on_bad_numbers = OnBadNumbers::Stop;
+        speak_until(&mut world, 3);
+        // One is as far ahead of the other as it can be.
+        while world.workers.contains_key(&Connection(first)) && world.say(Connection(first)) {}
+        world.settle_for(100.0);
+        let failure = world.failure();
+        assert_eq!(failure.step, Some(5), "{failure:?}");
+        assert!(failure.message.contains("train.on_bad_numbers"), "{failure:?}");
+        let (steps, left_out) = story(&world);
+        ended.insert((steps.len(), left_out));
+    }
+    let all: Vec<_> = ended.into_iter().collect();
+    assert!(all.len() == 1 && all[0].0 == 4 && all[0].1[0].0 == 4, "{all:?}");
+}
+
+#[test]
+fn a_norm_that_is_no_number_waits_for_the_step_before_it_too() {
+    let mut world = world(2, &BTreeSet::new(), &BTreeSet::from([rows_of(4)[0]]));
+    world.machine.settings.on_bad_numbers = OnBadNumbers::Stop;
+    speak_until(&mut world, 3);
+    while world.workers[&Connection(0)].steps.len() > 3 && world.say(Connection(0)) {}
+    let bad = Failure { phase: Place::Reduce.into(), step: Some(5), message: "inf".into(), ..Failure::default() };
+    let message = WorkerMessage { epoch: world.workers[&Connection(0)].epoch, body: Some(Report::Failure(bad)) };
+    world.apply(Event::Message { from: Connection(0), message }).unwrap();
+    world.settle_for(100.0);
+    assert_eq!((world.machine.phase(), story(&world).1[0].0), (Phase::Finished, 4));
+}
+
+#[test]
+fn rows_that_gave_bad_numbers_are_no_spikes() {
+    let mut world = world(2, &BTreeSet::new(), &BTreeSet::from([rows_of(4)[0]]));
+    for _ in 0..3 {
+        let bad = Quarantined { step: 4, message: "bad numbers".into(), ..Quarantined::default() };
+        world.machine.settings.recorded.note(&Entry::Quarantined(bad));
+    }
+    world.settle_for(100.0);
+    assert_eq!((world.machine.phase(), story(&world).1[0].0), (Phase::Finished, 4));
+}
+
+#[test]
+fn a_step_that_is_dealt_anew_is_tried_anew() {
+    let mut world = world(2, &BTreeSet::new(), &BTreeSet::from([rows_of(4)[0]]));
+    // A machine that fails found a bad number in it, which nobody found again.
+    world.machine.cleared = Some(4);
+    world.settle_for(100.0);
+    assert_eq!((world.machine.phase(), story(&world).1[0].0), (Phase::Finished, 4));
+    assert_eq!(world.machine.cleared, None, "it has other micro-batches now");
 }

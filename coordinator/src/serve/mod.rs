@@ -41,7 +41,7 @@ use tonic::service::interceptor::InterceptedService;
 use training::TrainingService;
 use unisono_configs::model::Layout;
 use unisono_configs::run::{
-    Compute, Count, Device, Offload, OnBadNumbers, OptimizerState, Recompute, RunConfig, Transport, ZeroStage,
+    Compute, Count, Device, Offload, OptimizerState, Recompute, RunConfig, Transport, ZeroStage,
 };
 use unisono_proto::dial::Role;
 use unisono_proto::v1::training_server::TrainingServer;
@@ -306,7 +306,8 @@ pub fn assignment(config: &RunConfig, program: &Program) -> Result<Assign, Error
         recompute: recompute.into(),
         offload: offload.into(),
         transport: transport.into(),
-        quarantines: train.on_bad_numbers == OnBadNumbers::Quarantine,
+        // A spike before the step of a bad number may be the cause.
+        quarantines: train.may_leave_out(),
         peer_timeout: config.cluster.peer_timeout,
         trains: matches!(program, Program::Train(_)),
         heartbeat: config.cluster.heartbeat,
