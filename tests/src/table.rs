@@ -2,7 +2,7 @@
 
 use crate::chronicle::median_and_most;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A goal, what has been seen of it, and in how many observations.
 struct Goal {
@@ -19,7 +19,7 @@ const GOALS: [Goal; 13] = [
     Goal { number: 5, text: "no torn checkpoint loads", seen: torn },
     Goal { number: 7, text: "zombies and partitions are fenced", seen: partitions },
     Goal { number: 8, text: "a hang is found in 2 s, training again in 5 s", seen: hangs },
-    Goal { number: 9, text: "few steps are computed again", seen: replays },
+    Goal { number: 9, text: "at most the steps between two snapshots and one are computed again", seen: replays },
     Goal { number: 10, text: "a signal saves and ends the run within the grace", seen: signals },
     Goal { number: 13, text: "goodput at a kill a minute; cost of checkpoints", seen: goodput },
     Goal { number: 14, text: "1,000 monitors that never read", seen: monitors },
@@ -100,7 +100,10 @@ fn coordinators(all: &[Value]) -> Option<String> {
 fn worlds(all: &[Value]) -> Option<String> {
     let (count, other) = others(of(all, "worlds"));
     let changes: usize = of(all, "worlds").filter_map(|line| line["worlds"].as_array()).map(|w| w.len() - 1).sum();
-    some(count, format!("{count} schedules with {changes} changes, {other} other digests"))
+    let all_shared = of(all, "worlds").filter_map(|line| line["shared"].as_array()).flatten().filter_map(Value::as_str);
+    let ways: BTreeSet<&str> = all_shared.collect();
+    let ways = if ways.is_empty() { String::new() } else { format!(", shared in {} ways", ways.len()) };
+    some(count, format!("{count} schedules with {changes} changes{ways}, {other} other digests"))
 }
 
 /// The digest is of the samples' order too.
@@ -135,10 +138,20 @@ fn hangs(all: &[Value]) -> Option<String> {
     some(count, format!("{count} hangs: found after {found} s, next new step after {again} s; {other} other digests"))
 }
 
+/// By the steps between two snapshots; where a run also had checkpoints every few steps, all together.
 fn replays(all: &[Value]) -> Option<String> {
-    let lists = of(all, "replays").filter_map(|line| line["replays"].as_array());
-    let steps: Vec<f64> = lists.flatten().filter_map(Value::as_f64).collect();
-    some(steps.len(), format!("{} regroupings, steps again: {} (median, most)", steps.len(), pair(&steps, 0)))
+    let mut told: BTreeMap<Option<u64>, Vec<f64>> = BTreeMap::new();
+    for line in of(all, "replays").chain(of(all, "snapshot-replays")) {
+        let steps = line["replays"].as_array().into_iter().flatten().filter_map(Value::as_f64);
+        told.entry(line["every"].as_u64()).or_default().extend(steps);
+    }
+    told.retain(|_, steps| !steps.is_empty());
+    let tell = |(every, steps): (&Option<u64>, &Vec<f64>)| {
+        let how = every.map_or(String::new(), |every| format!(" with a snapshot every {every}"));
+        format!("{} regroupings{how}, steps again: {} (median, most)", steps.len(), pair(steps, 0))
+    };
+    let text: Vec<String> = told.iter().map(tell).collect();
+    some(told.len(), text.join("; "))
 }
 
 fn signals(all: &[Value]) -> Option<String> {
@@ -198,6 +211,7 @@ mod tests {
             death("load", "regroup", 3.0, true),
             death("before-append", "step", 0.5, false),
             json!({"kind": "replays", "replays": [0, 4, 2]}),
+            json!({"kind": "snapshot-replays", "every": 5, "replays": [3, 6]}),
             json!({"kind": "monitors", "monitors": 1000, "cpu_with": 1.01, "cpu_without": 1.0,
                    "bytes_with": 3 << 20, "bytes_without": 1 << 20}),
         ];
@@ -206,7 +220,7 @@ mod tests {
             "| 3 deaths, 1 other digests |",
             "| 1 deaths, 1 other results; next new step after 0.50, 0.50 s",
             "| load, while the others regroup | 2 | 0 | 3.00, 3.00 |",
-            "| 3 regroupings, steps again: 2, 4 (median, most) |",
+            "| 3 regroupings, steps again: 2, 4 (median, most); 2 regroupings with a snapshot every 5, steps again: 6, 6 (",
             "| 1000: coordinator's CPU for a step +1.0 %, its memory +2.0 MiB |",
             "| 16 | simulated runs, each twice with equal traces | nothing yet |",
         ] {

@@ -129,3 +129,23 @@ fn a_bad_row_found_ahead_is_refused_by_name() {
     assert!(last.contains("rows.jsonl:5: the prompt fills the whole length"), "{last}");
     assert!(!refused.run_dir.exists(), "a refused run leaves nothing");
 }
+
+#[test]
+fn a_data_file_that_is_changed_while_the_run_trains_is_named_with_the_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("rows.jsonl");
+    corpus::write(&data, &corpus::rows(3, 100_000));
+    let mut live = train_flawed(dir.path(), &data, 12_500).workers(2).set("checkpoint.every", 0).start();
+    live.wait_for("started");
+    // The last rows, which are trained on last, lose a word each; the file is as long as before.
+    let text = std::fs::read(&data).unwrap();
+    let from = text.len() - (1 << 20);
+    let changed: Vec<u8> = text[from..].iter().map(|&byte| if byte == b'e' { b'a' } else { byte }).collect();
+    let file = std::fs::OpenOptions::new().write(true).open(&data).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &changed, from as u64).unwrap();
+    let ended = live.finish();
+    assert_eq!(ended.code(), Some(2), "{}", ended.stderr);
+    let last = ended.stderr.lines().last().unwrap();
+    let named = last.contains("rows.jsonl") && last.contains("is no longer what it was when the run read it");
+    assert!(named && !last.contains("rank"), "{last}");
+}

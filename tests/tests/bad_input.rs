@@ -231,3 +231,16 @@ fn a_worker_that_cannot_start() {
     std::fs::set_permissions(&broken, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     refused(case.train().env("UNISONO_WORKER", &broken), &["libXorch_cpu.so", "make setup"]);
 }
+
+#[test]
+fn a_coordinator_that_listens_everywhere_has_to_say_where_workers_find_it() {
+    let case = Case::new();
+    let mut command = binaries::command(&["coordinator", "--listen", "0.0.0.0:0", "--run-dir", "run", "--model"]);
+    command.arg(&case.model).arg("--data").arg(&case.data).current_dir(case.path());
+    let output = command.output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{words}");
+    let last = words.lines().last().unwrap();
+    assert!(last.contains("--listen 0.0.0.0:") && last.contains("add --advertise HOST:"), "{words}");
+    assert!(!case.path().join("run").exists(), "a refused run leaves nothing");
+}

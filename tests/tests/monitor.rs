@@ -4,6 +4,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
+use unisono_tests::processes::signal;
 use unisono_tests::{binaries, fixture, train::Train};
 
 #[test]
@@ -54,4 +55,31 @@ fn a_run_that_is_over_is_told_from_its_directory() {
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
     assert_eq!(status["state"], "finished", "{status}");
     assert_eq!(status["step"].as_u64(), Some(2), "{status}");
+}
+
+#[test]
+fn a_monitor_says_that_the_run_was_stopped_and_how_to_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = fixture::tiny();
+    let mut live = Train::new(&tiny.model, &tiny.data, dir.path()).workers(2).set("train.steps", 100_000).start();
+    live.wait_for("step");
+    let mut monitor = binaries::command(&["monitor", "--plain"])
+        .arg(&live.run_dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(monitor.stdout.take().unwrap()).lines();
+    // It looks on.
+    let first = lines.by_ref().map_while(Result::ok).find(|line| line.contains("step "));
+    assert!(first.is_some(), "the monitor shows nothing");
+    signal(live.pid(), "TERM");
+    let rest: Vec<String> = lines.map_while(Result::ok).collect();
+    assert!(monitor.wait().unwrap().success());
+    let ended = live.finish();
+    assert_eq!(ended.code(), Some(75), "{}", ended.stderr);
+    let told = rest.iter().find(|line| line.contains("was stopped by SIGTERM"));
+    let resume = format!("--resume {}", ended.run_dir.display());
+    assert!(told.is_some_and(|line| line.contains(&resume)), "{}", rest.join("\n"));
 }

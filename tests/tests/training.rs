@@ -131,3 +131,28 @@ fn inspect_and_generate_speak_about_the_same_model() {
     assert!(generate.status.success(), "{}", String::from_utf8_lossy(&generate.stderr));
     assert!(!generate.stdout.is_empty());
 }
+
+/// With 128 tokens each, about 7,900 continuations are as much as one message between worker and coordinator may take.
+#[test]
+fn there_may_be_more_continuations_than_a_message_has_room_for() {
+    const PROMPTS: usize = 8100;
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("prompts.jsonl");
+    let prompt = |number: usize| format!("Copy: {number}\nAnswer:");
+    let rows: String =
+        (0..PROMPTS).map(|number| format!("{}\n", serde_json::json!({"prompt": prompt(number)}))).collect();
+    std::fs::write(&data, rows).unwrap();
+    let output = binaries::command(&["generate"])
+        .arg(&fixture::of(fixture::MICRO).model)
+        .arg("--data")
+        .arg(&data)
+        .args(["--max-new-tokens", "128"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let told: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(told.len(), PROMPTS);
+    assert!(told.iter().enumerate().all(|(number, row)| row["prompt"] == prompt(number)), "in their order");
+    assert!(told.iter().any(|row| row["completion"] != ""));
+}

@@ -14,15 +14,27 @@ use unisono_tests::train::Train;
 /// All that a run can be divided among: one worker for each micro-batch at most.
 const WORLDS: [usize; 5] = [1, 2, 3, 5, 8];
 /// Places of a run whose workers come and go.
-const MOST: usize = 4;
+const MOST: usize = 5;
 /// The exit code of a run that was asked to stop.
 const STOPPED: i32 = 75;
 
-/// Trains with each of `worlds` in turn: stopped by a signal, or killed with all of its processes, and resumed.
-fn in_turn(dir: &Path, steps: u64, worlds: &[usize], dice: &mut Dice) -> PathBuf {
-    let mut next = train(dir, steps);
+/// ZeRO stages; every world comes with each of them as the dice fall.
+const STAGES: [u64; 3] = [1, 2, 3];
+
+/// With a stage and a transport of the dice.
+fn shared(train: Train, dice: &mut Dice, told: &mut Vec<String>) -> Train {
+    let (stage, tcp) = (STAGES[dice.roll(STAGES.len() as u64) as usize], dice.roll(2) == 0);
+    let transport = if tcp { "tcp" } else { "auto" };
+    told.push(format!("ZeRO-{stage} {transport}"));
+    train.set("cluster.zero_stage", stage).set("cluster.transport", format!("\"{transport}\""))
+}
+
+/// Trains with each of `worlds` in turn, each with a stage and a transport of its own: stopped by a signal, or killed with all of
+/// its processes, and resumed. The run, and how it was shared at each start.
+fn in_turn(dir: &Path, steps: u64, worlds: &[usize], dice: &mut Dice) -> (PathBuf, Vec<String>) {
+    let (mut next, mut told) = (train(dir, steps), Vec::new());
     for (index, &workers) in (1..).zip(worlds) {
-        let mut live = next.workers(workers).start();
+        let mut live = shared(next.workers(workers), dice, &mut told).start();
         let until = steps * index / (worlds.len() as u64 + 1) + dice.roll(4);
         while live.wait_for("step")["step"].as_u64().unwrap() < until {}
         std::thread::sleep(Duration::from_millis(dice.roll(60)));
@@ -36,7 +48,8 @@ fn in_turn(dir: &Path, steps: u64, worlds: &[usize], dice: &mut Dice) -> PathBuf
         wait_until_gone(&ended.mark, Duration::from_secs(5));
         next = Train::resumed(&ended.run_dir);
     }
-    next.workers(WORLDS[dice.roll(3) as usize]).succeed().run_dir
+    let last = next.workers(WORLDS[dice.roll(3) as usize]);
+    (shared(last, dice, &mut told).succeed().run_dir, told)
 }
 
 #[test]
@@ -44,7 +57,8 @@ fn with_another_number_of_workers_at_each_start() {
     const STEPS: u64 = 60;
     let dir = tempfile::tempdir().unwrap();
     let whole = undisturbed(dir.path(), STEPS);
-    let run_dir = in_turn(dir.path(), STEPS, &[3, 8, 2], &mut Dice(3));
+    let (run_dir, told) = in_turn(dir.path(), STEPS, &[3, 8, 5, 2], &mut Dice(3));
+    println!("{told:?}");
     assert_eq!((digest(&run_dir), ledger_losses(&run_dir)), whole);
 }
 
@@ -60,10 +74,12 @@ fn random_schedules_of_worlds() {
         let mut dice = Dice(seed.wrapping_mul(7_000_003) + run);
         let mut worlds = [WORLDS, WORLDS].concat();
         dice.shuffle(&mut worlds);
-        let run_dir = in_turn(dir.path(), STEPS, &worlds, &mut dice);
+        let (run_dir, shared) = in_turn(dir.path(), STEPS, &worlds, &mut dice);
         let same = (digest(&run_dir), ledger_losses(&run_dir)) == whole;
-        chronicle::note("worlds", json!({"seed": seed, "run": run, "how": "resumed", "worlds": worlds, "same": same}));
-        println!("seed {seed}, run {run}: {worlds:?}");
+        let line =
+            json!({"seed": seed, "run": run, "how": "resumed", "worlds": worlds, "shared": shared, "same": same});
+        chronicle::note("worlds", line);
+        println!("seed {seed}, run {run}: {worlds:?} {shared:?}");
         assert!(same, "seed {seed}, run {run}: another result with {worlds:?}");
     }
 }
@@ -80,10 +96,11 @@ enum Change {
 fn while_it_runs(
     dir: &Path,
     steps: u64,
+    sharing: &[String],
     mut choose: impl FnMut(usize) -> Option<(Change, u64)>,
 ) -> (PathBuf, Vec<usize>) {
     let more = [format!("cluster.workers={MOST}"), "cluster.rejoin_timeout=1.0".into()];
-    let mut crowd = Crowd::start(dir, &[settings(steps), more.to_vec()].concat());
+    let mut crowd = Crowd::start(dir, &[settings(steps), more.to_vec(), sharing.to_vec()].concat());
     (0..MOST).for_each(|_| {
         crowd.hire();
     });
@@ -121,8 +138,8 @@ fn with_workers_that_come_and_go_while_it_runs() {
     let dir = tempfile::tempdir().unwrap();
     let whole = undisturbed(dir.path(), STEPS);
     let mut script = [Change::Loss, Change::Loss, Change::Join, Change::Loss].into_iter().zip([130, 77, 0, 210]);
-    let (run_dir, worlds) = while_it_runs(dir.path(), STEPS, |_| script.next());
-    assert!(worlds.contains(&2) && worlds.windows(2).any(|w| w[0] < w[1]), "too little happened: {worlds:?}");
+    let (run_dir, worlds) = while_it_runs(dir.path(), STEPS, &[], |_| script.next());
+    assert!(worlds.contains(&3) && worlds.windows(2).any(|w| w[0] < w[1]), "too little happened: {worlds:?}");
     assert_eq!((digest(&run_dir), ledger_losses(&run_dir)), whole);
 }
 
@@ -141,10 +158,15 @@ fn random_comings_and_goings() {
             let joins = here <= 1 || here < MOST && dice.roll(2) == 0 || here == MOST && dice.roll(4) == 0;
             Some((if joins { Change::Join } else { Change::Loss }, dice.roll(1_000_000)))
         };
-        let (run_dir, worlds) = while_it_runs(dir.path(), STEPS, choose);
+        let sharing = [format!("cluster.zero_stage={}", STAGES[run as usize % STAGES.len()])];
+        let tcp = (run / STAGES.len() as u64).is_multiple_of(2).then(|| "cluster.transport=\"tcp\"".to_owned());
+        let sharing: Vec<String> = sharing.into_iter().chain(tcp).collect();
+        let (run_dir, worlds) = while_it_runs(dir.path(), STEPS, &sharing, choose);
         let same = (digest(&run_dir), ledger_losses(&run_dir)) == whole;
-        chronicle::note("worlds", json!({"seed": seed, "run": run, "how": "within", "worlds": worlds, "same": same}));
-        println!("seed {seed}, run {run}: {worlds:?}");
+        let line =
+            json!({"seed": seed, "run": run, "how": "within", "worlds": worlds, "shared": sharing, "same": same});
+        chronicle::note("worlds", line);
+        println!("seed {seed}, run {run}: {worlds:?} {sharing:?}");
         assert!(same, "seed {seed}, run {run}: another result with {worlds:?}");
     }
 }

@@ -92,7 +92,17 @@ impl World {
                 self.memory.entry(worker.listen.clone()).or_default().retain(|held| Some(held.step) == resumed);
                 worker.assign = assign;
             }
-            Order::Go(go) => worker.snapshot_every = go.snapshot_every,
+            Order::Go(go) => {
+                worker.snapshot_every = go.snapshot_every;
+                let first = worker.assign.snapshot.as_ref().and_then(|s| s.images.first()?.held.clone());
+                if let (Some(held), 1.., Some(_)) = (first, go.snapshot_every, &worker.assign.neighbour) {
+                    // Cut for those who are here now, it goes to two places again.
+                    let Program::Train(training) = &self.machine.program else { unreachable!() };
+                    worker.states.insert(held.step, State::of(training, held.step, held.timeline));
+                    let kept = SnapshotKept { step: held.step, problem: String::new() };
+                    worker.outbox.push_back((0, Report::Kept(kept)));
+                }
+            }
             Order::Forget(forget) => {
                 let memory = self.memory.entry(worker.listen.clone()).or_default();
                 memory.retain(|held| held.step != forget.step);
@@ -245,7 +255,12 @@ impl World {
                 let neighbour = &neighbour.as_ref().unwrap().address;
                 // Nobody keeps it where the neighbour has died.
                 let Some(theirs) = self.memory.get_mut(neighbour) else { return true };
-                theirs.push(held(*step));
+                let image = held(*step);
+                theirs.push(image.clone());
+                let own = self.memory.entry(worker.listen.clone()).or_default();
+                if !own.contains(&image) {
+                    own.push(image);
+                }
             }
             _ => {}
         }

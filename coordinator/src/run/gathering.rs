@@ -159,6 +159,7 @@ impl Machine {
             if self.started == 0.0 {
                 self.started = now;
             }
+            self.kept.go(now, self.committed);
             effects.extend(self.broadcast(Order::Go(Go { snapshot_every: self.snapshot_every() })));
             self.save_and_stop();
             effects.extend(self.prune_spared());

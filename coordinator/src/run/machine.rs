@@ -245,7 +245,11 @@ impl Machine {
             Report::Join(_) => Ok(self.blame(now, rank, "it joined twice on one stream".into())),
             Report::Ready(ready) => Ok(self.ready(now, rank, ready)),
             Report::Checkpoint(report) => Ok(self.written(now, rank, report)),
-            Report::Kept(kept) => Ok(self.kept(rank, kept)),
+            Report::Kept(kept) => {
+                let mut effects = self.kept(rank, kept);
+                effects.extend(self.queue_ahead(now));
+                Ok(effects)
+            }
             Report::Halted(halted) => Ok(self.halted(now, rank, halted.begun)),
             Report::Departure(departure) => {
                 let host = &self.roster.workers()[rank].join.host;

@@ -133,6 +133,7 @@ fn what_a_step_came_to_is_known_before_what_follows_it_is_judged() {
 fn a_norm_that_is_no_number_waits_for_the_step_before_it_too() {
     let mut world = world(2, &BTreeSet::new(), &BTreeSet::from([rows_of(4)[0]]));
     world.machine.settings.on_bad_numbers = OnBadNumbers::Stop;
+    world.machine.settings.snapshots.every = 0;
     speak_until(&mut world, 3);
     while world.workers[&Connection(0)].steps.len() > 3 && world.say(Connection(0)) {}
     let bad = Failure { phase: Place::Reduce.into(), step: Some(5), message: "inf".into(), ..Failure::default() };

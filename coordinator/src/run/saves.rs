@@ -327,6 +327,11 @@ impl Machine {
             return item;
         }
         loop {
+            if let Some(Item::Step(step)) = self.agenda.peek(&self.program) {
+                if self.awaits_snapshot(now, step) {
+                    return None;
+                }
+            }
             match self.agenda.next(&self.program, self.prepared)? {
                 // Computed again after a loss: it was saved, or is being saved, by the generation before.
                 Item::Checkpoint(step) if step <= self.saves.newest || self.saves.cover(step) => {}

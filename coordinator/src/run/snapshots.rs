@@ -14,6 +14,9 @@ use unisono_proto::v1::{Forget, Held, Neighbour, Retain, SnapshotImage, Snapshot
 
 /// Snapshots in a row that may be missing before somebody is told.
 const MISSED: u32 = 3;
+/// Training waits for a snapshot for at most this share of the time between two, and never gives up sooner than after so many seconds.
+const WAIT: f64 = 0.05;
+const LEAST_WAIT: f64 = 1.0;
 /// No run has more workers.
 const MOST_WORKERS: u32 = 1 << 16;
 
@@ -191,7 +194,13 @@ pub(super) struct Kept {
     whole: u64,
     /// Workers are to hear that it is, once it is committed.
     due: Option<u64>,
-    /// Snapshots in a row that did not become whole.
+    /// The newest step of which all have said what became of its snapshot, or which was waited for long enough.
+    answered: u64,
+    /// The generation began here.
+    begun: (u64, f64),
+    /// Since when the next step waits for a snapshot.
+    waits: Option<f64>,
+    /// Snapshots in a row that did not become whole, or not in time.
     missed: u32,
     warned: bool,
     /// Steps whose state could not be loaded from memory.
@@ -208,6 +217,13 @@ impl Kept {
     pub(super) fn begin(&mut self, start: Option<u64>) {
         let passed_over = std::mem::take(&mut self.passed_over);
         *self = Kept { start, whole: start.unwrap_or(0), passed_over, ..Kept::default() };
+    }
+
+    /// Everybody is about to take the first step of the generation, after `step`.
+    pub(super) fn go(&mut self, now: f64, step: u64) {
+        // What was in memory is handed on, as those who are here now share it.
+        let handed_on = u64::from(self.start.is_some());
+        (self.begun, self.answered) = ((step, now), step.saturating_sub(handed_on));
     }
 }
 
@@ -292,6 +308,28 @@ impl Machine {
         }
     }
 
+    /// Whether step `step` waits until it is known what became of a snapshot. One that is on its way while two more steps are
+    /// committed would make a loss cost more than the steps between two snapshots and one. Where the way takes longer than training
+    /// should wait, that is what it costs.
+    pub(super) fn awaits_snapshot(&mut self, now: f64, step: u64) -> bool {
+        let every = self.snapshot_every();
+        let (first, begun) = self.kept.begun;
+        let before = step.saturating_sub(2);
+        let due = before.checked_div(every).map_or(0, |count| (count * every).max(first).min(before));
+        if due <= self.kept.answered {
+            self.kept.waits = None;
+            return false;
+        }
+        let since = *self.kept.waits.get_or_insert(now);
+        let each = (since - begun) / self.committed.saturating_sub(first).max(1) as f64;
+        if now - since < (WAIT * every as f64 * each).max(LEAST_WAIT) {
+            return true;
+        }
+        (self.kept.answered, self.kept.waits) = (due, None);
+        tracing::info!(step = due, "training goes on before the snapshot is whole");
+        false
+    }
+
     /// A rank says what became of its shard's snapshot. Where all are in two memories, older ones may go; where one is not, the
     /// others are of no use, and make room for the next.
     pub(super) fn kept(&mut self, rank: usize, told: SnapshotKept) -> Vec<Effect> {
@@ -304,6 +342,7 @@ impl Machine {
         if answers.len() < self.roster.len() {
             return Vec::new();
         }
+        self.kept.answered = step.max(self.kept.answered);
         let answers = self.kept.answers.remove(&step).unwrap_or_default();
         let Some((rank, problem)) = answers.into_iter().find(|(_, problem)| !problem.is_empty()) else {
             self.kept.answers = self.kept.answers.split_off(&step);

@@ -1,6 +1,6 @@
 //! What workers hold decides what the run goes on from: always the newest whole state, never a mix of steps.
 
-use super::event::Connection;
+use super::event::{Connection, Event};
 use super::phases::Phase;
 use super::simulated::*;
 use super::snapshots::*;
@@ -305,4 +305,53 @@ fn spares_wait_for_those_who_hold_the_state() {
     world.settle_for(120.0);
     assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(9)));
     assert_eq!(second(&world), (4, false, 3));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    /// Whoever is slow to say what became of its snapshot, and whoever dies: where a snapshot is gone on from, it is the newest but
+    /// for the steps between two and one.
+    #[test]
+    fn a_loss_costs_no_more_than_the_steps_between_two_snapshots_and_one(
+        workers in 2u32..5, every in 1u64..6, script in prop::collection::vec((0u8..40, 0u64..5), 50..250),
+    ) {
+        let mut world = World::with(snapshotting(workers, 40, Assignment::Balanced, every), workers, Vec::new());
+        world.machine.settings.restarts = 100;
+        for (kind, pick) in script {
+            let connections: Vec<Connection> = world.workers.keys().copied().collect();
+            let Some(&from) = connections.get(pick as usize % connections.len().max(1)) else { break };
+            match kind {
+                0 => world.dies(from),
+                1..=2 => drop(world.next_joins()),
+                3 => world.commit(),
+                _ => drop(world.say(from)),
+            }
+        }
+        world.settle_for(100.0);
+        // Two processes that say that they are the same one end every run.
+        prop_assume!(world.machine.phase() == Phase::Finished);
+        prop_assert_eq!(world.steps(), alone(40));
+        for told in memberships(&world).iter().filter(|m| m.from_memory) {
+            prop_assert!(told.replayed <= every + 1, "{} steps again with a snapshot every {}", told.replayed, every);
+        }
+    }
+}
+
+#[test]
+fn nobody_waits_for_ever_for_a_snapshot() {
+    let mut world = World::with(snapshotting(2, 12, Assignment::Balanced, 2), 2, Vec::new());
+    while world.machine.phase() != Phase::Finished && world.now < 200.0 {
+        // Rank 1 never says what became of its snapshots.
+        world.workers.values_mut().filter(|w| w.rank == 1).for_each(|worker| {
+            worker.outbox.retain(|(_, word)| !matches!(word, Report::Kept(_)));
+        });
+        speak(&mut world);
+        world.commit();
+        world.now += 0.1;
+        // Refused after the end.
+        world.apply(Event::Tick).ok();
+    }
+    assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(12)));
+    assert!(world.now < 110.0, "five waits of a second each, not {}", world.now - 100.0);
 }

@@ -210,3 +210,40 @@ fn keep_alive(stream: &TcpStream) -> io::Result<()> {
 async fn place(own: Arc<Semaphore>, all: Arc<Semaphore>) -> Option<[OwnedSemaphorePermit; 2]> {
     Some([own.acquire_owned().await.ok()?, all.acquire_owned().await.ok()?])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_takes_all_places_of_one_address_holds_up_nobody_at_another() {
+        let (mut places, all) = (Places::default(), Arc::new(Semaphore::new(HANDSHAKES)));
+        let address = |last: u8| IpAddr::from([10, 0, 0, last]);
+        let soon = Duration::from_millis(20);
+        let mut held = Vec::new();
+        for _ in 0..HANDSHAKES_EACH {
+            held.push(place(places.of(address(1)), all.clone()).await.unwrap());
+        }
+        assert!(
+            timeout(soon, place(places.of(address(1)), all.clone())).await.is_err(),
+            "one more of the same address"
+        );
+        held.push(timeout(soon, place(places.of(address(2)), all.clone())).await.unwrap().unwrap());
+        // Its places are free again when a handshake is over.
+        drop(held.remove(0));
+        held.push(timeout(soon, place(places.of(address(1)), all.clone())).await.unwrap().unwrap());
+        // All addresses together have no more than so many.
+        for last in 2..5 {
+            while places.of(address(last)).available_permits() > 0 && all.available_permits() > 0 {
+                held.push(place(places.of(address(last)), all.clone()).await.unwrap());
+            }
+        }
+        assert_eq!(held.len(), HANDSHAKES);
+        assert!(timeout(soon, place(places.of(address(9)), all.clone())).await.is_err());
+        // Addresses that are gone are forgotten: nobody fills the memory with them.
+        drop(held);
+        (0..=255).for_each(|last| drop(places.of(address(last))));
+        (0..=255).for_each(|last| drop(places.of(IpAddr::from([10, 0, 1, last]))));
+        assert!(places.0.len() <= HANDSHAKES + 1, "{}", places.0.len());
+    }
+}
