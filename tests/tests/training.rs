@@ -134,6 +134,7 @@ fn inspect_and_generate_speak_about_the_same_model() {
 
 /// With 128 tokens each, about 7,900 continuations are as much as one message between worker and coordinator may take.
 #[test]
+#[ignore = "a minute; make chaos"]
 fn there_may_be_more_continuations_than_a_message_has_room_for() {
     const PROMPTS: usize = 8100;
     let dir = tempfile::tempdir().unwrap();

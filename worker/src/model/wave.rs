@@ -196,7 +196,8 @@ impl Passage {
     fn backward(&mut self, model: &Model, bucket: usize, scale: f64, leaves: &mut dyn Leaves) -> Result<(), Error> {
         let (wide, pool) = (wide(model.compute()), &model.pool);
         if bucket == model.head_bucket() {
-            let scale = if fail_point::is_poisoned(&self.tokens) { f64::NAN } else { scale };
+            // Where memory is tried out, every gradient is zero times as large, and no row is meant.
+            let scale = if scale > 0.0 && fail_point::is_poisoned(&self.tokens) { f64::NAN } else { scale };
             let (sum, grad) = model.head().forward_backward(&self.last(), &self.targets, scale, leaves, pool)?;
             (self.loss, self.grad, self.stream) = (sum, Some(grad), Flow::Start);
             return Ok(());
