@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -105,7 +106,7 @@ class Check:
         return result, findings
 
     def run(self):
-        parts = [machine, operations, models, goldens, runs, nccl, speed, settle, peer]
+        parts = [machine, operations, models, goldens, runs, placements, nccl, speed, plans, settle, peer]
         wanted = self.options.only.split(",") if self.options.only else [part.__name__ for part in parts]
         for part in parts:
             if part.__name__ not in wanted:
@@ -176,6 +177,11 @@ def material(check):
     return rows, model, None if code == 0 else said
 
 
+def settings_of(check):
+    return ["train.steps=4", "train.global_batch_size=32", "train.micro_batches=8", "split.validation=0", "split.test=0",
+            "eval.every=0", f"cluster.device={check.options.device}"]
+
+
 def trained(check, name, counts, more=(), environment=None):
     """The same short run with each number of workers: one digest?"""
     rows, model, said = material(check)
@@ -184,8 +190,7 @@ def trained(check, name, counts, more=(), environment=None):
     result, digests = {"good": True, "runs": []}, set()
     for workers in counts:
         run = check.scratch / f"{name}-{workers}"
-        settings = ["train.steps=4", "train.global_batch_size=32", "train.micro_batches=8", "split.validation=0",
-                    "split.test=0", "eval.every=0", f"cluster.device={check.options.device}", *more]
+        settings = [*settings_of(check), *more]
         code, output, said = check.call(
             "unisono", "train", "--json", "--model", model, "--data", rows, "--workers", workers, "--run-dir", run,
             *(word for setting in settings for word in ("--set", setting)), seconds=60, environment=environment)
@@ -211,6 +216,93 @@ def trained(check, name, counts, more=(), environment=None):
 def runs(check):
     """One result for one, two and four workers on this device; planned memory against what was really taken."""
     return trained(check, "run", (1, 2, 4), ["cluster.transport=tcp"])
+
+
+def gpu_bytes():
+    """Bytes of the GPU that are in use now, by whomever."""
+    if not shutil.which("nvidia-smi"):
+        return 0
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return int(lines[0]) << 20 if lines and lines[0].isdigit() else 0
+
+
+class Watch:
+    """The most that the GPU has in use meanwhile, beyond what it had before."""
+
+    def __enter__(self):
+        self.before, self.most, self.over = gpu_bytes(), 0, threading.Event()
+
+        def look():
+            while not self.over.wait(0.2):
+                self.most = max(self.most, gpu_bytes() - self.before)
+        self.thread = threading.Thread(target=look)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+
+def foreseen(check, settings, workers=1):
+    """What `unisono check` says of the memory of a run with these settings."""
+    rows, model, said = material(check)
+    code, output, said = check.call(
+        "unisono", "check", "--json", "--model", model, "--data", rows, "--workers", workers,
+        *(word for setting in settings for word in ("--set", setting)), seconds=30)
+    events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    found = next((e for e in events if e.get("event") == "memory"), None)
+    return found or {"fits": False, "said": said}
+
+
+def placements(check):
+    """Sums and state on the GPU or on the host, fp32 and bf16: one result; memory planned against what the GPU really held."""
+    result = {"good": True, "placements": []}
+    states = ("fp32", "bf16")
+    for state in states:
+        digests = set()
+        for offload in ("nothing", "masters", "moments", "state", "all"):
+            more = [f"cluster.offload={offload}", f"train.optimizer_state={state}", "model.compute=bf16", "cluster.transport=tcp"]
+            with Watch() as watch:
+                one = trained(check, f"placed-{state}-{offload}", (1,), more)
+            run = one["runs"][0] if one.get("runs") else {}
+            digests.add(run.get("digest"))
+            plan = foreseen(check, [*settings_of(check), *more])
+            result["good"] &= one["good"] and plan["fits"]
+            result["placements"].append({"state": state, "offload": offload, "digest": run.get("digest"), "said": run.get("said"),
+                                         "gpu_planned_bytes": plan.get("gpu_total_bytes", 0), "gpu_peak_bytes": watch.most})
+        result["good"] &= len(digests) == 1 and None not in digests
+    # What is not loaded before the first step is in nobody's plan: the context. A plan that is too small would end in the night.
+    result["within"] = all(p["gpu_peak_bytes"] <= 1.05 * p["gpu_planned_bytes"] + (1 << 30) for p in result["placements"]) \
+        if not check.tiny else None
+    result["good"] &= result["within"] is not False
+    return result
+
+
+def plans(check):
+    """Where models that people know fit this GPU: nothing is loaded."""
+    if check.tiny:
+        return {"good": None, "said": "only where there is a GPU; the worker's own tests plan for one that is not there"}
+    rows, _, said = material(check)
+    if said is not None:
+        return {"good": False, "said": said}
+    result = {"good": True, "plans": []}
+    for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Llama-3.1-8B"):
+        directory = check.scratch / f"plan-{name}"
+        if not directory.exists():
+            shutil.copytree(check.scratch / "model", directory)
+            config = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096, **SHAPES[name]}))
+        code, output, said = check.call(
+            "unisono", "check", "--json", "--model", directory, "--data", rows, "--workers", 1, "--set", "cluster.device=cuda",
+            "--set", "model.compute=bf16", "--set", "train.micro_batches=8", seconds=40)
+        events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        found = next((e for e in events if e.get("event") == "memory"), {})
+        keys = ("fits", "total_bytes", "gpu_total_bytes", "gpu_available_bytes", "offload", "recompute", "remedy")
+        result["plans"].append({"model": name, **{key: found.get(key) for key in keys}, **({} if found else {"said": said})})
+        result["good"] &= bool(found.get("gpu_total_bytes")) and found["fits"]
+    return result
 
 
 def nccl(check):
@@ -422,6 +514,18 @@ def table(report):
         for run, way in runs:
             sizes = [f"{run[key] / 1e9:.2f} GB" if run[key] else "" for key in ("planned_bytes", "peak_bytes")]
             lines.append(f"| {run['workers']}{way} | `{run['digest'][:20]}` | {run['tokens_per_second']:,.0f} | {sizes[0]} | {sizes[1]} |")
+    placed = report["parts"].get("placements", {}).get("placements", [])
+    if placed:
+        lines += ["", "| state | on the host | digest | planned on the GPU | held there |", "| --- | --- | --- | --- | --- |"]
+        for one in placed:
+            sizes = [f"{one[key] / 1e9:.2f} GB" for key in ("gpu_planned_bytes", "gpu_peak_bytes")]
+            lines.append(f"| {one['state']} | {one['offload']} | `{(one['digest'] or '')[:20]}` | {sizes[0]} | {sizes[1]} |")
+    planned = report["parts"].get("plans", {}).get("plans", [])
+    if planned:
+        lines += ["", "| model | planned on the GPU | on the host | left there | computed again |", "| --- | --- | --- | --- | --- |"]
+        for one in planned:
+            sizes = [f"{(one.get(key) or 0) / 1e9:.1f} GB" for key in ("gpu_total_bytes", "total_bytes")]
+            lines.append(f"| {one['model']} | {sizes[0]} | {sizes[1]} | {one.get('offload')} | {one.get('recompute')} |")
     answers = report["parts"].get("settle", {}).get("answers")
     if answers:
         lines += ["", "| question | answer |", "| --- | --- |"]

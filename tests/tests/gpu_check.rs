@@ -18,7 +18,15 @@ fn the_check_of_a_gpu_runs_on_a_processor() {
     // What needs torch in python, and what the worker's own tests run, is left out.
     let output = Command::new("python3")
         .arg(checkout().join("scripts/gpu_check.py"))
-        .args(["--device", "cpu", "--only", "machine,goldens,runs,nccl,speed", "--seconds", "300", "--programs"])
+        .args([
+            "--device",
+            "cpu",
+            "--only",
+            "machine,goldens,runs,placements,nccl,speed",
+            "--seconds",
+            "300",
+            "--programs",
+        ])
         .arg(&programs)
         .arg("--out")
         .arg(out.path())
@@ -33,6 +41,7 @@ fn the_check_of_a_gpu_runs_on_a_processor() {
     assert_eq!(report["parts"]["runs"]["runs"].as_array().unwrap().len(), 3, "{table}");
     assert_eq!(report["parts"]["nccl"]["one_result"], true, "{table}");
     assert_eq!(report["parts"]["nccl"]["as_over_tcp"], true, "{table}");
+    assert_eq!(report["parts"]["placements"]["placements"].as_array().unwrap().len(), 10, "{table}");
     assert!(report["parts"]["goldens"]["checked"].as_u64().unwrap() >= 8, "{table}");
     assert!(table.contains("| tiny, 256 tokens in 64s"), "{table}");
 }
