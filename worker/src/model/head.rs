@@ -9,14 +9,16 @@ use crate::ops::operation::operation;
 use crate::ops::{cross_entropy, matmul, rows};
 use tch::{Device, Tensor};
 
-/// Rows of logits at a time on a processor. Fixed for a kind of device, because it decides how the weight's gradient is
-/// added up.
-pub const CHUNK: usize = 512;
+/// Rows of logits at a time on a processor, at least.
+const CHUNK: usize = 512;
+/// Logits at a time beyond that.
+const LOGITS: usize = 1 << 24;
 
-/// On a GPU more: each chunk's gradient of the weight is written and added up, which takes as long as its product.
-pub fn rows_at_once(device: Device) -> usize {
+/// Rows of logits at a time. Fixed for a vocabulary and a kind of device, because it decides how the weight's gradient is
+/// added up: each chunk's is written, and added to that of the others, which takes as long as a product of few rows.
+pub fn rows_at_once(device: Device, vocabulary: usize) -> usize {
     match device {
-        Device::Cpu => CHUNK,
+        Device::Cpu => CHUNK.max(LOGITS / vocabulary.max(1) / CHUNK * CHUNK).min(8 * CHUNK),
         _ => 8 * CHUNK,
     }
 }
@@ -120,8 +122,12 @@ impl Head {
                 // One chunk is a leaf as it stands; more are added up wide.
                 None if last.rows <= chunk => part,
                 sum => {
-                    let mut sum = sum.unwrap_or_else(|| pool.take_zero(wide, &[part.size()[0] as usize, hidden]));
-                    operation("head sum", || rows::accumulate(&mut sum, &part));
+                    let first = sum.is_none();
+                    let mut sum = sum.unwrap_or_else(|| pool.take(wide, &[part.size()[0] as usize, hidden]));
+                    operation("head sum", || match first {
+                        true => sum.copy_(&part),
+                        false => rows::accumulate(&mut sum, &part),
+                    });
                     sum
                 }
             });

@@ -144,7 +144,7 @@ impl Model {
 
     fn over(spec: ModelSpec, layout: Arc<Layout>, compute: Kind, device: Device, parameters: Parameters) -> Self {
         let (pool, recompute, rotation) = (Pool::new(device), Recompute::default(), Mutex::default());
-        let (flat, head_rows) = (flash::serves(device, compute, spec.head_dim), head::rows_at_once(device));
+        let (flat, head_rows) = (flash::serves(device, compute, spec.head_dim), head::rows_at_once(device, spec.vocab));
         Model { spec, layout, compute, device, parameters, pool, recompute, rotation, flat, head_rows }
     }
 
@@ -160,7 +160,7 @@ impl Model {
     pub fn as_on_gpu(mut self) -> Self {
         let gpu = Device::Cuda(0);
         self.flat = flash::serves(gpu, self.compute, self.spec.head_dim);
-        self.head_rows = head::rows_at_once(gpu);
+        self.head_rows = head::rows_at_once(gpu, self.spec.vocab);
         self
     }
 
