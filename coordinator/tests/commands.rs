@@ -20,6 +20,7 @@ const COMMANDS: &[&str] = &[
     "check",
     "digest",
     "status",
+    "token",
     "monitor",
     "export",
     "generate",

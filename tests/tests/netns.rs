@@ -155,22 +155,25 @@ fn two_hosts_give_the_result_of_one() {
         wait(worker, "a worker");
     }
     wait_until_gone(&mark, Duration::from_secs(2));
+    let beside = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+    let passes: Vec<_> = beside.filter(|path| path.display().to_string().contains("/token.pass-")).collect();
+    assert_eq!(passes.len(), 1, "what a worker was let in with is kept once for its host: {passes:?}");
+    owner_only(&passes[0]);
     let digest = binaries::command(&["digest"]).arg(&run_dir).output().unwrap();
     let digest = String::from_utf8_lossy(&digest.stdout).into_owned();
     assert!(digest.contains(&local.digest()), "two hosts: {digest}, one machine: {}", local.digest());
 }
 
-/// The worker's token from the run's control file, once it is there.
+/// The token that is made for other machines, once it is there.
 fn worker_token(run_dir: &Path, coordinator: &mut Child) -> String {
-    let path = run_dir.join("control.json");
+    let path = run_dir.join("worker.token");
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         let text = std::fs::read_to_string(&path).unwrap_or_default();
-        if let Ok(control) = serde_json::from_str::<serde_json::Value>(&text) {
-            let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
-            assert_eq!(mode & 0o777, 0o600, "the control file is for its owner only");
-            let tokens = &control["tokens"];
-            return tokens["worker"].as_str().unwrap_or_else(|| panic!("no worker token: {control}")).to_owned();
+        if text.ends_with('\n') {
+            owner_only(&path);
+            owner_only(&run_dir.join("control.json"));
+            return text.trim_end().to_owned();
         }
         if let Some(status) = coordinator.try_wait().unwrap() {
             panic!("the coordinator ended early: {status}: {}", wait(coordinator, "the coordinator"));
@@ -178,6 +181,11 @@ fn worker_token(run_dir: &Path, coordinator: &mut Child) -> String {
         assert!(Instant::now() < deadline, "{} did not appear", path.display());
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+fn owner_only(path: &Path) {
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(path).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600, "{} is for its owner only", path.display());
 }
 
 /// The same token with another secret.

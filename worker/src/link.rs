@@ -1,13 +1,16 @@
 //! The worker's end of the wire. Everything asynchronous lives on a thread of its own: reading directives, fetching
 //! micro-batches ahead, a heartbeat each second. The compute thread sees plain blocking calls.
 
+pub mod entry;
 mod tasks;
 
 use crate::collective::tcp::Stopper;
 use crate::model::Batch;
 use crate::progress::Progress;
 use crate::snapshot::Verdicts;
+use entry::Entry;
 use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{mpsc as plain, Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -109,6 +112,7 @@ impl Reporter {
 /// The worker's view of the coordinator.
 pub struct Link {
     shared: Arc<Shared>,
+    entry: Arc<Entry>,
     incoming: plain::Receiver<FromCoordinator>,
     batches: plain::Receiver<MicroBatch>,
     /// Directives that were taken and not begun.
@@ -171,11 +175,21 @@ impl Link {
         let (keys, wanted) = mpsc::unbounded_channel();
         let (close, closed) = plain::channel();
         let Connections { control, data, token } = connections;
-        let token = Arc::new(token);
+        let entry = Arc::new(Entry::new(token));
         runtime.spawn(beat(shared.clone()));
-        runtime.spawn(attend(shared.clone(), control, token.clone(), reports, to_compute, keys, close));
-        runtime.spawn(fetch(shared.clone(), data, token, wanted, credit.clone(), to_batches));
-        Link { shared, incoming, batches, kept: Mutex::default(), early: Mutex::default(), credit, closed, runtime }
+        runtime.spawn(attend(shared.clone(), control, entry.clone(), reports, to_compute, keys, close));
+        runtime.spawn(fetch(shared.clone(), data, entry.clone(), wanted, credit.clone(), to_batches));
+        Link {
+            shared,
+            entry,
+            incoming,
+            batches,
+            kept: Mutex::default(),
+            early: Mutex::default(),
+            credit,
+            closed,
+            runtime,
+        }
     }
 
     /// Sends reports from another thread.
@@ -209,6 +223,21 @@ impl Link {
     /// The newest epoch that this process has known.
     pub fn known(&self) -> Option<Epoch> {
         *lock(&self.shared.known)
+    }
+
+    /// What the coordinator knows this worker by from now on, if it gave it such.
+    pub fn pass(&self) -> Option<Token> {
+        self.entry.pass()
+    }
+
+    /// Writes a pass that is new into the file `place` once it is there.
+    pub fn keep_pass(&self, place: PathBuf) {
+        let entry = self.entry.clone();
+        self.runtime.spawn(async move {
+            if let Some(pass) = entry.granted().await {
+                entry::keep(&place, &pass);
+            }
+        });
     }
 
     /// Waits until the coordinator ends this link, at most for `patience`.

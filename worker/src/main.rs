@@ -14,7 +14,7 @@ use unisono_proto::dial::Token;
 use unisono_proto::v1::worker_message::Body;
 use unisono_proto::v1::{Assign, Epoch, Failure, Join, Phase};
 use unisono_worker::collective::tcp;
-use unisono_worker::link::{self, Link, Reporter};
+use unisono_worker::link::{self, entry, Link, Reporter};
 use unisono_worker::memory::kernels;
 use unisono_worker::model::Recompute;
 use unisono_worker::snapshot::exchange::Exchange;
@@ -253,6 +253,8 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
         Ok(token) => token,
         Err(e) => return complain(&e, BAD_INPUT),
     };
+    let place = entry::place(&host_name());
+    let mut token = place.as_deref().and_then(|place| entry::kept(place, &token)).unwrap_or(token);
     let host = match listen.map_or_else(|| local_address(address), Ok) {
         Ok(host) => host,
         Err(problem) => return complain(&problem, BAD_INPUT),
@@ -285,6 +287,9 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
     };
     loop {
         *coordinator() = Some(link.reporter());
+        if let Some(place) = &place {
+            link.keep_pass(place.clone());
+        }
         match take_part(&link, &mut standing) {
             Some(code) => {
                 link.close();
@@ -293,6 +298,7 @@ fn join(address: &str, listen: Option<String>, advertise: Option<String>) -> Exi
             None => (known, join.again) = (link.known(), true),
         }
         ROUNDS.fetch_add(1, Ordering::SeqCst);
+        token = link.pass().unwrap_or(token);
         link.close();
         join.held = held.held();
         link = match reach(address, &token, &join, known, standing.patience) {

@@ -38,6 +38,11 @@ pub struct Cluster {
     pub rejoin_timeout: f64,
     /// Losses of workers in a row, without anything new in between, that a run survives; 0: the first lost worker ends it.
     pub restarts: u32,
+    /// Hours for which a token that is carried to other machines (worker.token) lets somebody in; who was let in stays.
+    pub token_hours: f64,
+    /// Processes that worker.token lets in; "auto": two for each worker, so that each may be replaced once by one that has
+    /// lost its pass.
+    pub token_uses: Count,
 }
 
 impl Default for Cluster {
@@ -57,6 +62,8 @@ impl Default for Cluster {
             hang_after: 5.0,
             rejoin_timeout: 60.0,
             restarts: 3,
+            token_hours: 24.0,
+            token_uses: Count::Auto,
         }
     }
 }

@@ -76,6 +76,8 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "hang_after",
             "rejoin_timeout",
             "restarts",
+            "token_hours",
+            "token_uses",
         ],
     ),
     ("eval", &["every"]),

@@ -415,6 +415,16 @@ fn cluster(s: &Section<'_>) -> Result<Cluster, Error> {
             "a number of seconds from 0",
         )?,
         restarts: s.whole("restarts", u64::from(d.restarts), 0)? as u32,
+        token_hours: s.real(
+            "token_hours",
+            d.token_hours,
+            |x| x > 0.0 && x <= 87_600.0,
+            "a number of hours above 0, and at most 87600",
+        )?,
+        token_uses: match auto("token_uses") {
+            true => s.choice("token_uses", d.token_uses, &[("auto", Count::Auto)])?,
+            false => Count::Exactly(s.whole("token_uses", 1, 1)? as usize),
+        },
     })
 }
 

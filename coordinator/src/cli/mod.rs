@@ -16,6 +16,7 @@ pub mod resume;
 pub mod run_dir;
 pub mod screen;
 pub mod shares;
+pub mod token;
 pub mod train;
 pub mod watch;
 
@@ -57,6 +58,8 @@ enum Command {
     Monitor(watch::MonitorArgs),
     /// Show on one screen where a run is.
     Status(watch::StatusArgs),
+    /// Make a token with which somebody joins a run, or looks on, from another machine.
+    Token(token::Args),
     /// Continue prompts greedily with a trained run or a model.
     Generate(generate::Args),
     /// Make a small model, teach it small tasks with several workers and with one, and compare.
@@ -113,6 +116,7 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Monitor(args) => watch::monitor(args),
         Command::Status(args) => watch::status(args),
+        Command::Token(args) => token::run(args),
         Command::Check(args) => check::check(args),
         Command::Inspect(args) => inspect::inspect(args),
         Command::Import(args) => import::run(args),

@@ -1,5 +1,6 @@
 //! What the coordinator's process shows and tells: events to the views, milestones to the supervisor.
 
+use super::token;
 use crate::data::{Progress, Report};
 use crate::launch::report::{self, Reporter};
 use crate::monitor::bar::Bar;
@@ -8,6 +9,7 @@ use crate::monitor::plain::{grouped, Plain};
 use crate::monitor::state::RunState;
 use crate::monitor::{Display, View};
 use crate::serve::control::Control;
+use crate::serve::identity::{Identity, Terms};
 use crate::serve::ledger::{self, Reader, LEDGER};
 use crate::serve::setup::Observer;
 use indicatif::{ProgressBar, ProgressDrawTarget};
@@ -19,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use unisono_configs::run::{Cluster, Count};
+use unisono_proto::dial::Role;
 use unisono_proto::v1::{event::Body, Event};
 
 /// Seconds between two step lines where no bar can be drawn.
@@ -55,6 +58,8 @@ struct Inner {
     steps: u64,
     /// The run's directory, where no supervisor starts the workers: its user has to be told how they join.
     invitation: Option<PathBuf>,
+    /// Of the token that they join with.
+    terms: Terms,
 }
 
 /// Between the loop and the thread that shows.
@@ -113,8 +118,14 @@ impl Screen {
             Count::Auto => 1,
         };
         let restarts = cluster.restarts;
+        let uses = match cluster.token_uses {
+            Count::Exactly(uses) => uses,
+            // One for each, and one for whoever replaces it without its pass.
+            Count::Auto => 2 * workers,
+        };
+        let terms = Terms { hours: cluster.token_hours, uses: Some(u32::try_from(uses).unwrap_or(u32::MAX)) };
         let invitation = (!reporter.supervised()).then(|| run_dir.to_path_buf());
-        Screen { inner: Mutex::new(Inner { reporter, workers, restarts, steps: 0, invitation }), desk }
+        Screen { inner: Mutex::new(Inner { reporter, workers, restarts, steps: 0, invitation, terms }), desk }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -207,7 +218,7 @@ impl Observer for Screen {
     fn listening(&self, control: &Control) {
         let mut inner = self.lock();
         if let Some(run_dir) = &inner.invitation {
-            eprint!("{}", invitation(run_dir, control, inner.workers));
+            eprint!("{}", invitation(run_dir, control, inner.workers, inner.terms));
         }
         let ready = report::Report::Ready {
             address: control.address.clone(),
@@ -238,17 +249,18 @@ impl Observer for Screen {
     }
 }
 
-/// How workers join. The token goes into a file of its own, so that it can be copied to their machines.
-fn invitation(run_dir: &Path, control: &Control, workers: usize) -> String {
+/// How workers join. A token that ends goes into a file of its own, so that it can be copied to their machines.
+fn invitation(run_dir: &Path, control: &Control, workers: usize, terms: Terms) -> String {
     let path = run_dir.join("worker.token");
-    let written = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
-    let told = match written.and_then(|mut file| writeln!(file, "{}", control.tokens.worker)) {
-        Ok(()) => format!("with {}", path.display()),
-        Err(error) => format!(
-            "with tokens.worker of {}/control.json as worker.token ({}: {error})",
-            run_dir.display(),
-            path.display()
-        ),
+    let made = Identity::seal_of(run_dir).map_err(|error| error.to_string()).and_then(|seal| {
+        let token = seal.invite(Role::Worker, terms);
+        let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
+        let written = opened.and_then(|mut file| writeln!(file, "{}", token.reveal()));
+        written.map_err(|error| format!("{}: {error}", path.display()))
+    });
+    let told = match made {
+        Ok(()) => format!("with {} ({})", path.display(), token::terms(Role::Worker, terms)),
+        Err(problem) => format!("with what `unisono token {}` prints as worker.token ({problem})", run_dir.display()),
     };
     let plural = if workers == 1 { "worker" } else { "workers" };
     format!(

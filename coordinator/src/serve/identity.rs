@@ -13,7 +13,8 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use unisono_proto::dial::{Role, Token, SERVER_NAME};
+use std::time::{SystemTime, UNIX_EPOCH};
+use unisono_proto::dial::{Claims, Role, Token, SERVER_NAME};
 
 /// Name of the file within a run's directory.
 pub const IDENTITY: &str = "identity.json";
@@ -22,7 +23,56 @@ pub struct Identity {
     /// CA certificate, PEM: tokens carry its hash.
     pub authority: String,
     pub tokens: Tokens,
+    /// What tokens that are carried to other machines are sealed with.
+    pub seal: Seal,
     pub server: Arc<rustls::ServerConfig>,
+}
+
+/// Makes and recognizes tokens that end. Shows no secret.
+#[derive(Clone)]
+pub struct Seal {
+    key: [u8; 32],
+    authority: Vec<u8>,
+}
+
+/// How many processes a token lets in, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Terms {
+    pub hours: f64,
+    pub uses: Option<u32>,
+}
+
+impl Seal {
+    /// A token for somebody elsewhere.
+    pub fn invite(&self, role: Role, terms: Terms) -> Token {
+        let ends = now().saturating_add((terms.hours * 3600.0).ceil() as u64).max(1);
+        Token::seal(&self.key, role, &self.authority, Claims { id: fresh(), ends: Some(ends), uses: terms.uses })
+    }
+
+    /// For a worker that was let in: nothing else is asked of it until the run is over.
+    pub fn pass(&self) -> Token {
+        Token::seal(&self.key, Role::Worker, &self.authority, Claims { id: fresh(), ends: None, uses: None })
+    }
+
+    /// What a call's `authorization` value claims, if it was made here.
+    pub fn open(&self, authorization: &[u8]) -> Option<(Role, Claims)> {
+        Token::open(&self.key, authorization)
+    }
+}
+
+/// Seconds since the Unix epoch.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn fresh() -> u64 {
+    u64::from_le_bytes(random())
+}
+
+fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    ring::default_provider().secure_random.fill(&mut bytes).expect("the system has a source of randomness");
+    bytes
 }
 
 /// What is kept. All PEM.
@@ -32,6 +82,8 @@ struct Kept {
     certificate: String,
     key: String,
     tokens: Tokens,
+    /// 64 hexadecimal digits.
+    seal: String,
 }
 
 impl Identity {
@@ -46,6 +98,19 @@ impl Identity {
         let kept = make().map_err(failed)?;
         write(&path, &kept).map_err(|error| Error::File { path, problem: error.to_string() })?;
         kept.identity().map_err(failed)
+    }
+
+    /// The seal of the run in `run_dir`, while it is served.
+    pub fn seal_of(run_dir: &Path) -> Result<Seal, Error> {
+        let path = run_dir.join(IDENTITY);
+        let unread = |problem: String| Error::File { path: path.clone(), problem };
+        let text = fs::read(&path).map_err(|error| {
+            unread(format!(
+                "cannot be read ({error}); no coordinator runs in this run directory, or it belongs to another user"
+            ))
+        })?;
+        let kept: Kept = serde_json::from_slice(&text).map_err(|error| unread(format!("damaged ({error})")))?;
+        Ok(kept.identity().map_err(|error| unread(format!("damaged ({error})")))?.seal)
     }
 
     pub fn tokens(&self) -> Result<Vec<Token>, Error> {
@@ -65,13 +130,17 @@ impl Kept {
     fn identity(self) -> Result<Identity, Box<dyn std::error::Error>> {
         let chain = [&self.certificate, &self.authority].map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()));
         let [certificate, authority] = chain;
+        let authority = authority?;
+        let der = authority.to_vec();
         let private = PrivateKeyDer::from_pem_slice(self.key.as_bytes())?;
         let mut server = rustls::ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()
-            .with_single_cert(vec![certificate?, authority?], private)?;
+            .with_single_cert(vec![certificate?, authority], private)?;
         server.alpn_protocols = vec![b"h2".to_vec()];
-        let identity = Identity { authority: self.authority, tokens: self.tokens, server: Arc::new(server) };
+        let key = *blake3::Hash::from_hex(self.seal.as_bytes())?.as_bytes();
+        let seal = Seal { key, authority: der };
+        let identity = Identity { authority: self.authority, tokens: self.tokens, seal, server: Arc::new(server) };
         identity.tokens()?;
         Ok(identity)
     }
@@ -89,7 +158,8 @@ fn make() -> Result<Kept, Box<dyn std::error::Error>> {
     let leaf = leaf.signed_by(&key, &authority)?;
     let token = |role| Token::generate(role, authority.der()).reveal();
     let tokens = Tokens { worker: token(Role::Worker), monitor: token(Role::Monitor), operator: token(Role::Operator) };
-    Ok(Kept { authority: authority.pem(), certificate: leaf.pem(), key: key.serialize_pem(), tokens })
+    let seal = blake3::Hash::from_bytes(random()).to_hex().to_string();
+    Ok(Kept { authority: authority.pem(), certificate: leaf.pem(), key: key.serialize_pem(), tokens, seal })
 }
 
 /// Whole or not at all, readable by its owner only.
@@ -114,10 +184,19 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let again = Identity::of(dir.path()).unwrap();
         assert_eq!((&again.authority, &again.tokens.worker), (&first.authority, &first.tokens.worker));
+        // What somebody was invited with before holds after.
+        let invited = Identity::seal_of(dir.path()).unwrap().invite(Role::Monitor, Terms { hours: 1.0, uses: None });
+        let mut request = tonic::Request::new(());
+        invited.authorize(&mut request);
+        let sent = request.metadata().get("authorization").unwrap().as_bytes();
+        let (role, claims) = again.seal.open(sent).unwrap();
+        assert_eq!((role, claims.uses), (Role::Monitor, None));
+        assert!((now() + 3590..=now() + 3600).contains(&claims.ends.unwrap()));
         fs::write(&path, &fs::read(&path).unwrap()[..100]).unwrap();
         let other = Identity::of(dir.path()).unwrap();
         assert_ne!(other.tokens.worker, first.tokens.worker);
         forget(dir.path());
+        assert!(Identity::seal_of(dir.path()).is_err_and(|error| error.to_string().contains("no coordinator runs")));
         assert_ne!(Identity::of(dir.path()).unwrap().tokens.worker, other.tokens.worker);
     }
 }

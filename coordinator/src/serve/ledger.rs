@@ -26,6 +26,7 @@ CREATE TABLE IF NOT EXISTS events (
     body TEXT NOT NULL,
     message BLOB NOT NULL
 );
+CREATE TABLE IF NOT EXISTS tokens (id TEXT PRIMARY KEY, uses INTEGER NOT NULL) WITHOUT ROWID;
 CREATE VIEW IF NOT EXISTS steps AS SELECT
     json_extract(body, '$.step') AS step, json_extract(body, '$.loss') AS loss,
     json_extract(body, '$.grad_norm') AS grad_norm, json_extract(body, '$.lr') AS lr,
@@ -152,6 +153,13 @@ impl Ledger {
         Ok(())
     }
 
+    /// Counts one more use of the token `id`; false where it has had `most` already. Durable when this returns.
+    pub fn spend(&mut self, id: u64, most: u32) -> Result<bool, Error> {
+        let sql = "INSERT INTO tokens VALUES (?1, 1) ON CONFLICT (id) DO UPDATE SET uses = uses + 1 WHERE uses < ?2";
+        let spent = self.connection.execute(sql, params![format!("{id:016x}"), most]);
+        spent.map(|rows| rows == 1).map_err(|source| Error::Sqlite { path: self.path.clone(), source })
+    }
+
     /// A reader of the same ledger.
     pub fn reader(&self) -> Result<Reader, Error> {
         Reader::open(&self.path)
@@ -254,6 +262,19 @@ mod tests {
         assert_eq!(loss, 2.0 / 3.0);
         let split: String = reader.connection.query_row("SELECT split FROM evals", [], |r| r.get(0)).unwrap();
         assert_eq!(split, "validation");
+    }
+
+    #[test]
+    fn a_token_is_used_up_for_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ledger = Ledger::open(dir.path()).unwrap();
+        assert!(
+            ledger.spend(u64::MAX, 2).unwrap() && ledger.spend(7, 1).unwrap() && ledger.spend(u64::MAX, 2).unwrap()
+        );
+        drop(ledger);
+        let mut ledger = Ledger::open(dir.path()).unwrap();
+        assert!(!ledger.spend(u64::MAX, 2).unwrap() && !ledger.spend(7, 1).unwrap());
+        assert!(ledger.spend(8, 1).unwrap());
     }
 
     #[test]

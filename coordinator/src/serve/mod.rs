@@ -6,7 +6,7 @@ mod audience;
 mod commit;
 pub mod control;
 mod filesystem;
-mod identity;
+pub mod identity;
 pub mod ledger;
 mod pages;
 pub mod setup;
@@ -157,16 +157,27 @@ pub async fn serve(
 
     let control = Control { address, pid: std::process::id(), term, ca: identity.authority, tokens: identity.tokens };
     let (incoming, accepting) = accept::accept(listener, identity.server);
-    let training = TrainingServer::new(TrainingService { handle: handle.clone(), work: setup.work, prepared })
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let training = TrainingServer::new(TrainingService {
+        handle: handle.clone(),
+        work: setup.work,
+        prepared,
+        seal: identity.seal.clone(),
+    })
+    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+    .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let ushering = tokio::spawn(audience.clone().usher());
     let viewing = ViewingService::new(handle.clone(), audience, Archive::new(reader));
     let (close, closing) = oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
         .max_concurrent_streams(Some(64))
-        .add_service(InterceptedService::new(training, Access::new(tokens.clone(), &[Role::Worker])))
-        .add_service(InterceptedService::new(viewing, Access::new(tokens, &[Role::Monitor, Role::Operator])))
+        .add_service(InterceptedService::new(
+            training,
+            Access::new(tokens.clone(), identity.seal.clone(), &[Role::Worker]),
+        ))
+        .add_service(InterceptedService::new(
+            viewing,
+            Access::new(tokens, identity.seal, &[Role::Monitor, Role::Operator]),
+        ))
         .serve_with_incoming_shutdown(incoming, async move { drop(closing.await) });
     let mut server = tokio::spawn(server);
     control.write(&run_dir)?;

@@ -84,6 +84,12 @@ pub enum Command {
     Status {
         reply: oneshot::Sender<StatusReply>,
     },
+    /// May this token let one more in, of as many as `uses`? What is answered is durable.
+    Admit {
+        token: u64,
+        uses: u32,
+        reply: oneshot::Sender<bool>,
+    },
 }
 
 /// Sends commands to the loop. Cheap to clone.
@@ -235,6 +241,15 @@ impl Steering {
             Command::Status { reply } => {
                 // Fails only when the viewer is gone.
                 reply.send(self.machine.status(self.clock.now())).ok();
+                Vec::new()
+            }
+            Command::Admit { token, uses, reply } => {
+                let admitted = self.ledger.spend(token, uses).unwrap_or_else(|error| {
+                    tracing::warn!(%error, "a worker is not let in: its token could not be counted");
+                    false
+                });
+                // Fails only when the worker is gone.
+                reply.send(admitted).ok();
                 Vec::new()
             }
         }

@@ -1,15 +1,19 @@
 //! The worker-facing service: thin. Messages go to the loop as commands, micro-batches come straight from the work.
 
+use super::access::{remedy, Carried};
+use super::identity::Seal;
 use super::steering::{Command, Handle};
 use super::work::Work;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tokio_stream::Stream;
+use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status, Streaming};
+use unisono_proto::dial::{Claims, Role, Token, PASS};
 use unisono_proto::v1::training_server::Training;
 use unisono_proto::v1::worker_message::Body;
 use unisono_proto::v1::{BatchRequest, CoordinatorMessage, MicroBatch, Suite, WorkerMessage};
@@ -25,6 +29,29 @@ pub struct TrainingService {
     pub work: Work,
     /// Steps up to this one can be dealt: their rows are known.
     pub prepared: Arc<AtomicU64>,
+    pub seal: Seal,
+}
+
+impl TrainingService {
+    /// The pass of a worker whose token ends, or lets a number of workers in; `None` where it needs none.
+    async fn admit(&self, carried: Option<Carried>) -> Result<Option<Token>, Status> {
+        let Some(Carried(Claims { id, ends: Some(_), uses })) = carried else { return Ok(None) };
+        if let Some(uses) = uses {
+            let (reply, answer) = oneshot::channel();
+            let over = || Status::failed_precondition("the run is over; start a new one");
+            if !self.handle.send(Command::Admit { token: id, uses, reply }) {
+                return Err(over());
+            }
+            if !answer.await.map_err(|_| over())? {
+                let workers = if uses == 1 { "one worker".into() } else { format!("{uses} workers") };
+                return Err(Status::unauthenticated(format!(
+                    "this token was for {workers} and has let as many in; {}",
+                    remedy(Role::Worker)
+                )));
+            }
+        }
+        Ok(Some(self.seal.pass()))
+    }
 }
 
 type Outgoing<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -35,6 +62,7 @@ impl Training for TrainingService {
     type BatchesStream = Outgoing<MicroBatch>;
 
     async fn attend(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Self::AttendStream>, Status> {
+        let pass = self.admit(request.extensions().get::<Carried>().copied()).await?;
         let mut inbound = request.into_inner();
         let (outbound, messages) = mpsc::unbounded_channel();
         let handle = self.handle.clone();
@@ -66,19 +94,39 @@ impl Training for TrainingService {
             };
             handle.send(Command::Ended { from, reason });
         });
-        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(messages))))
+        let mut response: Response<Self::AttendStream> =
+            Response::new(Box::pin(UnboundedReceiverStream::new(messages)));
+        if let Some(pass) = pass {
+            let mut pass: MetadataValue<_> = pass.reveal().parse().expect("names and numbers are ASCII");
+            pass.set_sensitive(true);
+            response.metadata_mut().insert(PASS, pass);
+        }
+        Ok(response)
     }
 
     async fn batches(
         &self,
         request: Request<Streaming<BatchRequest>>,
     ) -> Result<Response<Self::BatchesStream>, Status> {
+        if request.extensions().get::<Carried>().is_some_and(|Carried(claims)| claims.ends.is_some()) {
+            return Err(Status::unauthenticated(
+                "micro-batches go to workers that were let in; call Attend first, and come with the pass that it answers with",
+            ));
+        }
         let mut inbound = request.into_inner();
         let (packed, batches) = mpsc::channel(PACKED_AHEAD);
         let (work, handle, prepared) = (self.work.clone(), self.handle.clone(), self.prepared.clone());
         tokio::spawn(async move {
-            while let Ok(Some(BatchRequest { key })) = inbound.message().await {
-                let key = key.unwrap_or_default();
+            loop {
+                let key = match inbound.message().await {
+                    Ok(Some(BatchRequest { key })) => key.unwrap_or_default(),
+                    Ok(None) => break,
+                    Err(status) => {
+                        // Heard where it still listens: what it sent is too large, or damaged.
+                        packed.send(Err(status)).await.ok();
+                        break;
+                    }
+                };
                 let none = || {
                     let (suite, step, index) = (key.suite().as_str_name(), key.step, key.micro_batch);
                     Status::not_found(format!("the plan has no micro-batch {index} in step {step} of {suite}"))

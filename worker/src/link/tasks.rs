@@ -1,5 +1,6 @@
 //! What the link's own thread does: heartbeats, reading the coordinator's messages, fetching micro-batches.
 
+use super::entry::Entry;
 use super::{keys, Error, CREDIT};
 use crate::collective::tcp::Stopper;
 use crate::progress::Progress;
@@ -10,8 +11,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, Semaphore};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
-use unisono_proto::dial::{self, Token};
+use tonic::{Code, Status};
+use unisono_proto::dial;
 use unisono_proto::v1::coordinator_message::Body as FromCoordinator;
 use unisono_proto::v1::worker_message::Body as ToCoordinator;
 use unisono_proto::v1::{
@@ -82,14 +83,6 @@ impl Shared {
     }
 }
 
-fn authorized<T>(message: T, token: &Option<Token>) -> Request<T> {
-    let mut request = Request::new(message);
-    if let Some(token) = token {
-        token.authorize(&mut request);
-    }
-    request
-}
-
 fn status(status: &Status) -> Error {
     match status.code() {
         Code::Unauthenticated | Code::PermissionDenied | Code::FailedPrecondition | Code::InvalidArgument => {
@@ -118,16 +111,17 @@ pub(super) async fn beat(shared: Arc<Shared>) {
 pub(super) async fn attend(
     shared: Arc<Shared>,
     channel: Channel,
-    token: Arc<Option<Token>>,
+    entry: Arc<Entry>,
     reports: mpsc::Receiver<WorkerMessage>,
     to_compute: plain::Sender<FromCoordinator>,
     keys: mpsc::UnboundedSender<BatchKey>,
     close: plain::Sender<()>,
 ) {
     let mut client = dial::training(channel);
-    let error = match client.attend(authorized(ReceiverStream::new(reports), &token)).await {
+    let error = match client.attend(entry.ask(ReceiverStream::new(reports))).await {
         Err(s) => status(&s),
         Ok(response) => {
+            entry.admitted(response.metadata());
             let mut stream = response.into_inner();
             loop {
                 match stream.message().await {
@@ -215,7 +209,7 @@ fn take(
 pub(super) async fn fetch(
     shared: Arc<Shared>,
     channel: Channel,
-    token: Arc<Option<Token>>,
+    entry: Arc<Entry>,
     mut wanted: mpsc::UnboundedReceiver<BatchKey>,
     credit: Arc<Semaphore>,
     to_compute: plain::Sender<MicroBatch>,
@@ -232,7 +226,9 @@ pub(super) async fn fetch(
     });
     let mut client = dial::training(channel);
     let outcome = async {
-        let mut stream = client.batches(authorized(ReceiverStream::new(outgoing), &token)).await?.into_inner();
+        // Ends with the link where nobody is let in.
+        let request = entry.inside(ReceiverStream::new(outgoing)).await;
+        let mut stream = client.batches(request).await?.into_inner();
         while let Some(batch) = stream.message().await? {
             if to_compute.send(batch).is_err() {
                 break;
