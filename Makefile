@@ -82,9 +82,9 @@ gpu-check: ## On a machine with a GPU and torch 2.11.0: is every operation right
 # What `make goodput` trains, and for how long; without MODEL and DATA a tiny model.
 MINUTES ?= 30
 
-goodput: build ## What kills (one a minute for MINUTES=30) and checkpoints cost: MODEL=dir DATA=file
+goodput: build ## What kills (one a minute for MINUTES=30) and checkpoints cost: MODEL=dir DATA=file SET="key=value ..."
 	UNISONO_CHAOS='$(CHAOS)' UNISONO_MINUTES=$(MINUTES) $(if $(MODEL),UNISONO_MODEL='$(abspath $(MODEL))') \
-	$(if $(DATA),UNISONO_DATA='$(abspath $(DATA))') \
+	$(if $(DATA),UNISONO_DATA='$(abspath $(DATA))') $(if $(SET),UNISONO_SET='$(SET)') \
 	$(CARGO) test --release -p unisono-tests --locked -j $(JOBS) --test goodput -- --ignored --test-threads 1 --nocapture
 
 lint: setup ## Formatting, clippy, and licences with cargo-deny if it is installed

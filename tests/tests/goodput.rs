@@ -1,7 +1,8 @@
 //! How much of its time a run uses well: while processes are killed, and while it saves.
 //!
-//! `UNISONO_MODEL` and `UNISONO_DATA` name what is trained; without them, a tiny model of the tests'. Figures of a debug
-//! build say little: `make goodput` builds a release.
+//! `UNISONO_MODEL` and `UNISONO_DATA` name what is trained; without them, a tiny model of the tests'. `UNISONO_SET` has further
+//! keys ("train.global_batch_size=8 checkpoint.snapshot_every=5"). Figures of a debug build say little: `make goodput` builds
+//! a release.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,7 +19,10 @@ fn train(dir: &Path) -> Train {
     let tiny = fixture::tiny();
     let (model, data) = (named("UNISONO_MODEL").unwrap_or(tiny.model), named("UNISONO_DATA").unwrap_or(tiny.data));
     let workers = chronicle::asked("UNISONO_WORKERS", 2) as usize;
-    Train::new(&model, &data, dir).workers(workers).set("train.steps", 1_000_000).set("eval.every", 0)
+    let asked = std::env::var("UNISONO_SET").unwrap_or_default();
+    let keys = asked.split_whitespace().map(|word| word.split_once('=').expect("UNISONO_SET is words like KEY=VALUE"));
+    let train = Train::new(&model, &data, dir).workers(workers).set("train.steps", 100_000).set("eval.every", 0);
+    keys.fold(train, |train, (key, value)| train.set(key, value))
 }
 
 /// A process is killed every `UNISONO_KILL_EVERY` seconds (default 60) for `UNISONO_MINUTES` (default 30), the coordinator
