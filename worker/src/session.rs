@@ -211,7 +211,11 @@ impl<'l> Loading<'l> {
         let weights = Weights::open(&path)?;
         weights.check(&layout)?;
         let tied = spec.tied;
-        let failed = |source| Error::Model { path: path.clone(), source };
+        let failed = |source| match source {
+            // It names the file itself.
+            model::Error::Weights(error) => Error::Weights(error),
+            source => Error::Model { path: path.clone(), source },
+        };
         let held = assign.snapshot.as_ref();
         if let Some(exchange) = &standing.snapshots {
             // The neighbour's shard may be a few chunks larger than the own.

@@ -1,5 +1,7 @@
 //! `config.json` of a Hugging Face model, as transformers 4 and 5 write it, read by an allow-list: a key that changes
-//! the mathematics and is not implemented is refused by name, never ignored.
+//! the mathematics and is not implemented, or that nobody here knows, is refused by name, never ignored.
+
+use super::harmless::{changes_mathematics, is_harmless};
 
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -106,6 +108,8 @@ pub enum Error {
     ModelType { path: PathBuf, found: String },
     #[error("{path}: \"{key}\" is {value}, which changes the model's mathematics and is not implemented; use a model without it")]
     Unsupported { path: PathBuf, key: String, value: String },
+    #[error("{path}: \"{key}\" is not known to Unisono, so it may change the model's mathematics; if it does not, remove it from a copy of config.json")]
+    Unknown { path: PathBuf, key: String },
     #[error("{path}: \"{key}\" {problem}")]
     Field { path: PathBuf, key: String, problem: String },
 }
@@ -130,46 +134,10 @@ impl ModelSpec {
     }
 }
 
-/// Keys that do not reach the forward or backward pass.
-const HARMLESS: &[&str] = &[
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "finetuning_task",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "is_encoder_decoder",
-    "label2id",
-    "name_or_path",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "rope_interleaved",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-    "model_type",
-    "max_window_layers",
-    "sep_token_id",
-    "is_llama_config",
-];
-
 struct Reader<'a> {
     object: &'a Map<String, Value>,
     path: &'a Path,
-    /// Keys that were looked at; whatever else is present must be in [`HARMLESS`].
+    /// Keys that were looked at; whatever else is present must be harmless.
     read: std::cell::RefCell<std::collections::BTreeSet<String>>,
 }
 
@@ -257,7 +225,6 @@ impl Reader<'_> {
         self.only("pretraining_tp", &[1.into()])?;
         self.only("partial_rotary_factor", &[1.into()])?;
         self.only("tf_legacy_loss", &[false.into()])?;
-        self.only("use_bfloat16", &[false.into()])?;
         self.only("pruned_heads", &[Value::Object(Map::new())])?;
         let layers = self.need("num_hidden_layers")?;
         let attention_bias = self.flag("attention_bias", false)?;
@@ -281,8 +248,9 @@ impl Reader<'_> {
             max_positions: self.count("max_position_embeddings")?.unwrap_or(2048),
         };
         let read = self.read.borrow();
-        match self.object.iter().find(|(k, v)| !v.is_null() && !read.contains(*k) && !HARMLESS.contains(&k.as_str())) {
-            Some((key, value)) => Err(self.unsupported(key, value)),
+        match self.object.iter().find(|(key, value)| !read.contains(*key) && !is_harmless(key, value)) {
+            Some((key, value)) if changes_mathematics(key) => Err(self.unsupported(key, value)),
+            Some((key, _)) => Err(Error::Unknown { path: self.path.into(), key: key.clone() }),
             None => Ok(spec),
         }
     }
@@ -436,6 +404,25 @@ pub(crate) mod tests {
             assert!(sentence.contains(key), "{sentence}");
         }
         assert!(read(json!({"model_type": "gpt2"})).unwrap_err().to_string().contains("gpt2"));
+    }
+
+    #[test]
+    fn keys_that_change_nothing_are_passed_over_and_unknown_ones_are_named_as_such() {
+        let harmless = json!({"_attn_implementation_autoset": true, "attn_implementation": "sdpa", "torchscript": false,
+            "use_bfloat16": true, "model_max_length": 2048, "max_length": 20, "do_sample": true, "temperature": 0.6,
+            "top_p": 0.9, "top_k": 50, "pad_token": "<pad>", "use_mrope": false, "summary_first_dropout": 0.0,
+            "classifier_dropout": null, "use_something_new": 0});
+        assert_eq!(read(harmless).unwrap(), tiny());
+        let sentence = |patch: Value| read(patch).unwrap_err().to_string();
+        let unknown = sentence(json!({"foo_bar": 1}));
+        assert!(
+            unknown.contains("\"foo_bar\" is not known to Unisono") && unknown.contains("copy of config.json"),
+            "{unknown}"
+        );
+        for patch in [json!({"use_mrope": true}), json!({"new_dropout": 0.1}), json!({"foo_bar": 0})] {
+            assert!(sentence(patch).contains("is not known"), "dropout, a switch that is on, and what is no switch");
+        }
+        assert!(sentence(json!({"final_logit_softcapping": 30.0})).contains("changes the model's mathematics"));
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub struct Gate {
     pub small_split: Level,
     /// Held-out rows whose source text is also trained on.
     pub split_leak: Level,
-    /// A split of which half or more is trained on as it is.
+    /// A split of which nine tenths or more are trained on as they are.
     #[serde(default = "refuse")]
     pub identical_split: Level,
     /// Tasks made of the same source texts, as templates of one data set are, but split apart.

@@ -1,8 +1,10 @@
 //! `digest` and `export`: what a run's checkpoints hold.
 
+use super::run_dir::CONFIG;
 use super::{print, Error, Result};
 use crate::checkpoint::manifest::{self, MANIFEST};
 use crate::{digest, export};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use unisono_configs::run::RunConfig;
 
@@ -17,6 +19,9 @@ pub struct DigestArgs {
     /// A run's directory (its newest checkpoint is taken) or a checkpoint's
     #[arg(value_name = "RUN|CHECKPOINT")]
     path: PathBuf,
+    /// One JSON object: the checkpoint and its digest
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -34,6 +39,9 @@ pub struct ExportArgs {
     /// Directory to make
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// One JSON object: the directory, its weights, and the checkpoint with its digest
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn digest(args: DigestArgs) -> Result<()> {
@@ -42,7 +50,10 @@ pub fn digest(args: DigestArgs) -> Result<()> {
         false => checkpoint(&args.path, None)?,
     };
     let digest = digest::digest(&checkpoint).map_err(Error::bad_input)?;
-    print(&format!("{digest}\n"));
+    match args.json {
+        true => print(&format!("{}\n", json!({"event": "digest", "checkpoint": checkpoint, "digest": digest}))),
+        false => print(&format!("{digest}\n")),
+    }
     Ok(())
 }
 
@@ -52,7 +63,14 @@ pub fn export(args: ExportArgs) -> Result<()> {
     let digest = digest::digest(&checkpoint).map_err(Error::bad_input)?;
     let request = export::Request { config: &config, checkpoint: &checkpoint, out: &args.out, digest: &digest };
     let exported = export::export(request).map_err(Error::bad_input)?;
-    print(&format!("{}\n", exported.path.display()));
+    match args.json {
+        true => print(&format!(
+            "{}\n",
+            json!({"event": "export", "path": exported.path, "weight_files": exported.weight_files,
+                "weight_bytes": exported.weight_bytes, "checkpoint": checkpoint, "digest": digest})
+        )),
+        false => print(&format!("{}\n", exported.path.display())),
+    }
     Ok(())
 }
 
@@ -61,7 +79,15 @@ pub fn config(run: &Path) -> Result<RunConfig> {
     if !run.is_dir() {
         return Err(Error::BadInput(format!("{}: no such directory; name a run's directory", run.display())));
     }
-    RunConfig::read(&run.join("config.toml"), &[]).map_err(Error::bad_input)
+    let path = run.join(CONFIG);
+    if !path.is_file() {
+        let model = if run.join("config.json").is_file() { ", but a model's" } else { "" };
+        return Err(Error::BadInput(format!(
+            "{}: is no run's directory{model} (it has no {CONFIG}); name one that unisono train made, for example runs/tiny-001",
+            run.display()
+        )));
+    }
+    RunConfig::read(&path, &[]).map_err(Error::bad_input)
 }
 
 /// Directory of a run's checkpoint: of `step`, or the newest.
@@ -70,6 +96,10 @@ pub fn checkpoint(run: &Path, step: Option<u64>) -> Result<PathBuf> {
     let wanted = |at: u64| step.is_none_or(|step| step == at);
     match found.iter().rev().find(|(at, _)| wanted(*at)) {
         Some((_, path)) => Ok(path.clone()),
+        None if found.is_empty() && run.join(CONFIG).is_file() => Err(Error::BadInput(format!(
+            "{}: the run has saved no checkpoint yet; wait for the first one (checkpoint.every), or for its end",
+            run.display()
+        ))),
         None if found.is_empty() => Err(Error::BadInput(format!(
             "{}: no checkpoint there; name a run's directory, or the directory of a checkpoint",
             run.display()

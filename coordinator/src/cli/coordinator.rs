@@ -2,7 +2,7 @@
 
 use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading, Screen, Show};
-use super::{check, print, resume, run_dir, shares, Error, Result};
+use super::{check, planned, print, resume, run_dir, shares, Error, Result};
 use crate::checkpoint::courier;
 use crate::data::{self, Extent};
 use crate::launch::report::{Report, Reporter};
@@ -95,7 +95,10 @@ pub fn run(args: Args) -> Result<()> {
         eprint!("{}", check::show(&dataset.findings));
         check::refuse(&dataset.findings)?;
     }
-    let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
+    let work = planned::work(Arc::new(dataset), &config, &spec)?;
+    if let (Some(plan), true) = (work.plan(), resumed.is_none()) {
+        check::warn(&config, plan.steps());
+    }
     let again = resumed.is_some();
     let (run_dir, work, resumption) = match (resumed, ledger) {
         (Some(run_dir), Some(ledger)) => {

@@ -19,6 +19,9 @@ pub struct Args {
     /// Directory to make; default: runs/demo-<number>
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
+    /// At the end one JSON object on standard output instead of a screen
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -30,7 +33,10 @@ pub fn run(args: Args) -> Result<()> {
         }
         error => Error::failed(error),
     })?;
-    print(&format!("\n{}", screen::screen(&story)));
+    match args.json {
+        true => print(&format!("{}\n", screen::object(&story))),
+        false => print(&format!("\n{}", screen::screen(&story))),
+    }
     match screen::is_one_result(&story) {
         true => Ok(()),
         false => {

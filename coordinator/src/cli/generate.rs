@@ -3,6 +3,7 @@
 use super::config::resolve;
 use super::screen::{Screen, Show};
 use super::{checkpoints, coordinator, print, train, Error, Result};
+use crate::data::asking::{self, Asking, Prompt};
 use crate::data::TextTokenizer;
 use crate::launch::report::Reporter;
 use crate::model;
@@ -17,22 +18,30 @@ use unisono_configs::run::{Checkpoint, Cluster, Compute, Count, Eval, Mix, Model
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  unisono generate runs/tiny-001 --prompt \"Question: what is 2 + 3?\\nAnswer:\"
+  unisono generate runs/tiny-001 --prompt $'Question: what is 2 + 3?\\nAnswer:'
+  unisono generate runs/chat-001 --prompt \"What is 2 + 3?\"      # a run on conversations: one turn of the user's
   unisono generate models/tiny --data prompts.jsonl --max-new-tokens 32 > completions.jsonl
 
 --data reads the field \"prompt\" of every row and prints {\"prompt\", \"completion\", \"ended\"} for it, in order;
-\"ended\" is false where --max-new-tokens cut the completion off.
+\"ended\" is false where --max-new-tokens cut the completion off. A row with \"messages\" is rendered by the model's chat
+template, its last answer left out. In a run that was trained on conversations a prompt is a turn of the user's.
 Exit codes: 0 done, 2 bad input, 3 the run failed.")]
 pub struct Args {
     /// A run's directory (its export is used) or a Hugging Face model directory
     #[arg(value_name = "RUN|MODEL")]
     source: PathBuf,
     /// Text to continue; may be repeated
-    #[arg(long, value_name = "TEXT", required_unless_present = "data")]
+    #[arg(long, value_name = "TEXT", required_unless_present = "data", allow_hyphen_values = true)]
     prompt: Vec<String>,
-    /// JSON Lines file with a field "prompt" in every row
+    /// File with a field "prompt" or "messages" in every row: .jsonl, .json or .parquet, a directory or a glob
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     data: Option<PathBuf>,
+    /// Take prompts as they are, also in a run that was trained on conversations
+    #[arg(long)]
+    raw: bool,
+    /// Render prompts with the chat template, also where nobody knows whether the model was trained with it
+    #[arg(long, conflicts_with = "raw")]
+    chat: bool,
     /// Longest continuation, tokens
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..100_000))]
     max_new_tokens: u32,
@@ -53,6 +62,11 @@ pub fn run(args: Args) -> Result<()> {
         None => {
             // Refused here rather than in the child, before anything is started.
             prompts(&args)?;
+            if args.prompt.iter().any(|prompt| prompt.contains("\\n")) {
+                eprintln!(
+                    "unisono: a prompt has a backslash and an n, which is no line end; in bash write $'...\\n...'"
+                );
+            }
             let scratch = Scratch::new()?;
             let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
             // In front of what a user may have put behind "--".
@@ -90,13 +104,15 @@ impl Drop for Scratch {
 fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
     let reporter = Reporter::from_environment();
     let listener = coordinator::listener(None)?;
-    let config = config(args)?;
+    let (config, talks) = config(args)?;
     let spec = model::check(&config.model.path).map_err(Error::bad_input)?.spec;
     let tokenizer = TextTokenizer::read(&config.model.path, spec.vocab).map_err(Error::bad_input)?;
     let prompts = prompts(args)?;
+    let manner = Manner::of(args, &config.model.path, talks)?;
+    eprintln!("{}", manner.told);
     let mut ids = Vec::with_capacity(prompts.len());
     for (place, prompt) in &prompts {
-        let tokens = tokenizer.encode_prompt(prompt).map_err(Error::bad_input)?;
+        let tokens = manner.tokens(&tokenizer, place, prompt)?;
         let room = spec.max_positions.saturating_sub(args.max_new_tokens as usize);
         let problem = if tokens.is_empty() {
             "the prompt has no tokens; give it some text".to_string()
@@ -110,7 +126,11 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
         };
         return Err(Error::BadInput(format!("{place}: {problem}")));
     }
-    let work = Work::generate(ids, args.max_new_tokens, end_tokens(&config.model.path, tokenizer.eos()), &spec);
+    let mut ends = end_tokens(&config.model.path, tokenizer.eos());
+    ends.extend(manner.template.as_ref().filter(|_| manner.renders).and_then(|template| template.end(&tokenizer)));
+    ends.sort_unstable();
+    ends.dedup();
+    let work = Work::generate(ids, args.max_new_tokens, ends, &spec);
     let screen = Arc::new(Screen::new(reporter, scratch, &config.cluster, Show::Nothing));
     let setup = Setup {
         listener,
@@ -129,45 +149,72 @@ fn coordinate(args: &Args, scratch: &Path) -> Result<()> {
     for ((_, prompt), continuation) in prompts.iter().zip(&outcome.continuations) {
         let completion = tokenizer.decode(&continuation.tokens);
         match as_json {
-            true => print(&format!(
-                "{}\n",
-                json!({"prompt": prompt, "completion": completion, "ended": continuation.ended})
-            )),
+            true => {
+                let (name, told) = prompt.told();
+                let line = json!({name: told, "completion": completion, "ended": continuation.ended});
+                print(&format!("{line}\n"));
+            }
             false => print(&format!("{completion}\n")),
         }
     }
     Ok(())
 }
 
-/// Every prompt with the place that an error names.
-fn prompts(args: &Args) -> Result<Vec<(String, String)>> {
-    let Some(path) = &args.data else {
-        return Ok(args.prompt.iter().map(|p| ("--prompt".to_string(), p.clone())).collect());
-    };
-    let text = std::fs::read_to_string(path).map_err(|error| {
-        Error::BadInput(format!("{}: cannot be read ({error}); set --data to an existing file", path.display()))
-    })?;
-    let mut prompts = Vec::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let place = format!("{}:{}", path.display(), number + 1);
-        let row: Value = serde_json::from_str(line)
-            .map_err(|error| Error::BadInput(format!("{place}: not valid JSON ({error}); correct the row")))?;
-        let Some(prompt) = row["prompt"].as_str() else {
+/// How prompts become text.
+struct Manner {
+    template: Option<Asking>,
+    /// Texts are turns of the user's.
+    renders: bool,
+    /// What is done, in words.
+    told: String,
+}
+
+impl Manner {
+    /// `talks`: the run was trained on conversations.
+    fn of(args: &Args, model: &Path, talks: bool) -> Result<Self> {
+        let template = Asking::read(model).map_err(Error::bad_input)?;
+        if args.chat && template.is_none() {
             return Err(Error::BadInput(format!(
-                "{place}: prompt: is missing or not a text; give every row a \"prompt\""
+                "{}: has no chat template; put a chat_template.jinja there, or leave --chat out",
+                model.display()
             )));
+        }
+        let renders = template.is_some() && !args.raw && (talks || args.chat);
+        let told = match (&template, renders, args.raw) {
+            (_, true, _) => "prompts are rendered with the model's chat template, as turns of the user's; --raw takes them as they are",
+            (Some(_), false, false) => "prompts are taken as they are; --chat renders them with the model's chat template",
+            _ => "prompts are taken as they are",
         };
-        prompts.push((place, prompt.to_string()));
+        Ok(Manner { template, renders, told: told.into() })
     }
-    match prompts.is_empty() {
-        true => Err(Error::BadInput(format!("{}: no row; give every line a \"prompt\"", path.display()))),
-        false => Ok(prompts),
+
+    fn tokens(&self, tokenizer: &TextTokenizer, place: &str, prompt: &Prompt) -> Result<Vec<u32>> {
+        let refuse = |problem: &str| Error::BadInput(format!("{place}: {problem}"));
+        let template = match (prompt, &self.template) {
+            (Prompt::Text(text), _) if !self.renders => return tokenizer.encode_prompt(text).map_err(Error::bad_input),
+            (_, Some(template)) => template,
+            (_, None) => {
+                return Err(refuse("has messages, but the model has no chat template; put a chat_template.jinja there"))
+            }
+        };
+        let text = template.text(prompt).map_err(|problem| refuse(&problem))?;
+        // The template has written out what begins a text.
+        tokenizer.encode_completion(&text).map_err(Error::bad_input)
     }
 }
 
-fn config(args: &Args) -> Result<RunConfig> {
+/// Every prompt with the place that an error names.
+fn prompts(args: &Args) -> Result<Vec<(String, Prompt)>> {
+    match &args.data {
+        Some(path) => asking::prompts(path).map_err(Error::bad_input),
+        None => Ok(args.prompt.iter().map(|text| ("--prompt".to_string(), Prompt::Text(text.clone()))).collect()),
+    }
+}
+
+/// And whether the run that is named was trained on conversations.
+fn config(args: &Args) -> Result<(RunConfig, bool)> {
     let source = &args.source;
-    let (path, mut compute) = if source.join("config.toml").exists() {
+    let (path, mut compute, talks) = if source.join("config.toml").exists() {
         let run = checkpoints::config(source)?;
         let export = source.join("export");
         if !export.is_dir() {
@@ -177,9 +224,9 @@ fn config(args: &Args) -> Result<RunConfig> {
                 source.display()
             )));
         }
-        (export, run.model.compute)
+        (export, run.model.compute, asking::holds_conversations(&run.data))
     } else if source.join("config.json").exists() {
-        (source.clone(), Compute::Auto)
+        (source.clone(), Compute::Auto, false)
     } else {
         return Err(Error::BadInput(format!(
             "{}: neither a run's directory nor a model's (it has no config.toml and no config.json)",
@@ -205,7 +252,7 @@ fn config(args: &Args) -> Result<RunConfig> {
         checkpoint: Checkpoint::default(),
     };
     resolve(&mut config)?;
-    Ok(config)
+    Ok((config, talks))
 }
 
 /// Every token that ends a text, as generation_config.json and config.json list them, and the tokenizer's own.

@@ -1,5 +1,6 @@
 //! `unisono init-model`: a new model directory from a corpus.
 
+use super::screen::Reading;
 use super::{print, Error, Result};
 use crate::model::{init, Dtype, Plan, Split};
 use clap::ValueEnum;
@@ -14,7 +15,7 @@ Example:
 pub struct Args {
     /// Directory to create
     pub out: PathBuf,
-    /// JSONL files whose strings the tokenizer is trained on
+    /// Files whose strings the tokenizer is trained on: .jsonl, .json or .parquet, directories or globs
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     pub data: Vec<PathBuf>,
     /// Only these fields of the rows [default: all that are strings]
@@ -61,6 +62,9 @@ pub struct Args {
     /// The same seed and corpus make the same bytes
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Architectures by the name of their model_type.
@@ -105,8 +109,17 @@ impl Args {
 
 /// Makes the directory and says what it holds.
 pub fn init_model(args: Args) -> Result<()> {
+    let json = args.json;
     let plan = args.plan();
-    let made = init(&plan, &()).map_err(Error::bad_input)?;
+    let (parameters, bytes) = plan.size().map_err(Error::bad_input)?;
+    eprintln!("a model of up to {:.2}M parameters, {:.1} MB of weights", parameters as f64 / 1e6, bytes as f64 / 1e6);
+    let made = init(&plan, &Reading::default()).map_err(Error::bad_input)?;
+    if json {
+        let line = serde_json::json!({"event": "model", "path": plan.out, "parameters": made.parameters,
+            "vocab": made.vocab, "weight_bytes": made.bytes});
+        print(&format!("{line}\n"));
+        return Ok(());
+    }
     print(&format!(
         "{}: {:.2}M parameters, {} tokens, {:.1} MB of weights\n",
         plan.out.display(),

@@ -11,6 +11,7 @@ pub mod import;
 pub mod init_model;
 pub mod inspect;
 pub mod memory;
+pub mod planned;
 pub mod render;
 pub mod resume;
 pub mod run_dir;
@@ -23,6 +24,7 @@ pub mod watch;
 use clap::{Parser, Subcommand};
 use std::fmt::Display;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -38,7 +40,7 @@ Examples:
   unisono train recipe.toml --workers 2 --set train.learning_rate=1e-4
   unisono train --resume runs/recipe-001 --workers 3
   unisono monitor runs/recipe-001
-  unisono generate runs/recipe-001 --prompt \"Question: what is 2 + 3?\\nAnswer:\"";
+  unisono generate runs/recipe-001 --prompt $'Question: what is 2 + 3?\\nAnswer:'";
 
 /// Fine-tunes language models on instructions; the result is the same, bit for bit, for any number of workers.
 #[derive(Debug, Parser)]
@@ -109,6 +111,8 @@ pub fn main() -> ExitCode {
     crate::launch::child::hold_lifeline();
     let cli = Cli::parse();
     trace();
+    // A run that has been trained is not a failed one because its last screen could not be written.
+    let trained = matches!(cli.command, Command::Coordinator(_));
     let ended = match cli.command {
         Command::Train(args) => train::run(args),
         Command::Coordinator(args) => coordinator::run(args),
@@ -125,7 +129,14 @@ pub fn main() -> ExitCode {
         Command::Digest(args) => checkpoints::digest(args),
         Command::Export(args) => checkpoints::export(args),
     };
+    let lost = LOST.get().filter(|_| ended.is_ok());
+    if let Some(problem) = lost {
+        eprintln!(
+            "unisono: standard output cannot be written ({problem}); what is missing there was not kept anywhere else"
+        );
+    }
     match ended {
+        Ok(()) if lost.is_some() && !trained => ExitCode::from(3),
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Code(code)) => ExitCode::from(code),
         Err(Error::BadInput(sentence)) => {
@@ -147,11 +158,22 @@ fn trace() {
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }
 
+/// Why something that was to be printed is not on standard output: the command's exit code tells.
+static LOST: OnceLock<String> = OnceLock::new();
+
 /// Writes to standard output; a reader that has left (`| head`) is no error.
 pub(crate) fn print(text: &str) {
     use std::io::Write;
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    let _ = std::io::stdout().flush();
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => lose(&error),
+        _ => {}
+    }
+}
+
+/// Notes that a part of the output is lost.
+pub(crate) fn lose(error: &std::io::Error) {
+    LOST.get_or_init(|| error.to_string());
 }
 
 #[cfg(test)]

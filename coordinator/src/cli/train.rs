@@ -2,14 +2,14 @@
 
 use super::config::{workers, ConfigArgs};
 use super::screen::{data_lines, Reading};
-use super::{check, print, shares, Error, Result};
+use super::{check, planned, print, run_dir, shares, Error, Result};
 use crate::data::{prepare, Extent};
 use crate::launch::local::{self, Ended, Launch};
 use crate::launch::signals;
-use crate::monitor::plain::grouped;
 use crate::run::composition::Composition;
-use crate::serve::work::Work;
 use std::ffi::OsString;
+use std::fs::File;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -40,11 +40,11 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     /// Write a timeline of each worker's first ten steps, communication apart from computing, for ui.perfetto.dev. A worker
-    /// on another machine writes its own where UNISONO_TRACE names a file
+    /// on another machine writes its own where UNISONO_TRACE names a file. An existing file is refused
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Read the data, say what would be done, and stop
-    #[arg(long)]
+    /// Read the data, say what would be done, and stop; with --json in the words of check --json
+    #[arg(long, conflicts_with_all = ["resume", "trace"])]
     dry_run: bool,
 }
 
@@ -53,6 +53,10 @@ pub fn run(args: Args) -> Result<()> {
         return dry_run(&args);
     }
     if let Some(trace) = &args.trace {
+        // Nothing is made for a configuration that is refused.
+        if args.config.is_given() {
+            args.config.load()?;
+        }
         begin_trace(trace)?;
     }
     let mut arguments: Vec<OsString> = vec!["coordinator".into()];
@@ -68,14 +72,27 @@ pub fn run(args: Args) -> Result<()> {
         again.push("--json".into());
     }
     arguments.extend(args.config.arguments());
-    supervise(arguments, again, args.json)
+    let ended = supervise(arguments, again, args.json);
+    if let (Some(trace), Err(Error::Code(2) | Error::BadInput(_))) = (&args.trace, &ended) {
+        // It was made above, and no worker has written anything.
+        let _ = std::fs::remove_file(trace);
+    }
+    ended
 }
 
 /// Begins the file to which workers append, and lets them know of it.
 fn begin_trace(path: &Path) -> Result<()> {
-    let begun = std::fs::write(path, "[\n").and_then(|()| path.canonicalize());
-    let path = begun.map_err(|problem| {
-        Error::bad_input(format!("{}: the trace cannot be written ({problem}); name another file", path.display()))
+    let begin = || {
+        File::create_new(path)?.write_all(b"[\n")?;
+        path.canonicalize()
+    };
+    let path = begin().map_err(|problem| match problem.kind() {
+        ErrorKind::AlreadyExists => {
+            Error::bad_input(format!("{} exists; name another file for --trace, or remove it", path.display()))
+        }
+        _ => {
+            Error::bad_input(format!("{}: the trace cannot be written ({problem}); name another file", path.display()))
+        }
     })?;
     std::env::set_var("UNISONO_TRACE", path);
     Ok(())
@@ -91,9 +108,9 @@ pub fn supervise(arguments: Vec<OsString>, again: Vec<OsString>, events: bool) -
     match local::run(Launch { program, arguments, again, worker, events }) {
         Ok(Ended::Code(0)) => Ok(()),
         Ok(Ended::Code(code)) => Err(Error::Code(code)),
-        Ok(Ended::Interrupted { signal, place }) => {
+        Ok(Ended::Interrupted { signal, place, advice }) => {
             let name = signals::name(signal);
-            eprintln!("unisono: stopped by {name}{place}; go on from its newest checkpoint with --resume RUN");
+            eprintln!("unisono: stopped by {name}{place}; {advice}");
             Err(Error::Code(signals::code(signal)))
         }
         Err(error) if error.bad_input() => Err(Error::bad_input(error)),
@@ -102,28 +119,28 @@ pub fn supervise(arguments: Vec<OsString>, again: Vec<OsString>, events: bool) -
 }
 
 fn dry_run(args: &Args) -> Result<()> {
+    if let Some(run_dir) = &args.run_dir {
+        run_dir::refuse_existing(run_dir)?;
+    }
+    if args.json {
+        return check::check(check::Args::told(args.config.clone()));
+    }
     let (config, spec) = args.config.load()?;
-    let dataset = prepare(&config, Extent::All, &Reading::default()).map_err(Error::bad_input)?;
+    let dataset = Arc::new(prepare(&config, Extent::All, &Reading::default()).map_err(Error::bad_input)?);
     dataset.reports().iter().for_each(|report| print(&data_lines(report)));
     print(&check::show(&dataset.findings));
     check::refuse(&dataset.findings)?;
-    let work = Work::train(Arc::new(dataset), &config, &spec).map_err(Error::bad_input)?;
-    if let Some(plan) = work.plan() {
-        let totals = plan.totals().unwrap_or_default();
-        print(&format!(
-            "plan: {} steps over {} examples, {} tokens, {} of them targets; {} workers\n",
-            grouped(plan.steps()),
-            grouped(totals.examples),
-            grouped(totals.tokens),
-            grouped(totals.target_tokens),
-            workers(&config)
-        ));
-        let Some(dataset) = work.dataset() else { return Ok(()) };
-        print(&format!("{}\n", shares::tokenized(&dataset.effort())));
-        let world = u32::try_from(workers(&config)).unwrap_or(1);
+    let glance = planned::glance(dataset.clone(), &config, &spec)?;
+    let count = workers(&config);
+    let plural = if count == 1 { "worker" } else { "workers" };
+    print(&format!("plan: {}; {count} {plural}\n", glance.show()));
+    check::warn(&config, glance.steps);
+    print(&format!("{}\n", shares::tokenized(&dataset.effort())));
+    if let Some(plan) = glance.work.plan() {
+        let world = u32::try_from(count).unwrap_or(1);
         let last = plan.steps().min(plan.steps_per_epoch());
         let epoch = Composition::of(plan, 1, last, world, config.cluster.assignment, config.train.seed);
-        print(&format!("{}\n{}", shares::batches(&epoch), shares::shares(dataset, &config, &epoch)));
+        print(&format!("{}\n{}", shares::batches(&epoch), shares::shares(&dataset, &config, &epoch)));
     }
     Ok(())
 }

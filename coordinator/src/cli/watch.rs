@@ -1,6 +1,6 @@
 //! `monitor` and `status`: looking at a run from another terminal.
 
-use super::{print, Error, Result};
+use super::{lose, print, Error, Result};
 use crate::monitor::bar::Bar;
 use crate::monitor::conn::{self, Target};
 use crate::monitor::json::Json;
@@ -19,7 +19,10 @@ Example:
   unisono monitor --plain | grep validation
   UNISONO_TOKEN_FILE=monitor.token unisono monitor node1:7070
 
-Exit codes: 0 the run finished, 2 it cannot be looked at, 3 it failed.")]
+The token of ADDR is tokens.viewer in the run's control.json, on the coordinator's machine; put it into a file, or into
+UNISONO_TOKEN.
+
+Exit codes: 0 the run finished or was stopped, 2 it cannot be looked at, 3 it failed.")]
 pub struct MonitorArgs {
     /// A run's directory, or its coordinator's host:port (token from UNISONO_TOKEN or UNISONO_TOKEN_FILE);
     /// default: the newest in ./runs
@@ -68,6 +71,9 @@ pub fn monitor(args: MonitorArgs) -> Result<()> {
     let mut display = Display::new(vec![view]);
     let state = runtime()?.block_on(conn::follow(&target, &mut |event| display.observe(event)))?;
     // The bar leaves the screen before the last words.
+    if !display.catch_up() {
+        lose(&std::io::Error::other("not every event could be written"));
+    }
     drop(display);
     match &state.failed {
         Some(failed) => Err(Error::Failed(failure(failed))),

@@ -2,6 +2,7 @@
 
 use super::conversation::Conversation;
 use super::python;
+use super::tokenizer::json;
 use super::Error;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
@@ -40,21 +41,20 @@ pub struct Rendered {
 impl ChatTemplate {
     /// The template of a model directory: chat_template.jinja, else tokenizer_config.json's. None where there is none.
     pub fn read(dir: &Path) -> Result<Option<Self>, Error> {
-        let json = |name: &str| -> serde_json::Value {
-            let text = std::fs::read_to_string(dir.join(name)).unwrap_or_default();
-            serde_json::from_str(&text).unwrap_or_default()
-        };
-        let config = json("tokenizer_config.json");
+        let config = json(dir, "tokenizer_config.json")?;
         let own = dir.join("chat_template.jinja");
         let (path, source) = match std::fs::read_to_string(&own) {
             Ok(source) => (own, source),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::File { path: own, problem: format!("cannot be read ({error})") });
+            }
             Err(_) => match template(&config["chat_template"]) {
                 Some(source) => (dir.join("tokenizer_config.json"), source),
                 None => return Ok(None),
             },
         };
         let mut tokens: Vec<(String, String)> = Vec::new();
-        for file in [config, json("special_tokens_map.json")] {
+        for file in [config, json(dir, "special_tokens_map.json")?] {
             for (key, value) in file.as_object().into_iter().flatten().filter(|(k, _)| k.ends_with("_token")) {
                 let text = value.get("content").unwrap_or(value).as_str();
                 if let (Some(text), false) = (text, tokens.iter().any(|(known, _)| known == key)) {
@@ -105,6 +105,16 @@ impl ChatTemplate {
         context.push(("add_generation_prompt".into(), Value::from(ask)));
         let template = self.environment.get_template("chat").map_err(|error| words(&error))?;
         template.render(Value::from_pairs(context)).map_err(|error| words(&error))
+    }
+
+    /// The messages, and what announces an answer.
+    pub fn ask(&self, talk: &Conversation) -> Result<String, String> {
+        self.print(talk, talk.roles.len(), true).map(|text| unmark(text).0)
+    }
+
+    /// The whole conversation as text.
+    pub fn whole(&self, talk: &Conversation) -> Result<String, String> {
+        self.print(talk, talk.roles.len(), false).map(|text| unmark(text).0)
     }
 
     /// The whole conversation and the turns to train on: those of `roles` among its messages from `talk.first` on.

@@ -84,6 +84,15 @@ impl Conversation {
         self.messages.iter().enumerate().map(|(turn, message)| (content(message), asked(turn))).collect()
     }
 
+    /// Up to the last message that is no answer.
+    pub fn unanswered(mut self) -> Self {
+        while self.roles.last().is_some_and(|role| role == "assistant") {
+            self.roles.pop();
+            self.messages.pop();
+        }
+        self
+    }
+
     fn new(row: &Row<'_>, mut messages: Vec<Json>, field: &str, first: usize) -> Result<Self, String> {
         if messages.is_empty() {
             return Err(format!("field \"{field}\" has no messages"));

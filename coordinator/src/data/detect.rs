@@ -1,6 +1,7 @@
 //! What kind of rows a file holds, by its first ones.
 
 use super::lines::first_rows;
+use super::problem::{Problem, Remedy};
 use super::row::{Field, Row};
 use super::Error;
 use serde_json::Value;
@@ -39,11 +40,14 @@ impl Kind {
 
     /// What a row is split by: the field that data.group_by names; of a row that was rendered before, its prompt, because
     /// the row itself would set two completions of one prompt apart; else all of it.
-    pub fn source(self, data: &Data, row: &Row<'_>) -> Result<u128, String> {
+    pub fn source(self, data: &Data, row: &Row<'_>) -> Result<u128, Problem> {
         match (&data.group_by, self) {
             (Some(name), _) => {
                 let known = data.columns.iter().find(|(_, own)| *own == name).map_or(name, |(known, _)| known);
-                let missing = || format!("field \"{known}\" of data.group_by is missing; the row has {}", row.names());
+                let missing = || {
+                    let words = format!("field \"{known}\" of data.group_by is missing; the row has {}", row.names());
+                    Problem::new(words, Remedy::GroupBy)
+                };
                 row.hash_of(known).ok_or_else(missing)
             }
             (None, Kind::Columns | Kind::ChatColumns) => Ok(row.hash_of("prompt").unwrap_or_else(|| row.hash())),

@@ -2,6 +2,7 @@
 
 use super::cache::{Entry, Measure};
 use super::gate::Gate;
+use super::problem::{Problem, Remedy};
 use super::render::Rendered;
 use super::tokenizer::TextTokenizer;
 use super::{Error, Example};
@@ -10,7 +11,7 @@ use std::ops::Range;
 /// Why a row yields no tokens: because of itself, in words, or because nothing of the kind can.
 #[derive(Debug)]
 pub enum Stop {
-    Row(String),
+    Row(Problem),
     All(Error),
 }
 
@@ -42,10 +43,10 @@ impl Encoder {
         // Nothing precedes the very first token, so the model is never asked for it.
         let targets = tokens - unasked - u32::from(entry.prompt == 0);
         if entry.tokens.len() > self.positions + 1 {
-            return Err(Stop::Row(format!(
+            return Err(Stop::Row(Problem::new(format!(
                 "the row has {tokens} tokens, but config.json says max_position_embeddings = {positions}; set train.max_length = {positions}",
                 positions = self.positions
-            )));
+            ), Remedy::Said)));
         }
         let Entry { tokens: ids, prompt, gaps } = entry;
         let example = Example { task: 0, row: 0, tokens: ids, prompt, gaps };
@@ -102,10 +103,11 @@ impl Encoder {
     }
 
     fn full(&self, prompt: usize) -> Stop {
-        Stop::Row(format!(
+        let words = format!(
             "the prompt fills the whole length ({prompt} tokens, train.max_length = {}) and leaves no completion token",
             self.max_length
-        ))
+        );
+        Stop::Row(Problem::new(words, Remedy::MaxLength))
     }
 
     /// A token that the model has no row for.

@@ -10,7 +10,7 @@ pub enum Error {
     #[error("{path}: {problem}")]
     File { path: PathBuf, problem: String },
     #[error("{place}: {problem}{more}{remedy}")]
-    Row { place: String, problem: String, more: String, remedy: &'static str },
+    Row { place: String, problem: String, more: String, remedy: String },
     #[error("{path}: {dropped} of {rows} rows cannot be used, more than data.max_dropped = {allowed} permits; the first: {first}")]
     TooManyDropped { path: PathBuf, dropped: u64, rows: u64, allowed: f64, first: String },
     #[error("data table \"{table}\": {problem}")]

@@ -3,10 +3,12 @@
 use super::detect::Kind;
 use super::files::files;
 use super::lines::map_lines;
+use super::problem::Problem;
 use super::render::{Rendered, Renderer};
 use super::row::Row;
 use super::shots::Draws;
 use super::split::{split, Part};
+use super::table::refusal;
 use super::{Error, Progress};
 use std::path::Path;
 use unisono_configs::run::{Data, Held, OnBadRow, RunConfig};
@@ -31,7 +33,7 @@ pub struct Count {
 }
 
 /// A row's text, or its line and what is wrong with it.
-type Outcome = Result<(u128, String, String), (u64, String)>;
+type Outcome = Result<(u128, String, String), (u64, Problem)>;
 
 /// Gives every row of every table to `take`, in their order, until that says no. Rows that cannot be rendered follow
 /// `data.on_bad_row`; what only tokens show is not looked for.
@@ -107,8 +109,9 @@ impl Table<'_> {
             if let Some((line, problem)) = first {
                 let place = format!("{}:{line}", file.display());
                 if self.data.on_bad_row == OnBadRow::Refuse {
-                    let remedy = "; correct the row, or set data.on_bad_row = \"drop\"";
-                    return Err(Error::Row { place, problem: problem.clone(), more: String::new(), remedy });
+                    let bad: Vec<u64> =
+                        found.iter().flat_map(|row| row.as_ref().err()).map(|(line, _)| *line).collect();
+                    return Err(refusal(place, problem.clone().of(self.data), &bad, found.len() as u64));
                 }
                 let (rows, allowed) = (found.len() as u64, self.data.max_dropped);
                 if bad as f64 > allowed * rows as f64 {
@@ -122,10 +125,11 @@ impl Table<'_> {
     }
 
     fn row(&self, line: u64, text: &[u8], renderer: &Renderer) -> Outcome {
-        let bad = |problem: String| (line, problem);
+        let bad = |problem: Problem| (line, problem);
         let text =
             std::str::from_utf8(text).map_err(|_| bad("the line is not UTF-8; save the file as UTF-8".into()))?;
-        let mut row: Row<'_> = serde_json::from_str(text).map_err(|error| bad(format!("malformed JSON: {error}")))?;
+        let mut row: Row<'_> =
+            serde_json::from_str(text).map_err(|error| bad(format!("malformed JSON: {error}").into()))?;
         row.rename(&self.data.columns);
         let hash = renderer.source(&row).map_err(bad)?;
         match renderer.render(&row).map_err(bad)? {

@@ -181,10 +181,22 @@ fn check_beginning(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         "is a Git LFS pointer, not the data; run git lfs pull"
     } else if bytes.starts_with(&[0x1f, 0x8b]) || bytes.starts_with(b"\x28\xB5\x2F\xFD") {
         "is compressed, which is not supported yet; decompress it first"
+    } else if bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF") {
+        "is UTF-16; save it as UTF-8"
+    } else if is_foreign(path, bytes) {
+        "is not JSON; only .jsonl, .json and .parquet files are read: convert it"
     } else {
         return Ok(());
     };
     Err(Error::File { path: path.into(), problem: problem.into() })
+}
+
+/// Whether neither name nor beginning is that of JSON or Parquet: a table of commas, a spreadsheet, a text.
+fn is_foreign(path: &Path, bytes: &[u8]) -> bool {
+    let known = ["jsonl", "json", "ndjson", "parquet"];
+    let named = path.extension().is_some_and(|own| known.iter().any(|known| own.eq_ignore_ascii_case(known)));
+    let text = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes).trim_ascii_start();
+    !named && !text.is_empty() && !matches!(text[0], b'{' | b'[') && !text.starts_with(parquet::MAGIC)
 }
 
 #[cfg(test)]
@@ -200,6 +212,14 @@ mod tests {
         assert_eq!(elements(b"[]").unwrap(), []);
         assert!(elements(b"[{\"a\": 1},\n{\"b\"").unwrap_err().contains("begins on line 2"));
         assert!(elements(b"[{}]\n{}").unwrap_err().contains("line 2: text follows"));
+        let foreign = |name: &str, bytes: &[u8]| check_beginning(Path::new(name), bytes).is_err();
+        assert!(foreign("a.csv", b"q,a\n1,2\n") && foreign("a.jsonl", b"\xFF\xFE{\0") && foreign("a", b"PK\x03\x04"));
+        assert!(
+            !foreign("a.csv", b" {\"q\": 1}")
+                && !foreign("a.jsonl", b"q")
+                && !foreign("a", b"\xEF\xBB\xBF[")
+                && !foreign("a", b"")
+        );
         assert!(is_list(b" [\n{") && is_list(b"[]") && !is_list(b"[1]\n") && !is_list(b"{"));
     }
 }

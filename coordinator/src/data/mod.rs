@@ -6,6 +6,7 @@
 //! split and order follow from the text stage alone, so that nothing depends on how far the second has come.
 
 mod ahead;
+pub mod asking;
 mod cache;
 mod chat;
 mod conversation;
@@ -24,6 +25,7 @@ mod origin;
 mod pack;
 mod parquet;
 mod prepare;
+mod problem;
 mod promptsource;
 mod python;
 mod referee;
@@ -109,31 +111,56 @@ impl Progress for () {
     fn advance(&self, _: u64) {}
 }
 
-/// The strings of JSONL rows, for training a tokenizer: all of them, or those of the named `fields`, in order.
-pub fn strings(files: &[PathBuf], fields: &[String], progress: &dyn Progress) -> Result<Vec<String>, Error> {
+/// The strings of rows, for training a tokenizer: all of them, or those of the named `fields`, in order; of a list of
+/// messages, what they say.
+pub fn strings(named: &[PathBuf], fields: &[String], progress: &dyn Progress) -> Result<Vec<String>, Error> {
     let mut all = Vec::new();
-    for path in files {
+    let mut paths = Vec::new();
+    for path in named {
+        paths.extend(files::files(path, "--data")?);
+    }
+    for path in &paths {
         let found = lines::map_lines(path, "--data", progress, |at, text| {
-            let bad =
-                |problem: String| Error::File { path: path.clone(), problem: format!("line {}: {problem}", at.line) };
-            let row: row::Row<'_> =
-                serde_json::from_slice(text).map_err(|error| bad(format!("malformed JSON ({error})")))?;
+            let bad = |problem: String| Error::Row {
+                place: format!("{}:{}", path.display(), at.line),
+                problem,
+                more: String::new(),
+                remedy: String::new(),
+            };
+            let row: row::Row<'_> = serde_json::from_slice(text)
+                .map_err(|error| bad(format!("malformed JSON ({error}); write one JSON object per line")))?;
             let wanted = |name: &str| fields.is_empty() || fields.iter().any(|f| f == name);
             let texts: Vec<String> = (row.fields.iter())
                 .filter(|(name, _)| wanted(name))
-                .filter_map(|(_, field)| match field {
-                    row::Field::Text(text) => Some(text.to_string()),
-                    row::Field::Other(_) => None,
+                .flat_map(|(_, field)| match field {
+                    row::Field::Text(text) => vec![text.to_string()],
+                    row::Field::Other(value) => said(value),
                 })
                 .collect();
             match texts.is_empty() {
-                true => Err(bad(format!("has no such string field; the row has {}", row.names()))),
+                true => Err(bad(format!(
+                    "has no such string field; the row has {}; name one of them with --field",
+                    row.names()
+                ))),
                 false => Ok(texts),
             }
         })?;
+        if found.results.is_empty() {
+            let problem = "has no rows; write one JSON object per line".into();
+            return Err(Error::File { path: path.clone(), problem });
+        }
         for texts in found.results {
             all.extend(texts?);
         }
     }
     Ok(all)
+}
+
+/// What the messages of a list say.
+fn said(value: &serde_json::Value) -> Vec<String> {
+    let content = |message: &serde_json::Value| {
+        let text = message.get("content").or_else(|| message.get("value"))?.as_str()?;
+        Some(text.to_owned())
+    };
+    value.as_array().into_iter().flatten().filter_map(content).collect()
 }

@@ -3,6 +3,7 @@
 use super::chat::ChatTemplate;
 use super::conversation::{Conversation, Names};
 use super::detect::Kind;
+use super::problem::{Problem, Remedy};
 use super::promptsource::TemplateFile;
 use super::row::{Field, Row};
 use super::shots::Draws;
@@ -104,12 +105,12 @@ impl Renderer {
     }
 
     /// What a row is split by: rows of one source are never on two sides.
-    pub fn source(&self, row: &Row<'_>) -> Result<u128, String> {
+    pub fn source(&self, row: &Row<'_>) -> Result<u128, Problem> {
         self.kind.source(&self.data, row)
     }
 
     /// Errors are what is wrong with the row, in words.
-    pub fn render<'r>(&self, row: &'r Row<'_>) -> Result<Rendered<'r>, String> {
+    pub fn render<'r>(&self, row: &'r Row<'_>) -> Result<Rendered<'r>, Problem> {
         let Some(shots) = &self.draws.shots else {
             return self.form.render(row, self.draws.seed, None, &self.data).map(|(rendered, _)| rendered);
         };
@@ -172,7 +173,7 @@ impl Form {
         seed: u64,
         template: Option<usize>,
         data: &Data,
-    ) -> Result<(Rendered<'r>, Option<usize>), String> {
+    ) -> Result<(Rendered<'r>, Option<usize>), Problem> {
         let rendered = match self {
             Form::Columns => Rendered::Pair { prompt: column(row, "prompt")?, completion: column(row, "completion")? },
             Form::Text => Rendered::Pair { prompt: "".into(), completion: column(row, "text")? },
@@ -197,16 +198,19 @@ impl Form {
     }
 }
 
-fn column<'r>(row: &'r Row<'_>, name: &str) -> Result<Cow<'r, str>, String> {
+fn column<'r>(row: &'r Row<'_>, name: &str) -> Result<Cow<'r, str>, Problem> {
     match row.get(name) {
         Some(Field::Text(text)) => Ok(Cow::Borrowed(text)),
-        Some(other) => Err(format!("field \"{name}\" is {}, but must be a string", other.kind())),
-        None => Err(format!("field \"{name}\" is missing; the row has {}{}", row.names(), advice(row))),
+        Some(other) => Err(format!("field \"{name}\" is {}, but must be a string", other.kind()).into()),
+        None => {
+            let words = format!("field \"{name}\" is missing; the row has {}{}", row.names(), advice(row));
+            Err(Problem::new(words, Remedy::Said))
+        }
     }
 }
 
 /// The words that Stanford Alpaca's models were trained on.
-fn alpaca<'r>(row: &'r Row<'_>) -> Result<Rendered<'r>, String> {
+fn alpaca<'r>(row: &'r Row<'_>) -> Result<Rendered<'r>, Problem> {
     let (instruction, completion) = (column(row, "instruction")?, column(row, "output")?);
     let input = match row.get("input") {
         None | Some(Field::Other(serde_json::Value::Null)) => "".into(),

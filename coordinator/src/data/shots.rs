@@ -4,6 +4,7 @@ use super::detect::Kind;
 use super::files::files;
 use super::jinja::Draw;
 use super::lines::map_lines;
+use super::problem::{Problem, Remedy};
 use super::row::Row;
 use super::split::{split, Part};
 use super::Error;
@@ -48,7 +49,7 @@ impl Shots {
         source: u128,
         seed: u64,
         mut take: impl FnMut(&Row<'_>) -> bool,
-    ) -> Result<(), String> {
+    ) -> Result<(), Problem> {
         let mut draw = Draw::new(&[&seed.to_le_bytes(), &row.hash().to_le_bytes(), b"few-shot examples"]);
         let mut left: Vec<u32> = (0..self.rows.len() as u32).collect();
         let mut used = vec![source];
@@ -60,10 +61,13 @@ impl Shots {
         }
         match used.len() > self.count {
             true => Ok(()),
-            false => Err(format!(
-                "only {} other training rows can be examples, data.few_shot asks for {}; lower it",
-                used.len() - 1,
-                self.count
+            false => Err(Problem::new(
+                format!(
+                    "only {} other training rows can be examples, data.few_shot asks for {}",
+                    used.len() - 1,
+                    self.count
+                ),
+                Remedy::FewShot,
             )),
         }
     }

@@ -5,6 +5,7 @@ use super::cache::{Cache, Entry, Measure, Place};
 use super::encode::{Encoder, Stop};
 use super::gate::{self, Finding, TokenFlaws};
 use super::origin::{Origin, Source};
+use super::problem::Problem;
 use super::{Error, Example};
 use crate::run::plan::Size;
 use rayon::prelude::*;
@@ -276,7 +277,7 @@ impl Store {
     }
 
     /// Why `row` is left out.
-    pub fn problem(&self, row: u32) -> Result<String, Error> {
+    pub fn problem(&self, row: u32) -> Result<Problem, Error> {
         match self.encode(row) {
             Ok(_) => Ok("cannot be trained on".into()),
             Err(Stop::Row(problem)) => Ok(problem),

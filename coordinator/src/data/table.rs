@@ -6,6 +6,7 @@ use super::files::files;
 use super::gate::{sample, Frame, Gate, Look, Texts, Turn, SAMPLE};
 use super::lines::{first_rows, map_lines, At};
 use super::origin::Origin;
+use super::problem::{Problem, Remedy};
 use super::render::{Rendered, Renderer};
 use super::row::Row;
 use super::shots::Draws;
@@ -58,7 +59,7 @@ pub struct Reading<'a> {
 struct Bad {
     line: u64,
     column: Option<usize>,
-    problem: String,
+    problem: Problem,
 }
 
 impl Reading<'_> {
@@ -138,14 +139,18 @@ impl Reading<'_> {
     }
 
     fn row(&self, at: At, bytes: &[u8], renderer: &Renderer, frame: &Frame) -> Result<Line, Bad> {
-        let bad = |problem: String| Bad { line: at.line, column: None, problem };
+        let bad = |problem: Problem| {
+            let problem = Problem { words: self.own_names(problem.words), remedy: problem.remedy };
+            Bad { line: at.line, column: None, problem: problem.of(self.data) }
+        };
+        let said = |words: String| bad(Problem::new(words, Remedy::Said));
         let text = std::str::from_utf8(bytes).map_err(|error| {
-            bad(format!("byte {} of the line is not UTF-8; save the file as UTF-8", error.valid_up_to() + 1))
+            said(format!("byte {} of the line is not UTF-8; save the file as UTF-8", error.valid_up_to() + 1))
         })?;
         let mut row: Row<'_> = serde_json::from_str(text).map_err(|error| malformed(at.line, text, &error))?;
         row.rename(&self.data.columns);
-        let hash = renderer.source(&row).map_err(|problem| bad(self.own_names(problem)))?;
-        let rendered = renderer.render(&row).map_err(|problem| bad(self.own_names(problem)))?;
+        let hash = renderer.source(&row).map_err(bad)?;
+        let rendered = renderer.render(&row).map_err(bad)?;
         let look = match &rendered {
             Rendered::Pair { completion, .. } if completion.trim().is_empty() => {
                 return Err(bad("the completion is empty".into()));
@@ -193,21 +198,16 @@ fn malformed(line: u64, text: &str, error: &serde_json::Error) -> Bad {
         true if error.is_eof() => {
             "malformed JSON: the line ends inside the object; write one whole object per line".into()
         }
-        true => format!("malformed JSON: {message}"),
-        false => "the row is not a JSON object; write one object per line".into(),
+        true => format!("malformed JSON: {message}").into(),
+        false => Problem::new("the row is not a JSON object; write one object per line", Remedy::Format),
     };
     Bad { line, column: object.then(|| error.column()), problem }
 }
 
 /// Refuses a row for `problem`; `lines` are those of all bad rows that are known, of `count` rows.
-pub fn refusal(place: String, problem: String, lines: &[u64], count: u64) -> Error {
-    // Dropping every row would leave nothing.
-    let remedy = match lines.len() as u64 == count {
-        true if problem.contains("; set ") => "",
-        true => "; correct the row, or data.template",
-        false => "; correct the row, or set data.on_bad_row = \"drop\"",
-    };
-    Error::Row { place, problem, more: others(lines, count), remedy }
+pub fn refusal(place: String, problem: Problem, lines: &[u64], count: u64) -> Error {
+    let remedy = problem.remedy.advice(lines.len() as u64 == count);
+    Error::Row { place, problem: problem.words, more: others(lines, count), remedy }
 }
 
 /// Where further bad rows are.

@@ -217,10 +217,11 @@ fn bad_rows_are_refused_in_a_sentence() {
         ),
         (
             "{\"prompt\":\"w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5 w5\",\"completion\":\"w6\"}",
-            "rows.jsonl:2: the prompt fills the whole length (17 tokens, train.max_length = 16) and leaves no completion token",
+            "rows.jsonl:2: the prompt fills the whole length (17 tokens, train.max_length = 16) and leaves no completion token; raise train.max_length, or set data.on_bad_row = \"drop\"",
         ),
     ];
     for (row, expected) in cases {
+        let remedy = if expected.contains("on_bad_row") { "" } else { remedy };
         assert_eq!(sentence(&format!("{good}{row}\n{good}"), |_| ()), format!("{expected}{remedy}"));
     }
     let two = sentence(&format!("{good}{{}}\n{{}}\n"), |_| ());
@@ -229,6 +230,16 @@ fn bad_rows_are_refused_in_a_sentence() {
     assert!(three.contains("(3 of 4 rows are bad, lines 3 and 4 among them); correct"), "{three}");
     let all = sentence(&"{}\n".repeat(3), |_| ());
     assert!(all.ends_with("of them (all 3 rows are bad)"), "{all}");
+    // Where no row is good, something else than the rows is at fault.
+    let long = format!("{{\"prompt\":\"{}\",\"completion\":\"w6\"}}\n", "w5 ".repeat(20)).repeat(2);
+    let full = sentence(&long, |_| ());
+    assert!(full.ends_with("(all 2 rows are bad); raise train.max_length"), "{full}");
+    let grouped = sentence(good, |c| c.data[0].group_by = Some("id".into()));
+    assert!(grouped.ends_with("; correct data.group_by"), "{grouped}");
+    let shots = sentence(&good.repeat(2), |c| c.data[0].few_shot = 3);
+    assert!(shots.ends_with("; lower data.few_shot"), "{shots}");
+    let commas = sentence("q,a\n1,2\n", |_| ());
+    assert!(commas.ends_with("are read: convert it"), "{commas}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::Error;
 use serde_json::Value;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
@@ -32,6 +33,10 @@ impl TextTokenizer {
         })?;
         let mut identity = blake3::Hasher::new_derive_key("unisono 1 tokenizer");
         identity.update(&bytes);
+        // What does not read would be taken for a file that says nothing, and copied into the export.
+        for name in ["tokenizer_config.json", "special_tokens_map.json"] {
+            json(dir, name)?;
+        }
         let mut tokenizer = Tokenizer::from_bytes(bytes)
             .map_err(|error| refuse(format!("not a tokenizer ({error}); download the model's tokenizer.json again")))?;
         // Both would change lengths behind the back of `max_length`.
@@ -191,27 +196,31 @@ fn ends(dir: &Path, eos: u32) -> Vec<u32> {
     all
 }
 
+/// A JSON file of a model directory; null where there is none.
+pub fn json(dir: &Path, name: &str) -> Result<Value, Error> {
+    let path = dir.join(name);
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Value::Null),
+        Err(error) => return Err(Error::Tokenizer { path, problem: format!("cannot be read ({error})") }),
+    };
+    serde_json::from_slice(&bytes).map_err(|error| Error::Tokenizer {
+        path,
+        problem: format!("not valid JSON ({error}); download the model's {name} again"),
+    })
+}
+
 /// The first `eos_token_id` of generation_config.json or config.json, else tokenizer_config.json's `eos_token`.
 fn end_of_text(dir: &Path, tokenizer: &Tokenizer) -> Result<u32, Error> {
-    let json = |name: &str| -> Result<Value, Error> {
-        let path = dir.join(name);
-        match std::fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| Error::Tokenizer {
-                path,
-                problem: format!("not valid JSON ({error}); download the model's {name} again"),
-            }),
-            Err(_) => Ok(Value::Null),
-        }
-    };
     for name in ["generation_config.json", "config.json"] {
-        let value = json(name)?;
+        let value = json(dir, name)?;
         let id = &value["eos_token_id"];
         if let Some(id) = id.get(0).unwrap_or(id).as_u64() {
             return Ok(id as u32);
         }
     }
     let name = "tokenizer_config.json";
-    let value = json(name)?;
+    let value = json(dir, name)?;
     let token = &value["eos_token"];
     let token = token.get("content").unwrap_or(token).as_str();
     match token.map(|t| (t, tokenizer.token_to_id(t))) {

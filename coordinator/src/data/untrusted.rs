@@ -41,7 +41,7 @@ pub fn template(bytes: &[u8]) -> Result<usize, String> {
     let (source, line) = text.split_once("\n---\n").unwrap_or((text, "{}"));
     let renderer = renderer(Kind::Template, Some(source))?;
     let row: Row<'_> = serde_json::from_str(line).map_err(|error| error.to_string())?;
-    Ok(match renderer.render(&row)? {
+    Ok(match renderer.render(&row).map_err(|problem| problem.words)? {
         Rendered::Pair { prompt, completion } => prompt.len() + completion.len(),
         Rendered::Chat { text, .. } => text.len(),
     })

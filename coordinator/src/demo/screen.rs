@@ -1,10 +1,11 @@
 //! The demo's last screen.
 
 use super::corpus::TEXT;
-use super::score::{exact, majority};
+use super::score::{exact, majority, Answer};
 use super::{questions, Story};
 use crate::monitor::plain::{bytes, clock, grouped, significant};
 use crate::monitor::state::RunState;
+use serde_json::{json, Value};
 use std::fmt::Write;
 
 /// From this share of right answers on, a task counts as learned.
@@ -33,6 +34,29 @@ pub fn screen(story: &Story) -> String {
         clock(story.seconds)
     );
     out
+}
+
+/// The same for a script.
+pub fn object(story: &Story) -> Value {
+    let (mut at, mut tasks) = (0, Vec::new());
+    for (task, known, unseen) in questions(&story.corpus) {
+        let middle = at + known.len();
+        let end = middle + unseen.len();
+        let of = |answers: &[Answer], from: usize, to: usize| answers.get(from..to).unwrap_or_default().to_vec();
+        tasks.push(json!({
+            "task": task,
+            "majority": majority(known),
+            "before": exact(known, &of(&story.before, at, middle)),
+            "after": exact(known, &of(&story.after, at, middle)),
+            "unseen": exact(unseen, &of(&story.after, middle, end)),
+        }));
+        at = end;
+    }
+    json!({
+        "event": "demo", "directory": story.directory, "seconds": story.seconds, "tasks": tasks,
+        "workers": workers(&story.several), "digest": digest(&story.several), "digest_of_one": digest(&story.one),
+        "one_result": is_one_result(story),
+    })
 }
 
 fn table(out: &mut String, story: &Story) {
@@ -164,6 +188,10 @@ mod tests {
         assert_eq!(figures, ["0.0%", "100.0%", "0.0%"], "{text}");
         assert!(text.contains("8 of 8 tasks reach 90%"), "{text}");
         assert!(text.contains("the same, bit for bit"), "{text}");
+        let object = object(&story("d1"));
+        let task = object["tasks"].as_array().unwrap().iter().find(|task| task["task"] == "reverse").unwrap();
+        assert_eq!((&task["before"], &task["after"], &task["unseen"]), (&json!(0.0), &json!(1.0), &json!(0.0)));
+        assert_eq!((&object["one_result"], &object["digest"]), (&json!(true), &json!("d1")));
     }
 
     #[test]

@@ -168,7 +168,7 @@ impl Crew {
                 if let Some(status) = self.coordinator.reap() {
                     if let Some(signal) = self.asked.filter(|asked| status.signal() == Some(*asked)) {
                         // It had not come so far that it could save.
-                        return Ok(Ended::Interrupted { signal, place: self.place() });
+                        return Ok(Ended::Interrupted { signal, place: self.place(), advice: self.advice() });
                     }
                     if self.asked.is_some()
                         || status.code().is_some()
@@ -199,7 +199,7 @@ impl Crew {
                 // is nothing to save, and whoever asks twice does not want to wait.
                 signal = signals.requests.next() => {
                     if self.asked.is_some() || self.workers.is_empty() || self.coordinators.due().is_some() {
-                        return Ok(Ended::Interrupted { signal, place: self.place() });
+                        return Ok(Ended::Interrupted { signal, place: self.place(), advice: self.advice() });
                     }
                     // How long saving may take, and who is missing for it, the coordinator knows.
                     (self.asked, suspicion) = (Some(signal), None);
@@ -352,12 +352,23 @@ impl Crew {
         }
     }
 
+    /// How to go on: where no run was made, there is nothing to resume.
+    fn advice(&self) -> String {
+        match &self.run_dir {
+            None => "nothing was begun; start it again".into(),
+            Some(run_dir) => {
+                let here = std::env::current_dir().ok().and_then(|here| run_dir.strip_prefix(here).ok());
+                format!("go on with --resume {}", here.unwrap_or(run_dir).display())
+            }
+        }
+    }
+
     fn judge_coordinator(&self, status: ExitStatus) -> Result<Ended, Error> {
         match status.code() {
             Some(code) => Ok(Ended::Code(u8::try_from(code).unwrap_or(u8::MAX))),
             None => {
                 let pid = self.coordinator.child.id();
-                Err(Error::Coordinator { pid, how: manner(status), place: self.place() })
+                Err(Error::Coordinator { pid, how: manner(status), place: self.place(), advice: self.advice() })
             }
         }
     }
@@ -373,6 +384,7 @@ impl Crew {
             how: manner(status),
             place: self.place(),
             words: last.map(|line| format!(" ({line})")).unwrap_or_default(),
+            advice: self.advice(),
             bad_input: status.code() == Some(BAD_INPUT),
         }
     }

@@ -32,12 +32,10 @@ pub enum Error {
     Spawn { path: PathBuf, source: io::Error },
     #[error("{path} cannot load {library}; run `make setup` and `make build`, or point LIBTORCH at a libtorch 2.11.0 and build again")]
     CannotLoad { path: PathBuf, library: String },
-    #[error(
-        "a worker (pid {pid}) {how} before the coordinator could name its rank{place}{words}; go on with --resume RUN"
-    )]
-    Worker { pid: u32, how: String, place: String, words: String, bad_input: bool },
-    #[error("the coordinator (pid {pid}) {how}{place}; the workers were stopped, go on with --resume RUN")]
-    Coordinator { pid: u32, how: String, place: String },
+    #[error("a worker (pid {pid}) {how} before the coordinator could name its rank{place}{words}; {advice}")]
+    Worker { pid: u32, how: String, place: String, words: String, advice: String, bad_input: bool },
+    #[error("the coordinator (pid {pid}) {how}{place}; the workers were stopped, {advice}")]
+    Coordinator { pid: u32, how: String, place: String, advice: String },
     #[error("the processes of the run cannot be set up: {0}")]
     System(#[from] io::Error),
 }
@@ -62,8 +60,9 @@ impl Error {
 pub enum Ended {
     /// The coordinator's exit code; it has said why.
     Code(u8),
-    /// By SIGINT or SIGTERM to the supervisor; `place` completes the sentence "the run was stopped".
-    Interrupted { signal: i32, place: String },
+    /// By SIGINT or SIGTERM to the supervisor; `place` completes the sentence "the run was stopped", `advice` says
+    /// what to do then.
+    Interrupted { signal: i32, place: String, advice: String },
 }
 
 /// What to start.

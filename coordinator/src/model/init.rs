@@ -6,6 +6,7 @@ use super::Error;
 use crate::data::Progress;
 use serde_json::{json, Value};
 use std::path::{Path, PathBuf};
+use tokenizers::Tokenizer;
 use unisono_configs::model::{Family, Layout, ModelSpec};
 
 /// What to make.
@@ -58,30 +59,85 @@ pub fn init(plan: &Plan, progress: &dyn Progress) -> Result<Made, Error> {
             problem: "exists and is not empty; choose a new directory".into(),
         });
     }
+    plan.size()?;
     let tokenizer = vocabulary::train(&plan.data, &plan.fields, plan.vocab, plan.split, plan.family, progress)?;
     let vocab = tokenizer.get_vocab_size(true);
     let config = plan.config(vocab);
     let spec = ModelSpec::from_json(&config, &plan.out.join("config.json"))?;
     let layout = Layout::new(&spec);
-    std::fs::create_dir_all(&plan.out).map_err(|error| refuse(&plan.out, error))?;
+    // Whole or not at all: beside its place until all of it is there.
+    let place = std::path::absolute(&plan.out).map_err(|error| refuse(&plan.out, error))?;
+    let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let partial = place.with_file_name(format!(".{name}.partial-{}", std::process::id()));
+    std::fs::create_dir_all(&partial).map_err(|error| refuse(&plan.out, error))?;
+    let made = fill(plan, &partial, &tokenizer, &config, &layout)
+        .and_then(|bytes| std::fs::rename(&partial, &place).map(|()| bytes));
+    match made {
+        Ok(bytes) => Ok(Made { parameters: layout.parameters(), vocab, bytes }),
+        Err(error) => {
+            // The first error is the one to tell.
+            let _ = std::fs::remove_dir_all(&partial);
+            Err(refuse(&plan.out, error))
+        }
+    }
+}
+
+/// Writes the files into `directory`; the size of the weights.
+fn fill(plan: &Plan, directory: &Path, tokenizer: &Tokenizer, config: &Value, layout: &Layout) -> std::io::Result<u64> {
     let tokens = tokenizer.to_string(true).expect("a trained tokenizer has a JSON form");
     let pretty = |value: &Value| serde_json::to_string_pretty(value).expect("JSON has a text form");
     for (name, text) in [
         ("tokenizer.json", tokens),
         ("tokenizer_config.json", pretty(&plan.tokenizer_config())),
         ("generation_config.json", pretty(&json!({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}))),
-        ("config.json", pretty(&config)),
+        ("config.json", pretty(config)),
     ] {
-        let path = plan.out.join(name);
-        std::fs::write(&path, text + "\n").map_err(|error| refuse(&path, error))?;
+        std::fs::write(directory.join(name), text + "\n")?;
     }
-    let path = plan.out.join("model.safetensors");
-    let bytes =
-        weights::write(&path, &layout, plan.dtype, plan.deviation, plan.seed).map_err(|error| refuse(&path, error))?;
-    Ok(Made { parameters: layout.parameters(), vocab, bytes })
+    weights::write(&directory.join("model.safetensors"), layout, plan.dtype, plan.deviation, plan.seed)
+}
+
+/// Bytes that are free where `place` is to be made, where that can be known.
+fn free(place: &Path) -> Option<u64> {
+    let place = std::path::absolute(place).ok()?;
+    let there = place.ancestors().find(|at| at.is_dir())?;
+    let system = rustix::fs::statvfs(there).ok()?;
+    Some(system.f_bavail.saturating_mul(system.f_frsize))
 }
 
 impl Plan {
+    /// The most parameters that the model can have, and the bytes of its weights; refuses what has no room.
+    pub fn size(&self) -> Result<(usize, u64), Error> {
+        self.check()?;
+        let sides = [self.vocab, self.hidden, self.layers, self.heads, self.kv_heads, self.head_dim, self.intermediate];
+        // A larger number has no place in any model, and sums of products of these stay exact.
+        if let Some(side) = sides.iter().find(|side| **side >= 1 << 24) {
+            return Err(Error::Option {
+                option: "layers",
+                problem: format!("one of the shape's numbers is {side}, more than any model has"),
+            });
+        }
+        let wide = |n: usize| n as u128;
+        let attention = 2 * (wide(self.heads) + wide(self.kv_heads)) * wide(self.head_dim) * wide(self.hidden);
+        let layer = attention + 3 * wide(self.intermediate) * wide(self.hidden);
+        let ends = wide(self.vocab) * wide(self.hidden) * if self.tied { 1 } else { 2 };
+        let least = (wide(self.layers) * layer + ends) * wide(self.dtype.bytes());
+        let free = free(&self.out);
+        if let Some(free) = free.filter(|free| u128::from(*free) < least) {
+            return Err(Error::File {
+                path: self.out.clone(),
+                problem: format!(
+                    "the model needs {:.1} GB, and {:.1} GB are free there; make it smaller, or name another place",
+                    least as f64 / 1e9,
+                    free as f64 / 1e9
+                ),
+            });
+        }
+        let spec = ModelSpec::from_json(&self.config(self.vocab), &self.out.join("config.json"))?;
+        let parameters = Layout::new(&spec).parameters();
+        Ok((parameters, (parameters * self.dtype.bytes()) as u64))
+    }
+
     fn check(&self) -> Result<(), Error> {
         for (option, value) in [
             ("layers", self.layers),
@@ -292,8 +348,16 @@ mod tests {
         assert_eq!(refused(&|p| p.head_dim = 3), "--head-dim: is 3 and must be even and above 0; give --head-dim");
         assert_eq!(
             refused(&|p| p.fields = vec!["id".into()]),
-            "corpus.jsonl: line 1: has no such string field; the row has \"text\", \"id\""
+            "corpus.jsonl:1: has no such string field; the row has \"text\", \"id\"; name one of them with --field"
         );
+        std::fs::write(dir.path().join("empty.jsonl"), "\n").unwrap();
+        assert_eq!(
+            refused(&|p| p.data = vec![dir.path().join("empty.jsonl")]),
+            "empty.jsonl: has no rows; write one JSON object per line"
+        );
+        let large = refused(&|p| (p.hidden, p.layers) = (1 << 20, 1 << 20));
+        assert!(large.contains("GB are free there"), "{large}");
+        assert!(!dir.path().join("refused").exists(), "nothing is left behind");
         let full = refused(&|p| p.out = dir.path().into());
         assert!(full.ends_with("exists and is not empty; choose a new directory"), "{full}");
     }

@@ -20,7 +20,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    fn bytes(self) -> usize {
+    pub(super) fn bytes(self) -> usize {
         match self {
             Dtype::Fp32 => 4,
             Dtype::Bf16 => 2,

@@ -40,6 +40,10 @@ pub enum Error {
     Shape { path: PathBuf, name: String, found: Vec<usize>, expected: Vec<usize> },
     #[error("{path}: tensor \"{name}\" is {found}; weights must be F32, BF16 or F16")]
     Kind { path: PathBuf, name: String, found: String },
+    #[error(
+        "{path}: tensor \"{name}\" has a value that is not finite (element {at} is {value}); download the model again"
+    )]
+    NotFinite { path: PathBuf, name: String, at: usize, value: f32 },
 }
 
 #[derive(Deserialize)]
@@ -157,7 +161,7 @@ impl Weights {
         };
         let mut bytes = vec![0; width * BLOCK.min(out.len())];
         let mut offset = (entry.bytes.start + width * range.start) as u64;
-        for out in out.chunks_mut(BLOCK) {
+        for (block, out) in out.chunks_mut(BLOCK).enumerate() {
             let bytes = &mut bytes[..width * out.len()];
             file.read_exact_at(bytes, offset).map_err(|source| Error::Read { path: path.clone(), source })?;
             offset += bytes.len() as u64;
@@ -166,6 +170,11 @@ impl Weights {
                 Dtype::BF16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = bf16::from_le_bytes(*b).to_f32()),
                 Dtype::F16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = f16::from_le_bytes(*b).to_f32()),
                 _ => out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(o, b)| *o = f32::from_le_bytes(*b)),
+            }
+            // Training would find it, and blame the rows.
+            if let Some(at) = out.iter().position(|value| !value.is_finite()) {
+                let (value, at) = (out[at], range.start + block * BLOCK + at);
+                return Err(Error::NotFinite { path: path.clone(), name: name.into(), at, value });
             }
         }
         Ok(())
@@ -209,6 +218,21 @@ mod tests {
             assert_eq!(out, values[1..3], "{name}");
         }
         assert_eq!(weights.shape("b"), Some(&[2usize, 2][..]));
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut values = vec![bf16::ONE; BLOCK + 9];
+        values[BLOCK + 3] = bf16::NAN;
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        write(&dir.path().join(ONE_FILE), &[("a", Dtype::BF16, vec![BLOCK + 9], bytes)]);
+        let weights = Weights::open(dir.path()).unwrap();
+        let mut out = vec![0.0; BLOCK + 7];
+        let sentence = weights.read_f32("a", 2..BLOCK + 9, &mut out).unwrap_err().to_string();
+        let named = format!("model.safetensors: tensor \"a\" has a value that is not finite (element {}", BLOCK + 3);
+        assert!(sentence.contains(&named) && sentence.contains("download"), "{sentence}");
+        weights.read_f32("a", 0..BLOCK + 3, &mut out[..BLOCK + 3]).unwrap();
     }
 
     #[test]

@@ -310,7 +310,8 @@ fn weights_that_are_not_numbers_are_found_before_the_first_step() {
         std::fs::write(path, bytes).unwrap();
     };
     let error = refusal(|_| {}, spoil);
-    assert!(error.bad_input() && matches!(error, Error::Model { .. }), "{error}");
+    assert!(error.bad_input() && matches!(error, Error::Weights(_)), "{error}");
+    assert!(error.to_string().contains("has a value that is not finite"), "{error}");
 }
 
 #[test]
