@@ -19,8 +19,7 @@ Example:
   unisono monitor --plain | grep validation
   UNISONO_TOKEN_FILE=monitor.token unisono monitor node1:7070
 
-The token of ADDR is tokens.viewer in the run's control.json, on the coordinator's machine; put it into a file, or into
-UNISONO_TOKEN.
+The token of ADDR is made on the coordinator's machine: unisono token RUN --role monitor > monitor.token
 
 Exit codes: 0 the run finished or was stopped, 2 it cannot be looked at, 3 it failed.")]
 pub struct MonitorArgs {
