@@ -55,9 +55,9 @@ CHAOS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unisono/chaos
 
 chaos: setup ## The long tests: KILLS=300 deaths, changing worlds, partitions, hangs, 10,000 simulations; minutes
 	$(CARGO) build --workspace --bins --locked -j $(JOBS)
-	export UNISONO_CHAOS='$(CHAOS)' UNISONO_KILLS=$(KILLS) UNISONO_SEED=$(SEED) UNISONO_INSTANTS=100; \
+	export UNISONO_CHAOS='$(CHAOS)' UNISONO_KILLS=$(KILLS) UNISONO_SEED=$(SEED) UNISONO_INSTANTS=100 UNISONO_SHARES=40; \
 	UNISONO_STORMS=10000 $(CARGO) test -p unisono-coordinator --locked -j $(JOBS) --lib run::storm -- --nocapture && \
-	$(CARGO) test -p unisono-tests --locked -j $(JOBS) --no-fail-fast --test signals --test torn \
+	$(CARGO) test -p unisono-tests --locked -j $(JOBS) --no-fail-fast --test signals --test torn --test full_disk \
 		-- --test-threads 1 --nocapture && \
 	$(CARGO) test -p unisono-tests --locked -j $(JOBS) --no-fail-fast -- --ignored --test-threads 1 --nocapture \
 		--skip a_run_that_loses --skip checkpoints_cost; \

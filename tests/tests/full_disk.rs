@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 use unisono_tests::fixture::{self, Fixture};
 use unisono_tests::train::Train;
-use unisono_tests::{binaries, processes};
+use unisono_tests::{binaries, chronicle, processes};
 
 const STEPS: u64 = 10;
 
@@ -59,6 +59,7 @@ fn digest(text: &str) -> String {
     done["digest"].as_str().unwrap().to_owned()
 }
 
+/// Room for 1 and 80 % of a save, or for `UNISONO_SHARES` parts between them.
 #[test]
 fn training_goes_on_and_the_newest_good_checkpoint_resumes() {
     let dir = tempfile::tempdir().unwrap();
@@ -69,7 +70,8 @@ fn training_goes_on_and_the_newest_good_checkpoint_resumes() {
     let (expected, bytes) = whole(dir.path(), &tiny);
     // Room for the first checkpoint, for the ledger and what a save leaves free for it, and for a part of the second one.
     let room = (8 << 20) + 1_200_000;
-    for percent in [1, 80] {
+    let shares = chronicle::asked("UNISONO_SHARES", 2).max(2);
+    for percent in (0..shares).map(|i| 1 + 79 * i / (shares - 1)) {
         let size = bytes + room + bytes * percent / 100;
         let script = format!(
             "mount -t tmpfs -o size={size} none \"$DISK\" || exit 90
