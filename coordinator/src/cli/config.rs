@@ -52,6 +52,18 @@ impl ConfigArgs {
     }
 
     fn read(&self) -> Result<RunConfig> {
+        if let Some(path) = &self.config {
+            let advice = match path.extension().and_then(|ending| ending.to_str()) {
+                Some("yaml" | "yml") => {
+                    Some("another trainer's configuration? unisono import FILE > run.toml translates it")
+                }
+                Some("jsonl" | "parquet") => Some("rows are given with --model DIR --data FILE"),
+                _ => None,
+            };
+            if let Some(advice) = advice {
+                return Err(Error::BadInput(format!("{}: is no run configuration in TOML; {advice}", path.display())));
+            }
+        }
         let mut overrides = self.set.clone();
         overrides.extend(self.workers.map(|n| ("cluster.workers".to_owned(), n.to_string())));
         let read = match (&self.config, &self.model) {
@@ -168,6 +180,16 @@ mod tests {
             let passed: Vec<String> = first.arguments().into_iter().map(|a| a.into_string().unwrap()).collect();
             let second = parse(&passed.iter().map(String::as_str).collect::<Vec<_>>());
             assert_eq!(format!("{first:?}"), format!("{second:?}"));
+        }
+    }
+
+    #[test]
+    fn other_files_than_a_configuration_are_told_where_they_belong() {
+        for (file, words) in [("run.yaml", "unisono import"), ("rows.jsonl", "--data FILE")] {
+            match parse(&[file]).read() {
+                Err(Error::BadInput(sentence)) => assert!(sentence.contains(words), "{sentence}"),
+                other => panic!("{other:?}"),
+            }
         }
     }
 

@@ -66,7 +66,8 @@ pub fn run(args: Args) -> Result<()> {
     match args.json {
         true => eprintln!("{}", serde_json::json!({"event": "rendered", "rows": written, "dropped": count.dropped})),
         false => eprintln!(
-            "{written} rows{}",
+            "{written} {}{}",
+            if written == 1 { "row" } else { "rows" },
             if count.dropped > 0 { format!(", {} dropped", count.dropped) } else { String::new() }
         ),
     }

@@ -80,6 +80,9 @@ fn here(resume: Option<&str>, wanted: Option<&Path>, config: &ConfigArgs) -> Res
             Some(path) => path,
             None => return Ok(None),
         },
+        (Some(""), _) => {
+            return Err(Error::bad_input("--resume is empty; give it the directory of a run, for example runs/tiny-001"))
+        }
         (Some(_), Some(_)) => {
             return Err(Error::bad_input("--resume RUN and --run-dir both name a directory; leave --run-dir out"))
         }

@@ -56,10 +56,11 @@ pub fn withdraw(run_dir: &Path) {
 }
 
 fn exists(path: &Path) -> Error {
-    Error::BadInput(format!(
-        "{0} exists; go on with --resume {0}, choose another --run-dir, or remove it",
-        path.display()
-    ))
+    let resume = match path.join(LEDGER).is_file() {
+        true => format!("go on with --resume {}, ", path.display()),
+        false => String::new(),
+    };
+    Error::BadInput(format!("{} exists; {resume}choose another --run-dir, or remove it", path.display()))
 }
 
 /// The first free number. Creating a directory is atomic, so two runs that start at once get two numbers.
