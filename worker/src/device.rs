@@ -212,7 +212,10 @@ pub fn identity(device: Device) -> Result<Vec<u8>, Error> {
 pub fn free(device: Device) -> Option<u64> {
     static FREE: OnceLock<u64> = OnceLock::new();
     match device {
-        Device::Cuda(index) => Some(*FREE.get_or_init(|| Gpu::describe(index).map_or(0, |gpu| gpu.free))),
+        Device::Cuda(index) => {
+            let known = FREE.get().copied();
+            known.or_else(|| Gpu::describe(index).ok().map(|gpu| *FREE.get_or_init(|| gpu.free))).or(Some(0))
+        }
         _ => None,
     }
 }

@@ -188,7 +188,9 @@ impl<'l> Loading<'l> {
         let snapshots = assign.neighbour.is_some() && standing.snapshots.is_some();
         let (rank, world) = (assign.rank as usize, assign.world as usize);
         let plan = {
-            let gpu = device::free(device).map(|bytes| bytes / sharing(&assign.peers, assign.rank as usize) as u64);
+            // Of those who share it, the ones who start with this worker have not taken theirs yet.
+            let sharing = sharing(&assign.peers, assign.rank as usize).min(standing.sharing.max(1));
+            let gpu = device::free(device).map(|bytes| bytes / sharing as u64);
             let sketch = prospect.sketch(gpu.is_some())?;
             let baseline = standing.baseline;
             let demand = prospect.demand(assign, &sketch, baseline, snapshots, self.image_bytes(), gpu)?;

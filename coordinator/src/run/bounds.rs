@@ -63,7 +63,10 @@ pub(super) fn dealt_again(train: &Train, micro_batches: u32, longest: u32, large
     let worst = Worst {
         tokens: sizes.first().copied().unwrap_or(0),
         document: longest,
-        documents: u32::try_from(train.global_batch_size).unwrap_or(u32::MAX),
+        // Of as many micro-batches as are asked for, none is empty.
+        documents: u32::try_from(train.global_batch_size.saturating_sub(train.micro_batches.max(1) as usize - 1))
+            .unwrap_or(u32::MAX)
+            .max(1),
         ..Worst::default()
     };
     (worst, sizes)

@@ -200,9 +200,12 @@ pub(super) struct Kept {
     begun: (u64, f64),
     /// Since when the next step waits for a snapshot.
     waits: Option<f64>,
-    /// Snapshots in a row that did not become whole, or not in time.
+    /// Snapshots in a row that did not become whole.
     missed: u32,
     warned: bool,
+    /// Snapshots in a row that training did not wait for any longer.
+    late: u32,
+    told_late: bool,
     /// Steps whose state could not be loaded from memory.
     passed_over: BTreeSet<u64>,
 }
@@ -310,14 +313,20 @@ impl Machine {
 
     /// Whether step `step` waits until it is known what became of a snapshot. One that is on its way while two more steps are
     /// committed would make a loss cost more than the steps between two snapshots and one. Where the way takes longer than training
-    /// should wait, that is what it costs.
+    /// should wait, that is what it costs; where it does so again and again, nobody waits any more.
     pub(super) fn awaits_snapshot(&mut self, now: f64, step: u64) -> bool {
         let every = self.snapshot_every();
         let (first, begun) = self.kept.begun;
         let before = step.saturating_sub(2);
         let due = before.checked_div(every).map_or(0, |count| (count * every).max(first).min(before));
         if due <= self.kept.answered {
-            self.kept.waits = None;
+            if self.kept.waits.take().is_some() {
+                self.kept.late = 0;
+            }
+            return false;
+        }
+        if self.kept.late >= MISSED {
+            self.kept.answered = due;
             return false;
         }
         let since = *self.kept.waits.get_or_insert(now);
@@ -325,7 +334,7 @@ impl Machine {
         if now - since < (WAIT * every as f64 * each).max(LEAST_WAIT) {
             return true;
         }
-        (self.kept.answered, self.kept.waits) = (due, None);
+        (self.kept.answered, self.kept.waits, self.kept.late) = (due, None, self.kept.late + 1);
         tracing::info!(step = due, "training goes on before the snapshot is whole");
         false
     }
@@ -333,14 +342,15 @@ impl Machine {
     /// A rank says what became of its shard's snapshot. Where all are in two memories, older ones may go; where one is not, the
     /// others are of no use, and make room for the next.
     pub(super) fn kept(&mut self, rank: usize, told: SnapshotKept) -> Vec<Effect> {
+        let mut effects: Vec<Effect> = self.warn_of_lateness().into_iter().collect();
         let SnapshotKept { step, problem } = told;
         if step < self.kept.whole {
-            return Vec::new();
+            return effects;
         }
         let answers = self.kept.answers.entry(step).or_default();
         answers.insert(rank, problem);
         if answers.len() < self.roster.len() {
-            return Vec::new();
+            return effects;
         }
         self.kept.answered = step.max(self.kept.answered);
         let answers = self.kept.answers.remove(&step).unwrap_or_default();
@@ -348,10 +358,11 @@ impl Machine {
             self.kept.answers = self.kept.answers.split_off(&step);
             self.kept.passed_over.remove(&step);
             (self.kept.whole, self.kept.due, self.kept.missed) = (step, Some(step), 0);
-            return self.retain();
+            effects.extend(self.retain());
+            return effects;
         };
         self.kept.missed += 1;
-        let mut effects: Vec<Effect> = self.warn_of_snapshots(rank, step, &problem).into_iter().collect();
+        effects.extend(self.warn_of_snapshots(rank, step, &problem));
         // What the generation began with is held as it was cut before.
         if self.kept.start != Some(step) {
             effects.extend(self.broadcast(Order::Forget(Forget { step })));
@@ -365,6 +376,18 @@ impl Machine {
             Some(step) => self.broadcast(Order::Retain(Retain { step })),
             None => Vec::new(),
         }
+    }
+
+    /// Said once, when nobody waits any more.
+    fn warn_of_lateness(&mut self) -> Option<Effect> {
+        if self.kept.late < MISSED || std::mem::replace(&mut self.kept.told_late, true) {
+            return None;
+        }
+        let message = format!(
+            "{MISSED} snapshots in a row took longer than training waits for them, so a loss may cost more steps than \
+             checkpoint.snapshot_every says: raise it, or connect the workers faster"
+        );
+        Some(Effect::Append(Entry::Warning(Warning { kind: "snapshot".into(), step: Some(self.committed), message })))
     }
 
     /// One that is missed is followed by another; where none follows, somebody has to look.

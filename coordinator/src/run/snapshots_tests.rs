@@ -358,5 +358,7 @@ fn nobody_waits_for_ever_for_a_snapshot() {
         world.apply(Event::Tick).ok();
     }
     assert_eq!((world.machine.phase(), world.steps()), (Phase::Finished, alone(12)));
-    assert!(world.now < 110.0, "five waits of a second each, not {}", world.now - 100.0);
+    assert!(world.now < 104.5, "three waits of a second each, and then no more, not {}", world.now - 100.0);
+    let late = |e: &&Entry| matches!(e, Entry::Warning(w) if w.message.contains("took longer than training waits"));
+    assert_eq!(world.ledger.iter().filter(late).count(), 1);
 }

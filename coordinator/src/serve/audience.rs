@@ -94,7 +94,11 @@ impl Audience {
     }
 
     pub fn leave(&self, name: u64) {
-        self.crowd().viewers.remove(&name);
+        let crowd = &mut *self.crowd();
+        crowd.viewers.remove(&name);
+        if crowd.queue.len() > 2 * crowd.viewers.len() + 64 {
+            crowd.queue.retain(|(name, _)| crowd.viewers.contains_key(name));
+        }
     }
 
     /// What comes after `cursor` for the viewer `name`, which has taken what it was given before.
@@ -112,7 +116,9 @@ impl Audience {
         let Some(viewer) = crowd.viewers.get_mut(&name) else { return Next::Over };
         let before = std::mem::replace(&mut viewer.state, state);
         if queued && !matches!(before, State::Waits(_)) {
-            crowd.queue.push_back((name, cursor));
+            // The queue ascends: who asks for what may never come is told with all others.
+            let told = cursor.min(crowd.newest);
+            crowd.queue.push_back((name, told));
         }
         next
     }
@@ -308,6 +314,23 @@ mod tests {
             seen.extend(catch_up(&audience, name, &mut cursor, Waker::noop()));
             assert!(seen.into_iter().eq(1..=step));
         }
+    }
+
+    #[test]
+    fn who_asks_for_what_may_never_come_holds_nobody_up() {
+        let audience = Audience::new(7, PATIENCE);
+        let (strange, usual) = (audience.enter(None), audience.enter(None));
+        assert_eq!(audience.next(strange, u64::MAX, Waker::noop()), Next::Later);
+        assert_eq!(audience.next(usual, 7, Waker::noop()), Next::Later);
+        audience.tell(&entries(8..=8), false);
+        assert_eq!(audience.wake(), 2);
+        assert_eq!(audience.next(strange, u64::MAX, Waker::noop()), Next::Later);
+        (0..500).for_each(|_| {
+            let name = audience.enter(None);
+            assert_eq!(audience.next(name, 8, Waker::noop()), Next::Later);
+            audience.leave(name);
+        });
+        assert!(audience.crowd().queue.len() < 100, "those who left are forgotten");
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub enum Command {
     Admit {
         token: u64,
         uses: u32,
-        reply: oneshot::Sender<bool>,
+        reply: oneshot::Sender<Result<bool, String>>,
     },
 }
 
@@ -244,10 +244,7 @@ impl Steering {
                 Vec::new()
             }
             Command::Admit { token, uses, reply } => {
-                let admitted = self.ledger.spend(token, uses).unwrap_or_else(|error| {
-                    tracing::warn!(%error, "a worker is not let in: its token could not be counted");
-                    false
-                });
+                let admitted = self.ledger.spend(token, uses).map_err(|error| error.to_string());
                 // Fails only when the worker is gone.
                 reply.send(admitted).ok();
                 Vec::new()

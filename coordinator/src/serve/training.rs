@@ -42,7 +42,9 @@ impl TrainingService {
             if !self.handle.send(Command::Admit { token: id, uses, reply }) {
                 return Err(over());
             }
-            if !answer.await.map_err(|_| over())? {
+            let admitted = answer.await.map_err(|_| over())?;
+            let uncounted = |error| Status::unavailable(format!("the token could not be counted ({error}); try again"));
+            if !admitted.map_err(uncounted)? {
                 let workers = if uses == 1 { "one worker".into() } else { format!("{uses} workers") };
                 return Err(Status::unauthenticated(format!(
                     "this token was for {workers} and has let as many in; {}",

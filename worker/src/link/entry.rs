@@ -55,7 +55,7 @@ impl Entry {
 
     /// The pass that the token was exchanged for, as soon as it was; `None` where it is none of those.
     pub async fn granted(&self) -> Option<Token> {
-        let token = self.token.as_ref().filter(|_| self.inside.borrow().is_none())?;
+        let token = self.token.as_ref().filter(|token| token.claims().is_some_and(|claims| claims.ends.is_some()))?;
         let mut inside = self.inside.subscribe();
         let pass = inside.wait_for(Option::is_some).await.ok()?.clone();
         pass.filter(|pass| pass != token)

@@ -120,6 +120,9 @@ impl Range {
     /// Thousandths for passing over the accumulators more often than once for [`TOGETHER`] leaves: 0.84 ns for each parameter
     /// and pass, beside a core's 400 GFLOP/s and 6 operations for each parameter and token.
     fn passes(&self, wave: usize) -> u32 {
+        if self.gpu {
+            return 0;
+        }
         let most = self.share().min(TOGETHER);
         let more = 1.0 / wave.min(most) as f64 - 1.0 / most as f64;
         let tokens = self.tokens.div_ceil(self.micro_batches.max(1)).max(1);

@@ -102,7 +102,7 @@ pub(super) fn micro_batches(assign: &Assign) -> usize {
 /// Tokens of the largest step, about.
 fn tokens(assign: &Assign) -> usize {
     match assign.worst_sizes.len() {
-        0 => (assign.micro_batches * assign.worst_tokens) as usize,
+        0 => assign.micro_batches as usize * assign.worst_tokens as usize,
         _ => assign.worst_sizes.iter().map(|&tokens| tokens as usize).sum(),
     }
 }
