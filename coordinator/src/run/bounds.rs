@@ -64,7 +64,7 @@ pub(super) fn dealt_again(train: &Train, micro_batches: u32, longest: u32, large
         tokens: sizes.first().copied().unwrap_or(0),
         document: longest,
         // Of as many micro-batches as are asked for, none is empty.
-        documents: u32::try_from(train.global_batch_size.saturating_sub(train.micro_batches.max(1) as usize - 1))
+        documents: u32::try_from(train.global_batch_size.saturating_sub(train.micro_batches.max(1) - 1))
             .unwrap_or(u32::MAX)
             .max(1),
         ..Worst::default()
