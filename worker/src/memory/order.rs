@@ -114,7 +114,10 @@ impl Range {
             Stage::Two => 30 + 20 * (waves - 1),
             Stage::Three => 50 * waves + 20 * (waves - 1),
         };
-        again + travel + self.moved(choice.offload) + self.passes(choice.wave)
+        // What several micro-batches leave behind lies further away than what one does: 6 % in a model of under a million
+        // parameters, and as much as their passes save in one of 47 million with 900 tokens in each.
+        let apart = if choice.wave.min(self.share()) > 1 && !self.gpu { 60 } else { 0 };
+        again + travel + apart + self.moved(choice.offload) + self.passes(choice.wave)
     }
 
     /// Thousandths for passing over the accumulators more often than once for [`TOGETHER`] leaves: 0.84 ns for each parameter
@@ -160,7 +163,7 @@ mod tests {
             recompute: None,
             offload: None,
             micro_batches: 8,
-            tokens: 8 * 900,
+            tokens: 8 * 160,
             world: 2,
             gpu: false,
             state: (2, 8),
@@ -169,13 +172,18 @@ mod tests {
         let first: Vec<_> = groups[0].iter().map(|c| (c.stage, c.wave, c.recompute)).collect();
         let nothing = Recompute::Nothing;
         assert_eq!(first, [(Stage::One, 4, nothing)]);
-        assert_eq!(groups[1], [Choice { stage: Stage::One, wave: 2, recompute: nothing, offload: Offload::All }]);
         assert_eq!(
-            groups[2],
+            groups[1],
             [Choice { stage: Stage::One, wave: 4, recompute: Recompute::Norms, offload: Offload::All }]
         );
         let two = |wave| Choice { stage: Stage::Two, wave, recompute: nothing, offload: Offload::All };
-        assert!(groups[3].contains(&two(8)) && groups[3].contains(&two(4)), "{:?}", groups[3]);
+        assert_eq!(groups[2], [two(8), two(4)]);
+        let larger = Range { tokens: 8 * 1100, ..any };
+        assert_eq!(
+            (larger.groups()[0][0].stage, larger.groups()[0][0].wave),
+            (Stage::One, 1),
+            "they pay for themselves"
+        );
         let last = groups.last().unwrap()[0];
         assert_eq!((last.stage, last.wave, last.recompute), (Stage::Three, 1, Recompute::Block));
         let fixed = Range { stage: Some(Stage::Three), wave: Some(2), recompute: Some(Recompute::Norms), ..any };
