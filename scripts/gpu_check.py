@@ -98,7 +98,7 @@ class Check:
     def selftest(self, *words, seconds):
         """Findings of the worker's own test; those that are bad, and what it said if it did not end well, go into the report."""
         code, output, said = self.call("unisono-worker", "selftest", *words, "--device", self.options.device, seconds=seconds)
-        findings = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        findings = events(output)
         bad = [f for f in findings if f.get("good") is False]
         result = {"good": code == 0 and not bad, "checked": len(findings), "bad": bad}
         if code != 0:
@@ -198,9 +198,9 @@ def trained(check, name, counts, more=(), environment=None):
             result["good"] = False
             result["runs"].append({"workers": workers, "said": said})
             continue
-        events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        steps = [e for e in events if e["event"] == "step"]
-        memory = [e for e in events if e["event"] == "memory"]
+        told = events(output)
+        steps = [e for e in told if e["event"] == "step"]
+        memory = [e for e in told if e["event"] == "memory"]
         code, digest, said = check.call("unisono", "digest", run, seconds=30)
         digests.add(digest.strip())
         result["runs"].append({
@@ -216,6 +216,11 @@ def trained(check, name, counts, more=(), environment=None):
 def runs(check):
     """One result for one, two and four workers on this device; planned memory against what was really taken."""
     return trained(check, "run", (1, 2, 4), ["cluster.transport=tcp"])
+
+
+def events(output):
+    """What a program told with --json, line by line."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
 def gpu_bytes():
@@ -245,14 +250,13 @@ class Watch:
         self.thread.join()
 
 
-def foreseen(check, settings, workers=1):
-    """What `unisono check` says of the memory of a run with these settings."""
-    rows, model, said = material(check)
+def foreseen(check, model, settings):
+    """What `unisono check` says of the memory of a run of one worker with these settings."""
+    rows, _, _ = material(check)
     code, output, said = check.call(
-        "unisono", "check", "--json", "--model", model, "--data", rows, "--workers", workers,
-        *(word for setting in settings for word in ("--set", setting)), seconds=30)
-    events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    found = next((e for e in events if e.get("event") == "memory"), None)
+        "unisono", "check", "--json", "--model", model, "--data", rows, "--workers", 1,
+        *(word for setting in settings for word in ("--set", setting)), seconds=40)
+    found = next((e for e in events(output) if e.get("event") == "memory"), None)
     return found or {"fits": False, "said": said}
 
 
@@ -262,13 +266,14 @@ def placements(check):
     states = ("fp32", "bf16")
     for state in states:
         digests = set()
-        for offload in ("nothing", "masters", "moments", "state", "all"):
+        # A processor has no other place to leave anything at.
+        for offload in ("nothing", "all") if check.tiny else ("nothing", "masters", "moments", "state", "all"):
             more = [f"cluster.offload={offload}", f"train.optimizer_state={state}", "model.compute=bf16", "cluster.transport=tcp"]
             with Watch() as watch:
                 one = trained(check, f"placed-{state}-{offload}", (1,), more)
             run = one["runs"][0] if one.get("runs") else {}
             digests.add(run.get("digest"))
-            plan = foreseen(check, [*settings_of(check), *more])
+            plan = foreseen(check, check.scratch / "model", [*settings_of(check), *more])
             result["good"] &= one["good"] and plan["fits"]
             result["placements"].append({"state": state, "offload": offload, "digest": run.get("digest"), "said": run.get("said"),
                                          "gpu_planned_bytes": plan.get("gpu_total_bytes", 0), "gpu_peak_bytes": watch.most})
@@ -284,7 +289,7 @@ def plans(check):
     """Where models that people know fit this GPU: nothing is loaded."""
     if check.tiny:
         return {"good": None, "said": "only where there is a GPU; the worker's own tests plan for one that is not there"}
-    rows, _, said = material(check)
+    _, _, said = material(check)
     if said is not None:
         return {"good": False, "said": said}
     result = {"good": True, "plans": []}
@@ -294,13 +299,9 @@ def plans(check):
             shutil.copytree(check.scratch / "model", directory)
             config = json.loads((directory / "config.json").read_text())
             (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096, **SHAPES[name]}))
-        code, output, said = check.call(
-            "unisono", "check", "--json", "--model", directory, "--data", rows, "--workers", 1, "--set", "cluster.device=cuda",
-            "--set", "model.compute=bf16", "--set", "train.micro_batches=8", seconds=40)
-        events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        found = next((e for e in events if e.get("event") == "memory"), {})
-        keys = ("fits", "total_bytes", "gpu_total_bytes", "gpu_available_bytes", "offload", "recompute", "remedy")
-        result["plans"].append({"model": name, **{key: found.get(key) for key in keys}, **({} if found else {"said": said})})
+        found = foreseen(check, directory, ["cluster.device=cuda", "model.compute=bf16", "train.micro_batches=8"])
+        keys = ("fits", "total_bytes", "gpu_total_bytes", "gpu_available_bytes", "offload", "recompute", "remedy", "said")
+        result["plans"].append({"model": name, **{key: found.get(key) for key in keys}})
         result["good"] &= bool(found.get("gpu_total_bytes")) and found["fits"]
     return result
 
@@ -486,52 +487,56 @@ def peer(check):
 
 def table(report):
     """The findings for people."""
-    lines = [f"Device `{report['device']}`, {report['seconds']:.0f} s.", "", "| part | outcome | seconds |", "| --- | --- | --- |"]
-    for name, part in report["parts"].items():
-        outcome = {True: "good", False: "**bad**", None: "not run"}[part.get("good")]
+    lines = [f"Device `{report['device']}`, {report['seconds']:.0f} s."]
+
+    def section(columns, rows):
+        rows = list(rows)
+        if rows:
+            lines.extend(["", row(columns), row(["---"] * len(columns)), *map(row, rows)])
+
+    def row(cells):
+        return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+    def found(part, key, needs):
+        return [one for one in report["parts"].get(part, {}).get(key, []) if needs in one]
+
+    def outcome(part):
+        said = {True: "good", False: "**bad**", None: "not run"}[part.get("good")]
         for one in part.get("bad", [])[:3]:
-            outcome += f"; {one['check']} ({one['form']}, {one['kind']}) off by {one['off']:.1e}, limit {one['limit']:.1e}"
+            said += f"; {one['check']} ({one['form']}, {one['kind']}) off by {one['off']:.1e}, limit {one['limit']:.1e}"
         if part.get("good") is not True and part.get("said"):
-            outcome += "; " + " ".join(part["said"].split())[:300].replace("|", "/")
-        lines.append(f"| {name} | {outcome} | {part['took']} |")
-    loads = [load for load in report["parts"].get("speed", {}).get("loads", []) if "speed" in load]
-    if loads:
-        lines += ["", "| forward and backward | tokens/s | TFLOP/s | share of the matmul rate | memory |", "| --- | --- | --- | --- | --- |"]
-        for load in loads:
-            what = f"{load['speed']}, {load['tokens']} tokens in {load['document']}s, {load['targets']:.0%} targets"
-            lines.append(f"| {what} | {load['tokens_per_second']:,.0f} | {load['tflops']:.1f} | {load['mfu']:.1%} | {load['bytes'] / 1e9:.1f} GB |")
-    loads = [load for load in report["parts"].get("peer", {}).get("loads", []) if "compiled" in load]
-    if loads:
-        lines += ["", "| transformers | forward and backward, tokens/s | whole steps, tokens/s |", "| --- | --- | --- |"]
-        for load in loads:
-            what = load["model"] + (", compiled" if load["compiled"] else "")
-            lines.append(f"| {what} | {load['passes_tokens_per_second']:,.0f} | {load['step_tokens_per_second']:,.0f} |")
-    runs = [(run, "") for run in report["parts"].get("runs", {}).get("runs", []) if "digest" in run]
-    nccl = report["parts"].get("nccl", {})
-    runs += [(run, f" over {nccl.get('transport')}") for run in nccl.get("runs", []) if "digest" in run]
-    if runs:
-        lines += ["", "| workers on one device | digest | tokens/s | planned | peak |", "| --- | --- | --- | --- | --- |"]
-        for run, way in runs:
-            sizes = [f"{run[key] / 1e9:.2f} GB" if run[key] else "" for key in ("planned_bytes", "peak_bytes")]
-            lines.append(f"| {run['workers']}{way} | `{run['digest'][:20]}` | {run['tokens_per_second']:,.0f} | {sizes[0]} | {sizes[1]} |")
-    placed = report["parts"].get("placements", {}).get("placements", [])
-    if placed:
-        lines += ["", "| state | on the host | digest | planned on the GPU | held there |", "| --- | --- | --- | --- | --- |"]
-        for one in placed:
-            sizes = [f"{one[key] / 1e9:.2f} GB" for key in ("gpu_planned_bytes", "gpu_peak_bytes")]
-            lines.append(f"| {one['state']} | {one['offload']} | `{(one['digest'] or '')[:20]}` | {sizes[0]} | {sizes[1]} |")
-    planned = report["parts"].get("plans", {}).get("plans", [])
-    if planned:
-        lines += ["", "| model | planned on the GPU | on the host | left there | computed again |", "| --- | --- | --- | --- | --- |"]
-        for one in planned:
-            sizes = [f"{(one.get(key) or 0) / 1e9:.1f} GB" for key in ("gpu_total_bytes", "total_bytes")]
-            lines.append(f"| {one['model']} | {sizes[0]} | {sizes[1]} | {one.get('offload')} | {one.get('recompute')} |")
-    answers = report["parts"].get("settle", {}).get("answers")
-    if answers:
-        lines += ["", "| question | answer |", "| --- | --- |"]
-        for name, found in answers.items():
-            text = found if isinstance(found, str) else ", ".join(f"{key} {value:.3g}" for key, value in found.items())
-            lines.append(f"| {name} | {text.replace('|', '/')} |")
+            said += "; " + " ".join(part["said"].split())[:300].replace("|", "/")
+        return said
+
+    def sizes(one, *keys, digits=2):
+        return [f"{one[key] / 1e9:.{digits}f} GB" if one.get(key) else "" for key in keys]
+
+    section(["part", "outcome", "seconds"],
+            ([name, outcome(part), part["took"]] for name, part in report["parts"].items()))
+    section(["forward and backward", "tokens/s", "TFLOP/s", "share of the matmul rate", "memory"],
+            ([f"{load['speed']}, {load['tokens']} tokens in {load['document']}s, {load['targets']:.0%} targets",
+              f"{load['tokens_per_second']:,.0f}", f"{load['tflops']:.1f}", f"{load['mfu']:.1%}", f"{load['bytes'] / 1e9:.1f} GB"]
+             for load in found("speed", "loads", "speed")))
+    section(["transformers", "forward and backward, tokens/s", "whole steps, tokens/s"],
+            ([load["model"] + (", compiled" if load["compiled"] else ""), f"{load['passes_tokens_per_second']:,.0f}",
+              f"{load['step_tokens_per_second']:,.0f}"] for load in found("peer", "loads", "compiled")))
+    over = f" over {report['parts'].get('nccl', {}).get('transport')}"
+    runs = [(run, "") for run in found("runs", "runs", "digest")] + [(run, over) for run in found("nccl", "runs", "digest")]
+    section(["workers on one device", "digest", "tokens/s", "planned", "peak"],
+            ([f"{run['workers']}{way}", f"`{run['digest'][:20]}`", f"{run['tokens_per_second']:,.0f}",
+              *sizes(run, "planned_bytes", "peak_bytes")] for run, way in runs))
+    section(["state", "on the host", "digest", "planned on the GPU", "held there"],
+            ([one["state"], one["offload"], f"`{(one['digest'] or '')[:20]}`",
+              *sizes(one, "gpu_planned_bytes", "gpu_peak_bytes")] for one in found("placements", "placements", "state")))
+    section(["model", "planned on the GPU", "on the host", "left there", "computed again"],
+            ([one["model"], *sizes(one, "gpu_total_bytes", "total_bytes", digits=1), one.get("offload"), one.get("recompute")]
+             for one in found("plans", "plans", "model")))
+
+    def answer(found):
+        return found if isinstance(found, str) else ", ".join(f"{key} {value:.3g}" for key, value in found.items())
+
+    answers = report["parts"].get("settle", {}).get("answers") or {}
+    section(["question", "answer"], ([name, answer(given).replace("|", "/")] for name, given in answers.items()))
     return "\n".join(lines) + "\n"
 
 

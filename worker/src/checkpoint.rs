@@ -116,6 +116,8 @@ fn write_file(file: File, source: &Source<'_>, given_up: &AtomicBool) -> io::Res
 
 /// Appends to `out` what the file would hold.
 pub fn encode(source: &Source<'_>, out: &mut Vec<u8>) {
+    // What grows by doubling is copied again and again, and may be too large to be kept.
+    out.reserve_exact(8 + header(source).len() + source.bytes() as usize);
     write_to(out, source).expect("writing to memory does not fail");
 }
 

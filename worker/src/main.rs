@@ -56,9 +56,6 @@ enum Command {
         /// Workers that share this machine.
         #[arg(long, default_value_t = 1)]
         workers: usize,
-        /// Bytes that each worker's GPU has free, where this machine has none like it.
-        #[arg(long)]
-        gpu: Option<u64>,
     },
     /// Take part in the run of the coordinator at ADDR.
     ///
@@ -180,7 +177,7 @@ fn main() -> ExitCode {
     let (address, listen, advertise) = match Arguments::parse().command {
         Command::Join { address, listen, advertise } => (address, listen, advertise),
         Command::Selftest { part, device } => return look_at(part, &device),
-        Command::Plan { workers, gpu } => return plan(workers, gpu),
+        Command::Plan { workers } => return plan(workers),
     };
     if let Err(problem) = lifeline::watch(i32::from(RUN_FAILED)) {
         return complain(&problem, BAD_INPUT);
@@ -228,7 +225,7 @@ fn heed(signal: i32, name: &str) {
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
 /// Answers what an assignment would need; 0 also where it does not fit, as the answer says.
-fn plan(workers: usize, gpu: Option<u64>) -> ExitCode {
+fn plan(workers: usize) -> ExitCode {
     let mut bytes = Vec::new();
     let assign = std::io::stdin().read_to_end(&mut bytes).map_err(|error| error.to_string());
     let assign = assign.and_then(|_| Assign::decode(&bytes[..]).map_err(|error| error.to_string()));
@@ -236,7 +233,7 @@ fn plan(workers: usize, gpu: Option<u64>) -> ExitCode {
         Ok(assign) => assign,
         Err(problem) => return complain(&format!("standard input is no assignment ({problem})"), BAD_INPUT),
     };
-    match session::prospect::foresee(&assign, workers, gpu) {
+    match session::prospect::foresee(&assign, workers) {
         Ok(table) => {
             let text = serde_json::to_string(&table).expect("strings and numbers serialize");
             match writeln!(std::io::stdout(), "{text}") {

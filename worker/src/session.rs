@@ -247,7 +247,7 @@ impl<'l> Loading<'l> {
                 filled.map_err(|error| error.named(&path))?;
             }
         };
-        model.set_plan(recompute, plan.activations.max(plan.gpu.activations) as usize);
+        model.set_plan(recompute, plan.activations_there() as usize);
         let mut optimizer = None;
         if assign.trains {
             // A tied embedding receives two leaves from each micro-batch.

@@ -1,6 +1,7 @@
 //! Worlds of threads over loopback: right sums, right order, and every failure names its culprit.
 
 use super::*;
+use crate::ops::view;
 use std::time::Instant;
 use tch::{Device, Kind};
 
@@ -89,8 +90,7 @@ fn all_gather_spreads_every_owner_s_elements() {
         let results = each_lending(world, lends, |mut mesh| {
             let own = &owners[mesh.rank()];
             let mut bucket = Tensor::zeros([length as i64], (kind, Device::Cpu));
-            let part = |tensor: &Tensor| tensor.narrow(0, own.start as i64, own.len() as i64);
-            part(&bucket).copy_(&part(&whole()));
+            view::part(&bucket, own).copy_(&view::part(&whole(), own));
             mesh.all_gather(&mut bucket, &owners).unwrap();
             bucket
         });

@@ -33,21 +33,6 @@ impl OnGpu {
         let OnGpu { program, parameters, sums, gradient, masters, moments, staging, activations, communication } = self;
         program + parameters + sums + gradient + masters + moments + staging + activations + communication
     }
-
-    /// What stands in the table's line `name`.
-    pub fn of(&self, name: &str) -> u64 {
-        match name {
-            "program" => self.program,
-            "parameters" => self.parameters,
-            "sums" => self.sums,
-            "gradient" => self.gradient,
-            "masters" => self.masters,
-            "moments" => self.moments + self.staging,
-            "activations" => self.activations,
-            "communication" => self.communication,
-            _ => 0,
-        }
-    }
 }
 
 impl fmt::Display for OnGpu {
@@ -68,14 +53,13 @@ impl Demand<'_> {
     /// What of parameters, sums and gradient of `all`, and of the state, is on the GPU; activations are not known yet.
     pub(super) fn on_gpu(&self, choice: Choice, all: OnGpu) -> OnGpu {
         let (offload, form) = (choice.offload, self.form);
-        let program = PROGRAM;
         let communication = if self.range.world > 1 { COMMUNICATION } else { 0 };
         // Sharded parameters are the host's where the host updates them.
         let lots = || lending::lots(self.sketch.layout(), 2).iter().map(|(_, elements)| elements).sum::<usize>();
         let lent = (lots() * self.sketch.compute().elt_size_in_bytes()) as u64;
         if !offload.leaves_sums() || !self.trains {
             let parameters = if choice.stage == Stage::Three { lent } else { all.parameters };
-            return OnGpu { program, parameters, communication, ..OnGpu::default() };
+            return OnGpu { program: PROGRAM, parameters, communication, ..OnGpu::default() };
         }
         let of = |leaves: bool, width: usize, elements: usize| if leaves { (width * elements) as u64 } else { 0 };
         let (masters, moments) = (offload.leaves_masters(), offload.leaves_moments());
@@ -84,6 +68,6 @@ impl Demand<'_> {
         let staging = of(!masters, form.master_width(), longest) + of(!moments, form.moments_width(), longest);
         let (masters, moments) =
             (of(masters, form.master_width(), self.owned), of(moments, form.moments_width(), self.owned));
-        OnGpu { program, masters, moments, staging, communication, ..all }
+        OnGpu { program: PROGRAM, masters, moments, staging, communication, ..all }
     }
 }

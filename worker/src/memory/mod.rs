@@ -122,35 +122,43 @@ impl Plan {
 
     /// Line by line.
     pub fn items(&self) -> [Item; 12] {
-        let item = |name, bytes, what| Item { name, bytes, gpu_bytes: self.gpu.of(name), what };
+        let item = |name, bytes, gpu_bytes, what| Item { name, bytes, gpu_bytes, what };
+        let gpu = &self.gpu;
         [
             item(
                 "program",
                 self.baseline,
+                gpu.program,
                 "the program and libtorch before anything is loaded, and connections to the coordinator",
             ),
-            item("kernels", self.kernels, "compiled for the shapes of micro-batches, as they come up"),
-            item("parameters", self.parameters, "to compute with"),
-            item("sums", self.sums, "exact sums of gradients, as many as are under way at one time"),
-            item("gradient", self.gradient, "reduced, of the own shard"),
-            item("masters", self.masters, "what parameters lack of those in the own shard"),
-            item("moments", self.moments, "AdamW's, of the own shard"),
+            item("kernels", self.kernels, 0, "compiled for the shapes of micro-batches, as they come up"),
+            item("parameters", self.parameters, gpu.parameters, "to compute with"),
+            item("sums", self.sums, gpu.sums, "exact sums of gradients, as many as are under way at one time"),
+            item("gradient", self.gradient, gpu.gradient, "reduced, of the own shard"),
+            item("masters", self.masters, gpu.masters, "what parameters lack of those in the own shard"),
+            item("moments", self.moments, gpu.moments + gpu.staging, "AdamW's, of the own shard"),
             item(
                 "activations",
                 self.activations,
+                gpu.activations,
                 "of the largest micro-batches that go together, their leaves and temporaries",
             ),
-            item("cache", self.cache, "keys and values of prompts that are continued side by side"),
-            item("communication", self.communication, "buffers of connections to other workers"),
-            item("checkpoint", self.copy, "a copy of the own shard, written while training goes on"),
-            item("snapshots", self.snapshots, "of the own shard and a neighbour's, two each"),
+            item("cache", self.cache, 0, "keys and values of prompts that are continued side by side"),
+            item("communication", self.communication, gpu.communication, "buffers of connections to other workers"),
+            item("checkpoint", self.copy, 0, "a copy of the own shard, written while training goes on"),
+            item("snapshots", self.snapshots, 0, "of the own shard and a neighbour's, two each"),
         ]
     }
 
-    /// With what `other`, which differs in what is left on the host, needs besides.
-    fn with_activations_of(&self, other: Plan) -> Plan {
-        let gpu = OnGpu { activations: self.gpu.activations, ..other.gpu };
-        Plan { activations: self.activations, gpu, ..other }
+    /// With the activations of `other`, which differs in what is left on the host.
+    fn with_activations_of(self, other: &Plan) -> Plan {
+        let gpu = OnGpu { activations: other.gpu.activations, ..self.gpu };
+        Plan { activations: other.activations, gpu, ..self }
+    }
+
+    /// Bytes of activations and temporaries where they are computed.
+    pub fn activations_there(&self) -> u64 {
+        self.activations.max(self.gpu.activations)
     }
 
     /// While the state is loaded from snapshots of `images` bytes: nothing is computed yet, and nothing saved.
@@ -223,8 +231,7 @@ impl Demand<'_> {
         let gpu = self.gpu.map(|_| self.on_gpu(choice, OnGpu { parameters, sums, gradient, ..OnGpu::default() }));
         // Beside a GPU the host has a copy of what is saved, and of the parameters that workers exchange on it.
         let on_host = gpu.is_none() || !choice.offload.leaves_sums();
-        let mirrored =
-            if choice.stage == Stage::Three && gpu.is_some() { (self.owned * width) as u64 } else { parameters };
+        let mirrored = if choice.stage == Stage::Three { (self.owned * width) as u64 } else { parameters };
         let here = |bytes| if on_host { bytes } else { 0 };
         Plan {
             baseline: self.baseline + WORKING,
@@ -257,7 +264,7 @@ impl Demand<'_> {
         let size = |plan: &Plan| (limits.lack(plan), plan.total() + plan.gpu.total());
         let smaller = |a: Option<Plan>, b: Plan| Some(a.filter(|a| size(a) <= size(&b)).unwrap_or(b));
         // What is left on the host changes no activations.
-        let mut known: Vec<(Choice, Plan)> = Vec::new();
+        let mut known: Vec<Plan> = Vec::new();
         for group in groups {
             let mut fitting: Option<Plan> = None;
             for choice in group {
@@ -266,12 +273,12 @@ impl Demand<'_> {
                     smallest = smaller(smallest, least);
                     continue;
                 }
-                let alike = |known: &(Choice, Plan)| Choice { offload: choice.offload, ..known.0 } == choice;
-                let plan = match known.iter().position(alike) {
-                    Some(at) => known[at].1.with_activations_of(least),
+                let alike = |known: &&Plan| Choice { offload: choice.offload, ..known.choice } == choice;
+                let plan = match known.iter().find(alike) {
+                    Some(known) => least.with_activations_of(known),
                     None => self.at(choice)?,
                 };
-                known.push((choice, plan));
+                known.push(plan);
                 match limits.hold(&plan) {
                     true => fitting = smaller(fitting, plan),
                     false => smallest = smaller(smallest, plan),

@@ -6,8 +6,7 @@ use crate::model;
 use crate::optim::state::Form;
 
 /// For `workers` on this machine that have `each` so much, where the smallest plan is `least`. Leaving more on the host costs
-/// speed and no bit, computing again costs a
-/// little speed and no bit, sharding too; shorter micro-batches change how rows are packed, fewer workers cost time, a
+/// speed and no bit, computing again a little speed and no bit, sharding too; shorter micro-batches change how rows are packed, fewer workers cost time, a
 /// narrower state precision, shorter rows data, another model everything.
 pub(super) fn remedy(demand: &Demand<'_>, each: Limits, workers: usize, least: &Plan) -> Result<String, model::Error> {
     let fits = |demand: &Demand<'_>, each: Limits| Ok::<_, model::Error>(each.hold(&demand.best(each)?));

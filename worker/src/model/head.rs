@@ -122,9 +122,9 @@ impl Head {
                 // One chunk is a leaf as it stands; more are added up wide.
                 None if last.rows <= chunk => part,
                 sum => {
-                    let first = sum.is_none();
+                    let fresh = sum.is_none();
                     let mut sum = sum.unwrap_or_else(|| pool.take(wide, &[part.size()[0] as usize, hidden]));
-                    operation("head sum", || match first {
+                    operation("head sum", || match fresh {
                         true => sum.copy_(&part),
                         false => rows::accumulate(&mut sum, &part),
                     });

@@ -85,12 +85,6 @@ impl Parameters {
         for ((_, own), there) in self.own.iter_mut().flatten().zip(&self.own_there) {
             own.copy_(there);
         }
-        if let (Some(mirrors), true) = (&mut self.mirrors, self.own.is_some()) {
-            let here =
-                |bucket: &Option<Tensor>| bucket.as_ref().map(|b| b.to_device_(Device::Cpu, self.compute, false, true));
-            *mirrors = self.present.iter().map(here).collect();
-            return;
-        }
         for (mirror, here) in self.mirrors.iter_mut().flatten().zip(&self.present) {
             if let (Some(mirror), Some(here)) = (mirror, here) {
                 mirror.copy_(here);

@@ -171,8 +171,9 @@ impl Weights {
                 Dtype::F16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = f16::from_le_bytes(*b).to_f32()),
                 _ => out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(o, b)| *o = f32::from_le_bytes(*b)),
             }
-            // Training would find it, and blame the rows.
-            if let Some(at) = out.iter().position(|value| !value.is_finite()) {
+            // Training would find it, and blame the rows. Without an early end the compiler vectorizes the search.
+            if out.iter().fold(false, |bad, value| bad | !value.is_finite()) {
+                let at = out.iter().position(|value| !value.is_finite()).expect("there is one");
                 let (value, at) = (out[at], range.start + block * BLOCK + at);
                 return Err(Error::NotFinite { path: path.clone(), name: name.into(), at, value });
             }

@@ -7,7 +7,6 @@ use super::noise::Noise;
 use super::on_device::{self, Span};
 use super::state::{Form, State};
 use crate::memory::placement::Offload;
-use crate::ops::kernels::Kernels;
 use crate::ops::view::{self, part};
 use half::bf16;
 use std::ops::Range;
@@ -150,7 +149,7 @@ impl Away {
                 v: &v,
                 first: first + begin - own.start,
             };
-            on_device::update(kernels(gradient), &span, scalars, noise);
+            on_device::update(&span, scalars, noise);
             for (of, (numbers, now)) in numbers.iter_mut().zip([low.as_ref(), Some(&m), Some(&v)]).enumerate() {
                 if let (Some(numbers), Some(now), None) = (numbers, now, &self.lying[noise.bucket][of]) {
                     numbers.read(piece.clone(), now);
@@ -163,11 +162,7 @@ impl Away {
 /// Sums of squares of each chunk of all `gradients`, one tensor for each bucket, in order, as a state of `form` uses them.
 /// Waits for the device once.
 pub fn partials(gradients: &[Tensor], form: Form) -> Vec<f64> {
-    let of = |gradient: &Tensor| on_device::partials(kernels(gradient), gradient, form);
+    let of = |gradient: &Tensor| on_device::partials(gradient, form);
     let all: Vec<Tensor> = gradients.iter().map(of).collect();
     Vec::try_from(Tensor::cat(&all, 0)).expect("a vector of fp64")
-}
-
-pub(super) fn kernels(beside: &Tensor) -> Kernels {
-    Kernels::on(beside).expect("sums and state are on a device only where it has kernels")
 }

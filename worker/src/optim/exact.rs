@@ -1,7 +1,6 @@
 //! The exact sum: gradients of micro-batches ("leaves") are added as integers, so that neither order, nor ownership, nor
 //! the number of workers can change a bit of the result. A leaf `x` counts as `round_ties_even(x * 2^48)`.
 
-use super::away::kernels;
 use super::{leaf, on_device};
 use crate::model::{BadNumber, Leaves};
 use crate::ops::simd::{self, vectorised};
@@ -149,16 +148,12 @@ impl ExactSum {
         ExactSum { layout, buckets, bound: bound(leaves), away: None }
     }
 
-    /// From now on leaves are added on `device`, by its kernels, of waves of at most `wave` micro-batches, in memory there that
-    /// [`ExactSum::open`] brings. The same bits as on the host.
-    pub fn move_to(&mut self, device: Device, wave: usize) -> Result<(), tch::TchError> {
-        let shape = [wave.max(1) as i64, self.layout.buckets.len() as i64];
+    /// From now on leaves are added on `device`, by its kernels, at most `leaves` of each bucket before they are judged, in
+    /// memory there that [`ExactSum::open`] brings. The same bits as on the host.
+    pub fn move_to(&mut self, device: Device, leaves: usize) -> Result<(), tch::TchError> {
+        let shape = [leaves.max(1) as i64, self.layout.buckets.len() as i64];
         self.away = Some(Away { peaks: Tensor::f_zeros(shape, (Kind::Int, device))?, whose: vec![0] });
         Ok(())
-    }
-
-    pub fn is_away(&self) -> bool {
-        self.away.is_some()
     }
 
     /// Whether all leaves so far could be added, or the first micro-batch of the wave that has a bad one; waits for the device
@@ -254,10 +249,10 @@ impl ExactSum {
             }
             let part = part.start + begin - offset..part.start + end - offset;
             if let Some(away) = &self.away {
-                let sums = memory.narrow(0, begin as i64, (end - begin) as i64);
+                let sums = view::part(memory, &(begin..end));
                 for (i, gradient) in gradients.iter().enumerate() {
-                    let leaf = gradient.view([-1]).narrow(0, part.start as i64, part.len() as i64);
-                    on_device::add_leaf(kernels(&sums), &sums, &leaf, first && i == 0, &away.peak(i, bucket));
+                    let leaf = view::part(&gradient.view([-1]), &part);
+                    on_device::add_leaf(&sums, &leaf, first && i == 0, &away.peak(i, bucket));
                 }
                 continue;
             }
@@ -277,7 +272,7 @@ impl ExactSum {
 fn clear(memory: &mut Tensor, range: Range<usize>) {
     match memory.device() {
         Device::Cpu => view::elements_mut::<i64>(memory)[range].fill(0),
-        _ => drop(memory.narrow(0, range.start as i64, range.len() as i64).zero_()),
+        _ => drop(view::part(memory, &range).zero_()),
     }
 }
 
@@ -291,13 +286,7 @@ fn on_host(gradient: &Tensor) -> Tensor {
 
 impl ExactSum {
     /// Rows lie within one tensor of the bucket.
-    fn add_rows_away(
-        &mut self,
-        bucket: usize,
-        offset: usize,
-        rows: &[u32],
-        gradient: &Tensor,
-    ) -> Result<(), BadNumber> {
+    fn add_rows_away(&mut self, bucket: usize, offset: usize, rows: &[u32], gradient: &Tensor) {
         let Sums { memory, stale } = self.buckets[bucket].as_mut().expect("open before its leaves come");
         let slots = self.layout.buckets[bucket].tensors.iter().zip(stale);
         let (slot, stale) =
@@ -305,10 +294,9 @@ impl ExactSum {
         if std::mem::take(stale) {
             clear(memory, slot.range());
         }
-        let sums = memory.narrow(0, offset as i64, (slot.range().end - offset) as i64);
+        let sums = view::part(memory, &(offset..slot.range().end));
         let peak = self.away.as_ref().expect("looked at before").peak(0, bucket);
-        on_device::add_rows(kernels(&sums), &sums, rows, gradient, &peak);
-        Ok(())
+        on_device::add_rows(&sums, rows, gradient, &peak);
     }
 }
 
@@ -329,7 +317,8 @@ impl Leaves for ExactSum {
             return Ok(());
         }
         if self.away.is_some() {
-            return self.add_rows_away(bucket, offset, rows, gradient);
+            self.add_rows_away(bucket, offset, rows, gradient);
+            return Ok(());
         }
         let (gradient, width) = (&on_host(gradient), gradient.numel() / rows.len());
         rows.iter().enumerate().try_for_each(|(i, &row)| {

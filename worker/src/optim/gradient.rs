@@ -1,6 +1,5 @@
 //! The own part of a step's gradient, from the sums of its waves to the update.
 
-use super::away::kernels;
 use super::exact::{self, Exactly, Nearest, Reduced};
 use super::state::Form;
 use super::{norm, on_device};
@@ -43,21 +42,17 @@ impl Gradient {
                 *place = Some(sums);
                 return None;
             }
-            Gradient::Away(kept) => {
-                take_away(kept, &sums.narrow(0, own.start as i64, own.len() as i64), first);
-                return Some(sums);
+            Gradient::Away(kept) => take_away(kept, &view::part(&sums, &own), first),
+            Gradient::Sums(so_far) if first => so_far.copy_from_slice(&view::elements(&sums)[own]),
+            Gradient::Sums(so_far) => piece::add(so_far, &view::elements(&sums)[own]),
+            Gradient::Wide(gradient) => {
+                assert!(first, "{ONE_WAVE}");
+                exact::round(&view::elements(&sums)[own], gradient);
             }
-            _ => {}
-        }
-        let total = &view::elements::<i64>(&sums)[own];
-        let one_wave = matches!(self, Gradient::Wide(_) | Gradient::Narrow(_));
-        assert!(first || !one_wave, "what is rounded takes no more waves: the plan counted one");
-        match self {
-            Gradient::InPlace(_) | Gradient::Away(_) => unreachable!("returned above"),
-            Gradient::Sums(so_far) if first => so_far.copy_from_slice(total),
-            Gradient::Sums(so_far) => piece::add(so_far, total),
-            Gradient::Wide(gradient) => exact::round(total, gradient),
-            Gradient::Narrow(gradient) => exact::round_narrow(total, gradient),
+            Gradient::Narrow(gradient) => {
+                assert!(first, "{ONE_WAVE}");
+                exact::round_narrow(&view::elements(&sums)[own], gradient);
+            }
         }
         Some(sums)
     }
@@ -77,15 +72,17 @@ impl Gradient {
     }
 }
 
+const ONE_WAVE: &str = "what is rounded takes no more waves: the plan counted one";
+
 /// As [`Gradient::take`], of totals on a device.
 fn take_away(kept: &mut Tensor, total: &Tensor, first: bool) {
     match kept.kind() {
         _ if total.numel() == 0 => {}
         Kind::Int64 if first => kept.copy_(total),
-        Kind::Int64 => on_device::add(kernels(kept), kept, total),
+        Kind::Int64 => on_device::add(kept, total),
         _ => {
-            assert!(first, "what is rounded takes no more waves: the plan counted one");
-            on_device::round(kernels(kept), total, kept);
+            assert!(first, "{ONE_WAVE}");
+            on_device::round(total, kept);
         }
     }
 }

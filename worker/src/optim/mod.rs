@@ -125,11 +125,6 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Whether a device updates the state.
-    pub fn is_away(&self) -> bool {
-        self.away.is_some()
-    }
-
     /// Brings the state home from where it lives, for [`Optimizer::source`].
     pub fn bring_home(&mut self) {
         if let Some(away) = &self.away {
@@ -143,11 +138,6 @@ impl Optimizer {
 
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
-    }
-
-    /// Master and moments of the own range of `bucket`.
-    pub fn state(&self, bucket: usize) -> &State {
-        &self.states[bucket]
     }
 
     /// The own shard, to be written or copied: with the parameters, which hold the masters or their upper halves.

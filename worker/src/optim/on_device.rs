@@ -11,50 +11,50 @@ use unisono_configs::model::CHUNK;
 
 /// Adds a leaf, fp32 or bf16, to its `sums`, or sets them to it where it is their first. `peak` `[1]` i32 rises to the bits
 /// of the largest magnitude.
-pub fn add_leaf(kernels: Kernels, sums: &Tensor, leaf: &Tensor, first: bool, peak: &Tensor) {
+pub fn add_leaf(sums: &Tensor, leaf: &Tensor, first: bool, peak: &Tensor) {
     let count = leaf.numel();
     assert_eq!(sums.numel(), count, "a leaf covers exactly its sums");
     assert!(flat([sums, leaf]), "sums and leaf lie in one piece each");
     let together = pack(2, count, &[sums, leaf]);
     let name = format!("add_leaf_{}_{together}", word(leaf.kind()));
     let (length, first) = ((count as i64).into(), usize::from(first).into());
-    kernels.launch(&name, striding(count / together), &[sums.into(), leaf.into(), length, first, peak.into()]);
+    kernels(sums).launch(&name, striding(count / together), &[sums.into(), leaf.into(), length, first, peak.into()]);
 }
 
 /// Adds rows, fp32 `[rows.len(), width]`, to the rows `at` of a matrix of sums; no row comes twice.
-pub fn add_rows(kernels: Kernels, sums: &Tensor, at: &[u32], leaf: &Tensor, peak: &Tensor) {
+pub fn add_rows(sums: &Tensor, at: &[u32], leaf: &Tensor, peak: &Tensor) {
     assert_eq!(leaf.kind(), Kind::Float, "rows come in fp32");
     assert!(flat([sums, leaf]), "sums and rows lie in one piece each");
     let width = leaf.numel() / at.len().max(1);
     let rows = small_integers(at.iter().map(|&row| row as i32), sums);
     let arguments = [sums.into(), leaf.into(), (&rows).into(), width.into(), peak.into()];
-    kernels.launch("add_leaf_rows", blocks(at.len(), 256), &arguments);
+    kernels(sums).launch("add_leaf_rows", blocks(at.len(), 256), &arguments);
 }
 
 /// Adds as many sums to `sums`.
-pub fn add(kernels: Kernels, sums: &Tensor, more: &Tensor) {
+pub fn add(sums: &Tensor, more: &Tensor) {
     assert_eq!((sums.kind(), sums.numel()), (more.kind(), more.numel()), "sums for sums");
     assert!(flat([sums, more]), "sums lie in one piece each");
-    kernels.launch("add_sums", striding(sums.numel()), &[sums.into(), more.into(), (sums.numel() as i64).into()]);
+    kernels(sums).launch("add_sums", striding(sums.numel()), &[sums.into(), more.into(), (sums.numel() as i64).into()]);
 }
 
 /// Rounds the sums of a step to gradients: fp32 or bf16, as many.
-pub fn round(kernels: Kernels, sums: &Tensor, gradients: &Tensor) {
+pub fn round(sums: &Tensor, gradients: &Tensor) {
     assert_eq!(sums.numel(), gradients.numel(), "a gradient for each sum");
     assert!(flat([sums, gradients]), "sums and gradients lie in one piece each");
     let arguments = [sums.into(), gradients.into(), (sums.numel() as i64).into()];
-    kernels.launch(&format!("round_sums_{}", word(gradients.kind())), striding(sums.numel()), &arguments);
+    kernels(sums).launch(&format!("round_sums_{}", word(gradients.kind())), striding(sums.numel()), &arguments);
 }
 
 /// Sums of squares of each chunk of gradients, sums or rounded, as a state of `form` uses them: fp64.
-pub fn partials(kernels: Kernels, gradients: &Tensor, form: Form) -> Tensor {
+pub fn partials(gradients: &Tensor, form: Form) -> Tensor {
     assert!(flat([gradients]), "gradients lie in one piece");
     let chunks = gradients.numel().div_ceil(CHUNK);
     let partials = Tensor::empty([chunks as i64], (Kind::Double, gradients.device()));
     let arguments = [gradients.into(), (gradients.numel() as i64).into(), (&partials).into()];
     let rounding = if (form, gradients.kind()) == (Form::Narrow, Kind::Int64) { "_narrow" } else { "" };
     let name = format!("squares_of_chunks_{}{rounding}", reduced(gradients));
-    kernels.launch(&name, blocks(chunks.div_ceil(16), 256), &arguments);
+    kernels(gradients).launch(&name, blocks(chunks.div_ceil(16), 256), &arguments);
     partials
 }
 
@@ -74,7 +74,7 @@ pub struct Span<'a> {
 }
 
 /// Applies one update; only a state without masters is rounded at random, by `noise`.
-pub fn update(kernels: Kernels, span: &Span<'_>, scalars: &Scalars, noise: &Noise) {
+pub fn update(span: &Span<'_>, scalars: &Scalars, noise: &Noise) {
     let count = span.gradient.numel();
     let tensors = [Some(span.gradient), Some(span.parameter), span.low, Some(span.m), Some(span.v)];
     let tensors = tensors.into_iter().flatten();
@@ -97,7 +97,11 @@ pub fn update(kernels: Kernels, span: &Span<'_>, scalars: &Scalars, noise: &Nois
         work = count.div_ceil(2) + BLOCK;
     }
     arguments.extend(scalars.arguments());
-    kernels.launch(&format!("adamw_{form}_{}", reduced(span.gradient)), striding(work), &arguments);
+    kernels(span.gradient).launch(&format!("adamw_{form}_{}", reduced(span.gradient)), striding(work), &arguments);
+}
+
+fn kernels(beside: &Tensor) -> Kernels {
+    Kernels::on(beside).expect("sums and state are on a device only where it has kernels")
 }
 
 /// Kernels go over memory from its begin.
@@ -124,9 +128,8 @@ mod tests {
     use half::bf16;
     use tch::Device;
 
-    fn emulated() -> (Emulated, Kernels) {
-        let emulated = Emulated::begin().expect("a C++ compiler, as the bindings to libtorch need");
-        (emulated, Kernels::on(&Tensor::from(0.0f32)).expect("kernels"))
+    fn emulated() -> Emulated {
+        Emulated::begin().expect("a C++ compiler, as the bindings to libtorch need")
     }
 
     /// Values over many magnitudes, and the awkward ones.
@@ -155,36 +158,36 @@ mod tests {
 
     #[test]
     fn sums_are_those_of_the_host() {
-        let (_emulated, kernels) = emulated();
+        let _emulated = emulated();
         for n in [1001, 1024] {
             let leaves = [leaf(n, 1), leaf(n, 2), leaf(n, 3)];
             let sums = Tensor::full([n as i64], 77, (Kind::Int64, Device::Cpu));
             let peak = Tensor::zeros([1], (Kind::Int, Device::Cpu));
             for (i, leaf) in leaves.iter().enumerate() {
-                add_leaf(kernels, &sums, &Tensor::from_slice(leaf), i == 0, &peak);
+                add_leaf(&sums, &Tensor::from_slice(leaf), i == 0, &peak);
             }
             assert_eq!(elements::<i64>(&sums), host_sums(&leaves));
             let most = leaves.iter().flatten().fold(0f32, |most, x| most.max(x.abs()));
             assert_eq!(elements::<i32>(&peak)[0] as u32, most.to_bits());
             let brain: Vec<bf16> = leaves[1].iter().map(|&x| bf16::from_f32(x)).collect();
-            add_leaf(kernels, &sums, &Tensor::from_slice(&leaves[1]).to_kind(Kind::BFloat16), true, &peak);
+            add_leaf(&sums, &Tensor::from_slice(&leaves[1]).to_kind(Kind::BFloat16), true, &peak);
             let wide: Vec<f32> = brain.iter().map(|x| x.to_f32()).collect();
             assert_eq!(elements::<i64>(&sums), host_sums(&[wide]));
         }
         let (sums, peak) =
             (Tensor::zeros([4], (Kind::Int64, Device::Cpu)), Tensor::zeros([1], (Kind::Int, Device::Cpu)));
-        add_leaf(kernels, &sums, &Tensor::from_slice(&[1.0, f32::INFINITY, f32::NAN, 3e38]), true, &peak);
+        add_leaf(&sums, &Tensor::from_slice(&[1.0, f32::INFINITY, f32::NAN, 3e38]), true, &peak);
         assert_eq!(elements::<i64>(&sums), [1 << 48, 0, 0, 0], "what no integer holds counts as nothing");
         assert!(f32::from_bits(elements::<i32>(&peak)[0] as u32).is_nan());
     }
 
     #[test]
     fn rows_go_where_they_belong() {
-        let (_emulated, kernels) = emulated();
+        let _emulated = emulated();
         let (width, values) = (37, leaf(3 * 37, 5));
         let sums = Tensor::ones([10 * 37], (Kind::Int64, Device::Cpu));
         let peak = Tensor::zeros([1], (Kind::Int, Device::Cpu));
-        add_rows(kernels, &sums, &[1, 4, 9], &Tensor::from_slice(&values), &peak);
+        add_rows(&sums, &[1, 4, 9], &Tensor::from_slice(&values), &peak);
         let mut expected = vec![1i64; 370];
         for (i, row) in [1, 4, 9].into_iter().enumerate() {
             let part = host_sums(&[values[i * width..(i + 1) * width].to_vec()]);
@@ -195,42 +198,42 @@ mod tests {
 
     #[test]
     fn gradients_partials_and_updates_are_those_of_the_host_to_the_bit() {
-        let (_emulated, kernels) = emulated();
+        let _emulated = emulated();
         let n = CHUNK + 4321;
         let sums = host_sums(&[leaf(n, 7), leaf(n, 8)]);
         let on_device = Tensor::from_slice(&sums);
         let gradients = Tensor::zeros([n as i64], (Kind::Float, Device::Cpu));
-        round(kernels, &on_device, &gradients);
+        round(&on_device, &gradients);
         let mut rounded = vec![0f32; n];
         exact::round(&sums, &mut rounded);
         assert!(elements::<f32>(&gradients).iter().zip(&rounded).all(|(a, b)| a.to_bits() == b.to_bits()));
         let expected: Vec<f64> = sums.chunks(CHUNK).map(|chunk| norm::partial(chunk, Exactly)).collect();
         for gradient in [&on_device, &gradients] {
-            assert_eq!(elements::<f64>(&partials(kernels, gradient, Form::Split)), expected);
+            assert_eq!(elements::<f64>(&partials(gradient, Form::Split)), expected);
         }
         let narrow = Tensor::zeros([n as i64], (Kind::BFloat16, Device::Cpu));
-        round(kernels, &on_device, &narrow);
+        round(&on_device, &narrow);
         let mut rounded = vec![bf16::ZERO; n];
         exact::round_narrow(&sums, &mut rounded);
         assert_eq!(elements::<bf16>(&narrow), rounded);
         let expected: Vec<f64> = sums.chunks(CHUNK).map(|chunk| norm::partial(chunk, Nearest)).collect();
         for gradient in [&on_device, &narrow] {
-            assert_eq!(elements::<f64>(&partials(kernels, gradient, Form::Narrow)), expected);
+            assert_eq!(elements::<f64>(&partials(gradient, Form::Narrow)), expected);
         }
         let twice = Tensor::from_slice(&sums);
-        add(kernels, &twice, &on_device);
+        add(&twice, &on_device);
         assert!(elements::<i64>(&twice).iter().zip(&sums).all(|(twice, once)| *twice == 2 * once));
         let (form, seed) = (Form::Split, 0);
         let settings =
             Settings { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0, form, seed };
         let scalars = settings.scalars(3, 1e-3, 0.7);
         for gradient in [&on_device, &gradients] {
-            whole(kernels, &sums, gradient, &scalars);
-            split(kernels, &sums, gradient, &scalars.without_decay());
+            whole(&sums, gradient, &scalars);
+            split(&sums, gradient, &scalars.without_decay());
         }
         for gradient in [&on_device, &narrow] {
             for begin in [0, 5, 16, 40, 65_549] {
-                narrow_from(kernels, &sums, gradient, &scalars, begin);
+                narrow_from(&sums, gradient, &scalars, begin);
             }
         }
     }
@@ -238,7 +241,7 @@ mod tests {
     const NOISE: Noise = Noise { seed: 0x1234_5678_9abc_def0, step: (3 << 32) + 7, bucket: 5 };
 
     /// Elements from `begin` of a bucket on, whose bits of noise begin anywhere in a group.
-    fn narrow_from(kernels: Kernels, sums: &[i64], gradient: &Tensor, scalars: &Scalars, begin: usize) {
+    fn narrow_from(sums: &[i64], gradient: &Tensor, scalars: &Scalars, begin: usize) {
         let (sums, count) = (&sums[begin..], (sums.len() - begin) as i64);
         let narrow = |values: Vec<f32>| -> Vec<bf16> { values[begin..].iter().map(|x| bf16::from_f32(*x)).collect() };
         let [mut parameter, mut m, mut v] = state(sums.len() + begin).map(narrow);
@@ -251,7 +254,7 @@ mod tests {
         adamw::update_narrow(sums, &mut parameter, &mut m, &mut v, scalars, &NOISE, begin);
         let gradient = &gradient.narrow(0, begin as i64, count);
         let span = Span { gradient, parameter: &on_device, low: None, m: &first, v: &second, first: begin };
-        update(kernels, &span, scalars, &NOISE);
+        update(&span, scalars, &NOISE);
         let same = |tensor: &Tensor, expected: &[bf16]| {
             elements::<bf16>(tensor).iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits())
         };
@@ -267,16 +270,16 @@ mod tests {
         elements::<f32>(found).iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits())
     }
 
-    fn whole(kernels: Kernels, sums: &[i64], gradient: &Tensor, scalars: &Scalars) {
+    fn whole(sums: &[i64], gradient: &Tensor, scalars: &Scalars) {
         let [mut master, mut m, mut v] = state(sums.len());
         let on_device = [&master, &m, &v].map(|values| Tensor::from_slice(values));
         adamw::update_whole(sums, &mut master, &mut m, &mut v, scalars);
         let [parameter, first, second] = &on_device;
-        update(kernels, &Span { gradient, parameter, low: None, m: first, v: second, first: 0 }, scalars, &NOISE);
+        update(&Span { gradient, parameter, low: None, m: first, v: second, first: 0 }, scalars, &NOISE);
         assert!(same(parameter, &master) && same(first, &m) && same(second, &v));
     }
 
-    fn split(kernels: Kernels, sums: &[i64], gradient: &Tensor, scalars: &Scalars) {
+    fn split(sums: &[i64], gradient: &Tensor, scalars: &Scalars) {
         let [master, mut m, mut v] = state(sums.len());
         let [first, second] = [&m, &v].map(|values| Tensor::from_slice(values));
         let (mut parameter, mut low): (Vec<bf16>, Vec<u16>) = master.iter().map(|x| halves(*x)).unzip();
@@ -286,7 +289,7 @@ mod tests {
         let lower = Tensor::from_slice(&signed(&low));
         adamw::update_split(sums, &mut parameter, &mut low, &mut m, &mut v, scalars);
         let span = Span { gradient, parameter: &on_device, low: Some(&lower), m: &first, v: &second, first: 0 };
-        update(kernels, &span, scalars, &NOISE);
+        update(&span, scalars, &NOISE);
         assert!(same(&first, &m) && same(&second, &v));
         assert!(elements::<bf16>(&on_device).iter().zip(&parameter).all(|(a, b)| a.to_bits() == b.to_bits()));
         assert_eq!(elements::<i16>(&lower), signed(&low));

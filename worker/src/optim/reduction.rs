@@ -15,6 +15,7 @@ use super::trial::Trial;
 use crate::collective::courier::{Courier, Ticket};
 use crate::collective::{self, Collective};
 use crate::model::{BadNumber, Leaves};
+use crate::ops::view;
 use crate::trace::{self, Track};
 use half::bf16;
 use std::collections::VecDeque;
@@ -161,11 +162,6 @@ impl Reduction {
         Ok(())
     }
 
-    /// Whether leaves are added on a device.
-    pub fn is_away(&self) -> bool {
-        self.sums.is_away()
-    }
-
     /// Whether all leaves so far could be added; else whose could not.
     pub fn check(&self) -> Result<(), (usize, BadNumber)> {
         self.sums.check()
@@ -204,7 +200,7 @@ impl Reduction {
         let mut gradient = self.gradients[bucket].take().expect("one journey at a time");
         let (shard, form, elements) = (self.shard.clone(), self.form, self.layout.buckets[bucket].elements);
         let name = self.layout.buckets[bucket].name.clone();
-        let away = self.is_away();
+        let away = self.adding.away;
         let ticket = courier.send(move |collective: &mut dyn Collective| {
             let _reducing = trace::span(Track::Communication, || format!("reduce {name}"));
             let own = shard.own(bucket);
@@ -238,7 +234,7 @@ impl Reduction {
         while !self.travelling.is_empty() {
             self.receive()?;
         }
-        let partials = match self.is_away() {
+        let partials = match self.adding.away {
             true => {
                 let gradients: Vec<Tensor> = (0..self.gradients.len()).map(|bucket| self.away(bucket)).collect();
                 away::partials(&gradients, self.form)
@@ -275,7 +271,7 @@ impl Reduction {
         let own = self.shard.own(bucket);
         match &self.gradients[bucket] {
             Some(Gradient::Away(gradient)) => gradient.shallow_clone(),
-            Some(Gradient::InPlace(Some(sums))) => sums.narrow(0, own.start as i64, own.len() as i64),
+            Some(Gradient::InPlace(Some(sums))) => view::part(sums, &own),
             _ => unreachable!("looked at once all leaves are in"),
         }
     }

@@ -135,8 +135,7 @@ pub(super) fn try_worst(assign: &Assign, engine: &mut Engine, plan: &Plan) -> Re
     let failed = |source| engine::Error::Micro(Fault { index: 0, source });
     let alone =
         engine.model.dry_run(std::slice::from_ref(&batch), plan.choice.recompute, assign.trains).map_err(failed)?;
-    let planned = if plan.gpu.total() > 0 { plan.gpu.activations } else { plan.activations };
-    let room = (planned as usize).saturating_sub(alone) as i64;
+    let room = (plan.activations_there() as usize).saturating_sub(alone) as i64;
     let beside = Tensor::f_full([room], 1, (Kind::Uint8, engine.model.device()));
     let beside = beside.map_err(|error| failed(error.into()))?;
     // Others' parameters may be absent here, and gradients without them of any size: they are all zero times as large.

@@ -118,11 +118,11 @@ pub(super) fn extremes(assign: &Assign) -> Extremes {
 }
 
 /// What an assignment will need of the memory of this machine, if `workers` share it: before anything is loaded. Where it is
-/// for GPUs, each of which has `gpu` bytes free, or what is free on this machine's, all that a GPU may need is said if it has none.
-pub fn foresee(assign: &Assign, workers: usize, gpu: Option<u64>) -> Result<Table, Error> {
+/// for GPUs and this machine has none, all that a GPU may need is said.
+pub fn foresee(assign: &Assign, workers: usize) -> Result<Table, Error> {
     let (available, baseline) = (memory::available(), memory::resident());
     let prospect = Prospect::of(assign)?;
-    let gpu = (assign.device != "cpu").then(|| gpu.or_else(device::free_anywhere).unwrap_or(u64::MAX));
+    let gpu = (assign.device != "cpu").then(|| device::free_anywhere().unwrap_or(u64::MAX));
     let sketch = prospect.sketch(gpu.is_some())?;
     let kept = assign.neighbour.is_some();
     let plan = prospect.demand(assign, &sketch, baseline, kept, 0, gpu)?.plan(&available, workers);

@@ -5,9 +5,6 @@ use crate::library;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Of the compiler whose code is kept: another one's has other bits.
-const COMPILER: &str = "NVRTC 13.0 --fmad=false --std=c++17";
-
 /// Machine code of `source` for an architecture: as it was kept, or compiled now.
 pub fn compiled(source: &str, architecture: &str) -> Result<Vec<u8>, nvrtc::Error> {
     let dir = library::cache().map(|cache| cache.join("kernels"));
@@ -36,8 +33,10 @@ fn within(
 
 /// A file's name: whatever decides its content is in it.
 fn name(source: &str, architecture: &str) -> PathBuf {
+    // Another compiler's code has other bits.
+    let compiler = format!("NVRTC 13.0 {}", nvrtc::OPTIONS.join(" "));
     let mut hasher = blake3::Hasher::new();
-    for part in [COMPILER, architecture, source] {
+    for part in [&compiler, architecture, source] {
         hasher.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
     }
     format!("{architecture}-{}.cubin", &hasher.finalize().to_hex()[..32]).into()

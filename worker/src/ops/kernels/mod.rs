@@ -1,4 +1,5 @@
-//! Kernels of our own for GPUs: one program of CUDA C++, compiled by NVRTC for the GPU at hand when a worker starts. Tests
+//! Kernels of our own for GPUs: one program of CUDA C++, compiled by NVRTC for the GPU at hand when a worker starts, and
+//! kept in the user's cache. Tests
 //! run the very same text, through the very same launches, on a processor: see [`emulator`].
 //!
 //! The launch of a kernel stands beside the operation that it computes.

@@ -64,6 +64,9 @@ impl Drop for Program {
     }
 }
 
+/// What decides the code besides source and architecture.
+pub const OPTIONS: [&str; 2] = ["--fmad=false", "--std=c++17"];
+
 /// Machine code of `source` for an architecture, such as "sm_90". Nothing is fused but what the source fuses, so that the
 /// optimizer's arithmetic is the host's.
 pub fn compile(source: &str, architecture: &str) -> Result<Vec<u8>, Error> {
@@ -71,7 +74,8 @@ pub fn compile(source: &str, architecture: &str) -> Result<Vec<u8>, Error> {
     let failed = |e: result::NvrtcError| Error::Failed(e.to_string());
     let source = CString::new(source).map_err(|e| Error::Failed(e.to_string()))?;
     let program = Program(result::create_program(&source, Some(c"kernels.cu")).map_err(failed)?);
-    let options = [format!("--gpu-architecture={architecture}"), "--fmad=false".into(), "--std=c++17".into()];
+    let target = format!("--gpu-architecture={architecture}");
+    let options = [target.as_str(), OPTIONS[0], OPTIONS[1]];
     // SAFETY: the program is alive.
     if unsafe { result::compile_program(program.0, &options) }.is_err() {
         return Err(Error::Compile { architecture: architecture.into(), log: log(&program) });
