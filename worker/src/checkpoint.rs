@@ -158,22 +158,29 @@ fn header(source: &Source<'_>) -> Vec<u8> {
     header
 }
 
-struct Hashing<'a, W> {
-    inner: W,
+struct Hashing<'a> {
+    inner: BufWriter<File>,
     hasher: blake3::Hasher,
     bytes: u64,
     /// Nobody needs the file any more.
     given_up: &'a AtomicBool,
 }
 
-impl<W: Write> Write for Hashing<'_, W> {
+/// Bytes after which a file is brought to its disk: the last time, which nobody can interrupt, is as short as all others.
+const SYNCED: u64 = 64 << 20;
+
+impl Write for Hashing<'_> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         if self.given_up.load(Ordering::Relaxed) {
             return Err(io::Error::other("the workers regrouped"));
         }
         let written = self.inner.write(buffer)?;
         self.hasher.update(&buffer[..written]);
+        let before = self.bytes;
         self.bytes += written as u64;
+        if before / SYNCED != self.bytes / SYNCED {
+            self.inner.get_ref().sync_data()?;
+        }
         Ok(written)
     }
 

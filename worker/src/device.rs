@@ -209,23 +209,24 @@ pub fn identity(device: Device) -> Result<Vec<u8>, Error> {
 
 /// Bytes that a GPU had free when this process first asked, before it took any: what libtorch keeps of an earlier generation
 /// serves the next one. None on the host.
-pub fn free(device: Device) -> Option<u64> {
+pub fn free(device: Device) -> Result<Option<u64>, Error> {
     static FREE: OnceLock<u64> = OnceLock::new();
-    match device {
-        Device::Cuda(index) => {
-            let known = FREE.get().copied();
-            known.or_else(|| Gpu::describe(index).ok().map(|gpu| *FREE.get_or_init(|| gpu.free))).or(Some(0))
-        }
-        _ => None,
+    let Device::Cuda(index) = device else { return Ok(None) };
+    if let Some(known) = FREE.get() {
+        return Ok(Some(*known));
     }
+    let gpu = Gpu::describe(index).map_err(|reason| Error::Unusable { index, reason: reason.to_string() })?;
+    Ok(Some(*FREE.get_or_init(|| gpu.free)))
 }
 
-/// Bytes that the fullest GPU of this machine has free; none where it has no GPU.
-pub fn free_anywhere() -> Option<u64> {
+/// Bytes that each of `workers` on this machine has free on its GPU, if all begin now and the fullest is shared by most; none
+/// where there is no GPU.
+pub fn free_anywhere(workers: usize) -> Option<u64> {
     Library::open("libcuda.so.1").ok()?;
     result::init().ok()?;
-    let count = result::device::get_count().ok()?;
-    (0..count as usize).filter_map(|index| Some(Gpu::describe(index).ok()?.free)).min()
+    let count = result::device::get_count().ok()? as usize;
+    let least = (0..count).filter_map(|index| Some(Gpu::describe(index).ok()?.free)).min()?;
+    Some(least / workers.div_ceil(count).max(1) as u64)
 }
 
 /// Who holds memory of GPUs, as nvidia-smi tells; empty where it tells nothing.

@@ -214,9 +214,9 @@ impl Saved {
                 };
                 let bytes = entry["data_offsets"][0].as_u64().zip(entry["data_offsets"][1].as_u64());
                 let whole = |&(first, last): &(u64, u64)| {
-                    begin <= end
-                        && last.checked_sub(first) == Some(((end - begin) * kind.width()) as u64)
-                        && 8 + length + last <= size
+                    let needed = end.checked_sub(begin).and_then(|elements| elements.checked_mul(kind.width()));
+                    let there = last.checked_sub(first).filter(|_| last <= size - 8 - length);
+                    needed.is_some_and(|needed| there == Some(needed as u64))
                 };
                 let Some((first, _)) = bytes.filter(whole) else {
                     return Err(damaged(format!("does not hold \"{key}\" whole")));

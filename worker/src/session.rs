@@ -190,7 +190,7 @@ impl<'l> Loading<'l> {
         let plan = {
             // Of those who share it, the ones who start with this worker have not taken theirs yet.
             let sharing = sharing(&assign.peers, assign.rank as usize).min(standing.sharing.max(1));
-            let gpu = device::free(device).map(|bytes| bytes / sharing as u64);
+            let gpu = device::free(device)?.map(|bytes| bytes / sharing as u64);
             let sketch = prospect.sketch(gpu.is_some())?;
             let baseline = standing.baseline;
             let demand = prospect.demand(assign, &sketch, baseline, snapshots, self.image_bytes(), gpu)?;

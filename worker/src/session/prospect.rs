@@ -101,9 +101,11 @@ pub(super) fn micro_batches(assign: &Assign) -> usize {
 
 /// Tokens of the largest step, about.
 fn tokens(assign: &Assign) -> usize {
-    match assign.worst_sizes.len() {
-        0 => assign.micro_batches as usize * assign.worst_tokens as usize,
-        _ => assign.worst_sizes.iter().map(|&tokens| tokens as usize).sum(),
+    match assign.worst_sizes.last() {
+        None => assign.micro_batches as usize * assign.worst_tokens as usize,
+        // Each of these is as large as it can be where as many are as large; the last says what all may have together.
+        Some(&last) if assign.quarantines => assign.worst_sizes.len() * last as usize,
+        Some(_) => assign.worst_sizes.iter().map(|&tokens| tokens as usize).sum(),
     }
 }
 
@@ -122,7 +124,7 @@ pub(super) fn extremes(assign: &Assign) -> Extremes {
 pub fn foresee(assign: &Assign, workers: usize) -> Result<Table, Error> {
     let (available, baseline) = (memory::available(), memory::resident());
     let prospect = Prospect::of(assign)?;
-    let gpu = (assign.device != "cpu").then(|| device::free_anywhere().unwrap_or(u64::MAX));
+    let gpu = (assign.device != "cpu").then(|| device::free_anywhere(workers).unwrap_or(u64::MAX));
     let sketch = prospect.sketch(gpu.is_some())?;
     let kept = assign.neighbour.is_some();
     let plan = prospect.demand(assign, &sketch, baseline, kept, 0, gpu)?.plan(&available, workers);
