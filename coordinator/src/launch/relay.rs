@@ -95,7 +95,8 @@ impl Relay {
         std::thread::spawn(move || desk.read(number, from));
     }
 
-    /// The newest event that is passed on. The coordinator has ended: of what it wrote, nothing else counts.
+    /// The newest event that was taken, written or not: whoever comes next goes on after it. The coordinator has ended: nothing more
+    /// is taken of what is still in its pipe.
     pub fn told(&mut self) -> u64 {
         let mut waiting = self.desk.lock();
         waiting.coordinator += 1;

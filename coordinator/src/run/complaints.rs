@@ -9,8 +9,8 @@ pub(super) struct Complaints {
     /// When the first came.
     since: f64,
     said: Vec<Complaint>,
-    /// Bad numbers, each with the directive that gave it and the rank that found it.
-    numbers: Vec<(u64, usize, Failure)>,
+    /// Bad numbers, each with the directive that gave it.
+    numbers: Vec<(u64, Failure)>,
 }
 
 #[derive(Debug, Clone)]
@@ -27,15 +27,14 @@ impl Complaints {
     }
 
     /// What directive `id` gave is a bad number; directives before it are not settled yet.
-    pub(super) fn note_number(&mut self, id: u64, rank: usize, failure: Failure) {
-        self.numbers.push((id, rank, failure));
+    pub(super) fn note_number(&mut self, id: u64, failure: Failure) {
+        self.numbers.push((id, failure));
     }
 
     /// The first bad number that directive `id` gave.
-    pub(super) fn take_number(&mut self, id: u64) -> Option<(usize, Failure)> {
-        let place = self.numbers.iter().position(|(of, ..)| *of == id)?;
-        let (_, rank, failure) = self.numbers.remove(place);
-        Some((rank, failure))
+    pub(super) fn take_number(&mut self, id: u64) -> Option<Failure> {
+        let place = self.numbers.iter().position(|(of, _)| *of == id)?;
+        Some(self.numbers.remove(place).1)
     }
 
     /// Rank `by` says what failed, and that `of` is the cause.

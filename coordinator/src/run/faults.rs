@@ -57,13 +57,12 @@ impl Machine {
         if self.phase == Phase::Gathering {
             failure.rank = None;
         }
+        self.roster.get_mut(rank).complained = true;
         if self.is_number(&failure) {
-            self.roster.get_mut(rank).complained = true;
             let turn = self.roster.workers()[rank].answered + 1;
-            self.complaints.note_number(turn, rank, failure);
+            self.complaints.note_number(turn, failure);
             return self.settle_answered(now);
         }
-        self.roster.get_mut(rank).complained = true;
         if failure.recoverable && self.phase != Phase::Gathering {
             self.complaints.hear(now, rank, culprit, failure);
             return Vec::new();
@@ -81,8 +80,8 @@ impl Machine {
     /// known by now, whoever was the first to say something.
     pub(super) fn heed_number(&mut self, now: f64) -> Option<Vec<Effect>> {
         let oldest = self.queue.front()?.id;
-        let (rank, failure) = self.complaints.take_number(oldest)?;
-        Some(self.suspected(now, rank, &failure).unwrap_or_else(|| self.fail(now, failure)))
+        let failure = self.complaints.take_number(oldest)?;
+        Some(self.suspected(now, &failure).unwrap_or_else(|| self.fail(now, failure)))
     }
 
     pub(super) fn tick(&mut self, now: f64) -> Vec<Effect> {
@@ -120,6 +119,8 @@ impl Machine {
             }
             effects.extend(self.regroup(now, rank, failure));
         }
+        // Whether or not anybody says anything more of snapshots.
+        effects.extend(self.warn_of_lateness());
         // A save that failed may be due again.
         effects.extend(self.queue_ahead(now));
         effects

@@ -12,7 +12,6 @@ use super::event::Effect;
 use super::faults::tell_spike;
 use super::machine::Machine;
 use super::outstanding::{step_of, Outstanding};
-use super::phases::Phase;
 use super::program::{Item, Program};
 use super::settle::Fault;
 use std::collections::BTreeSet;
@@ -24,14 +23,13 @@ use unisono_proto::v1::{self as wire, Failure, Quarantined, StepCommitted, Suite
 const SPIKES: usize = 3;
 
 impl Machine {
-    /// A rank found a bad number in a step, and the run is to go on without its rows: everyone goes back before it.
-    pub(super) fn suspected(&mut self, now: f64, rank: usize, failure: &Failure) -> Option<Vec<Effect>> {
+    /// A rank found a bad number in the oldest step, and the run is to go on without its rows: everyone goes back before it.
+    pub(super) fn suspected(&mut self, now: f64, failure: &Failure) -> Option<Vec<Effect>> {
         let quarantines = self.settings.on_bad_numbers == OnBadNumbers::Quarantine;
-        if !quarantines || failure.micro_batch.is_none() || self.phase != Phase::Running {
+        if !quarantines || failure.micro_batch.is_none() {
             return None;
         }
-        let turn = self.roster.workers()[rank].answered + 1;
-        let Some(Item::Step(step)) = self.queue.iter().find(|o| o.id == turn).map(|o| o.item) else { return None };
+        let Some(Item::Step(step)) = self.queue.front().map(|o| o.item) else { return None };
         if self.is_stopping() {
             return Some(self.stopped(now));
         }

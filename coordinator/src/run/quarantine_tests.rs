@@ -1,7 +1,6 @@
 //! Rows that give bad numbers or spikes: whoever computes and whatever happens, the same rows are left out from the same step.
 
-use super::event::Connection;
-use super::event::Event;
+use super::event::{Connection, Event};
 use super::machine::Machine;
 use super::phases::Phase;
 use super::program::Program;

@@ -342,7 +342,7 @@ impl Machine {
     /// A rank says what became of its shard's snapshot. Where all are in two memories, older ones may go; where one is not, the
     /// others are of no use, and make room for the next.
     pub(super) fn kept(&mut self, rank: usize, told: SnapshotKept) -> Vec<Effect> {
-        let mut effects: Vec<Effect> = self.warn_of_lateness().into_iter().collect();
+        let mut effects = Vec::new();
         let SnapshotKept { step, problem } = told;
         if step < self.kept.whole {
             return effects;
@@ -378,8 +378,8 @@ impl Machine {
         }
     }
 
-    /// Said once, when nobody waits any more.
-    fn warn_of_lateness(&mut self) -> Option<Effect> {
+    /// Said once a generation, when nobody waits any more.
+    pub(super) fn warn_of_lateness(&mut self) -> Option<Effect> {
         if self.kept.late < MISSED || std::mem::replace(&mut self.kept.told_late, true) {
             return None;
         }

@@ -69,7 +69,8 @@ fn fresh() -> u64 {
     u64::from_le_bytes(random())
 }
 
-fn random<const N: usize>() -> [u8; N] {
+/// Secret bytes.
+pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     ring::default_provider().secure_random.fill(&mut bytes).expect("the system has a source of randomness");
     bytes

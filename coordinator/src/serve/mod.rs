@@ -30,7 +30,6 @@ use audience::{Audience, Stage};
 use commit::Committer;
 use control::{Control, CONTROL};
 use ledger::Ledger;
-use rustls::crypto::ring;
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -87,7 +86,7 @@ pub async fn serve(
         assignment: setup.config.cluster.assignment,
         seed: setup.config.train.seed,
         assign: assignment(&setup.config, &program)?,
-        peer_secret: secret(),
+        peer_secret: identity::random(),
         started: started(&setup.config, &run_dir, &layout, &setup.work),
         recorded,
         tasks: setup.work.tasks(),
@@ -352,10 +351,4 @@ fn timeline(config: &RunConfig, steps: u64) -> Timeline {
     let mut hasher = blake3::Hasher::new_derive_key("unisono 1 timeline");
     hasher.update(fingerprint(config).as_bytes()).update(&steps.to_le_bytes());
     *hasher.finalize().as_bytes()
-}
-
-fn secret() -> [u8; 32] {
-    let mut secret = [0; 32];
-    ring::default_provider().secure_random.fill(&mut secret).expect("the system has a source of randomness");
-    secret
 }
