@@ -99,7 +99,7 @@ fn timed(dir: &Path, every: u64, steps: u64) -> f64 {
 /// `UNISONO_ROUNDS` times (default 3).
 #[test]
 #[ignore = "minutes; make goodput"]
-fn checkpoints_cost_little() {
+fn what_checkpoints_cost() {
     let (rounds, every) = (chronicle::asked("UNISONO_ROUNDS", 3), chronicle::asked("UNISONO_CHECKPOINT_EVERY", 25));
     let steps = chronicle::asked("UNISONO_STEPS", 2 * every);
     let dir = tempfile::tempdir().unwrap();
