@@ -6,7 +6,7 @@ use crate::link::fake::{Attendant, Fake};
 use crate::model::Batch;
 use safetensors::tensor::{serialize_to_file, Dtype, TensorView};
 use safetensors::SafeTensors;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use unisono_configs::model::Layout;
 use unisono_configs::model::ModelSpec;
@@ -174,8 +174,12 @@ fn conduct(attendants: &[Attendant], dir: &Path, world: u32) -> Outcome {
     }
     let mut outcome =
         Outcome { losses: vec![], norms: vec![], evaluations: vec![], continuations: vec![], masters: BTreeMap::new() };
+    // Said while a save was still being written.
+    let mut ahead: Vec<VecDeque<Body>> = attendants.iter().map(|_| VecDeque::new()).collect();
     loop {
-        let reports: Vec<_> = attendants.iter().map(|a| a.hear().expect("a report")).collect();
+        let next = ahead.iter_mut().zip(attendants);
+        let reports: Vec<_> =
+            next.map(|(ahead, a)| ahead.pop_front().or_else(|| a.hear()).expect("a report")).collect();
         match &reports[0] {
             Body::Step(first) => {
                 let steps = reports.iter().map(|r| if let Body::Step(s) = r { s } else { panic!("{r:?}") });
@@ -191,7 +195,10 @@ fn conduct(attendants: &[Attendant], dir: &Path, world: u32) -> Outcome {
             Body::Evaluate(_) => outcome.evaluations.push(evaluations(&reports)),
             Body::Generate(_) => outcome.continuations = continuations(&reports),
             Body::Copied(_) => {
-                attendants.iter().for_each(|a| assert!(matches!(a.hear(), Some(Body::Checkpoint(_)))));
+                for (ahead, attendant) in ahead.iter_mut().zip(attendants) {
+                    let said = std::iter::from_fn(|| attendant.hear());
+                    ahead.extend(said.take_while(|report| !matches!(report, Body::Checkpoint(_))));
+                }
                 read_masters(dir, &mut outcome.masters);
             }
             Body::Drained(_) => return outcome,
