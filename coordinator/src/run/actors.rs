@@ -246,6 +246,9 @@ impl World {
                 if room {
                     own.push(held(*step));
                 }
+                if !problem.is_empty() {
+                    self.missed.push((worker.epoch.map_or(0, |epoch| epoch.generation), *step));
+                }
                 // It takes a while.
                 let later = worker.outbox.len().min(1);
                 let kept = SnapshotKept { step: *step, problem: problem.into() };

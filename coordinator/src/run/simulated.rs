@@ -38,6 +38,8 @@ pub(super) struct World {
     pub(super) memory: BTreeMap<String, Vec<Held>>,
     /// Rank and step of snapshots that do not reach the neighbour.
     pub(super) unsent: Vec<(u32, u64)>,
+    /// Generation and step of snapshots that a worker could not take or send.
+    pub(super) missed: Vec<(u64, u64)>,
     /// Where nobody can fetch anything.
     pub(super) unreachable: Option<String>,
     /// Those that are stopped, and what they will hear when they wake up.
@@ -75,6 +77,7 @@ impl World {
             joining: VecDeque::new(),
             memory,
             unsent: Vec::new(),
+            missed: Vec::new(),
             unreachable: None,
             asleep: BTreeSet::new(),
             mail: BTreeMap::new(),
