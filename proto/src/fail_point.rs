@@ -1,7 +1,8 @@
 //! Places at which a test can make a process die. Builds without debug assertions have none.
 //!
 //! A test names a directory in `UNISONO_FAIL_POINTS` and puts a file there that is called like a place: the first process
-//! that comes there takes the file away and aborts; or, where the file says "hang", never goes on.
+//! that comes there takes the file away and aborts; where the file says "hang", never goes on; or pauses for the seconds that
+//! it says. `PLACE.taken` then says which process that was.
 
 /// This place is reached.
 #[cfg(debug_assertions)]
@@ -10,13 +11,18 @@ pub fn reached(place: &str) {
     use std::sync::OnceLock;
     static DIRECTORY: OnceLock<Option<PathBuf>> = OnceLock::new();
     let directory = DIRECTORY.get_or_init(|| std::env::var_os("UNISONO_FAIL_POINTS").map(PathBuf::from));
-    let Some(file) = directory.as_ref().map(|directory| directory.join(place)) else { return };
-    let hangs = std::fs::read(&file).is_ok_and(|said| said == b"hang");
-    if std::fs::remove_file(&file).is_ok() {
-        match hangs {
-            true => std::thread::sleep(std::time::Duration::from_secs(86_400)),
-            false => std::process::abort(),
-        }
+    let Some(directory) = directory.as_ref() else { return };
+    let file = directory.join(place);
+    let said = std::fs::read_to_string(&file).unwrap_or_default();
+    if std::fs::remove_file(&file).is_err() {
+        return;
+    }
+    // For whoever wants to know; nothing is amiss without.
+    let _ = std::fs::write(directory.join(format!("{place}.taken")), std::process::id().to_string());
+    match (said.as_str(), said.parse()) {
+        ("hang", _) => std::thread::sleep(std::time::Duration::from_secs(86_400)),
+        (_, Ok(seconds)) => std::thread::sleep(std::time::Duration::from_secs_f64(seconds)),
+        _ => std::process::abort(),
     }
 }
 

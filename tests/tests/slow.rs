@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,8 +27,7 @@ fn a_worker_that_hangs_in_computing_is_named_and_replaced() {
     for phase in ["forward", "update"] {
         let step = live.wait_for("step")["step"].as_u64().unwrap() + 8;
         wait_for_step(&mut live, step);
-        std::fs::write(armed.path().join("new"), "hang").unwrap();
-        std::fs::rename(armed.path().join("new"), armed.path().join(phase)).unwrap();
+        arm(armed.path(), phase, "hang");
         let begun = Instant::now();
         let lost = live.wait_for("lost");
         let message = lost["message"].as_str().unwrap();
@@ -41,6 +41,71 @@ fn a_worker_that_hangs_in_computing_is_named_and_replaced() {
     assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
     assert_eq!(digest(&ended.run_dir), digest(&whole.run_dir));
     assert_eq!(ledger_losses(&ended.run_dir), ledger_losses(&whole.run_dir));
+}
+
+fn arm(armed: &Path, place: &str, how: &str) {
+    std::fs::write(armed.join("new"), how).unwrap();
+    std::fs::rename(armed.join("new"), armed.join(place)).unwrap();
+}
+
+/// Which process came to an armed place.
+fn came(armed: &Path, place: &str) -> u64 {
+    std::fs::read_to_string(armed.join(format!("{place}.taken"))).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_worker_that_computes_for_longer_than_peers_may_be_silent_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |workers| train(dir.path(), 30).set("cluster.hang_after", 30).workers(workers);
+    let whole = run(1).succeed();
+    // In turn where a step exchanges its sums, and where every block's parameters are waited for.
+    for stage in [1, 3] {
+        let armed = tempfile::tempdir().unwrap();
+        let patient = run(2).set("cluster.peer_timeout", 1).set("cluster.zero_stage", stage);
+        let mut live = patient.env("UNISONO_FAIL_POINTS", armed.path()).start();
+        live.wait_for("membership");
+        wait_for_step(&mut live, 5);
+        arm(armed.path(), "forward", "4");
+        let begun = Instant::now();
+        while !armed.path().join("forward.taken").exists() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "nobody came there");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let ended = live.finish();
+        assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+        assert!(begun.elapsed() > Duration::from_secs(4), "nobody paused");
+        assert!(ended.events("lost").is_empty(), "stage {stage}: {:?}", ended.events("lost"));
+        assert_eq!(digest(&ended.run_dir), digest(&whole.run_dir));
+    }
+}
+
+#[test]
+fn a_worker_that_hangs_in_an_exchange_is_named_and_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |workers| train(dir.path(), 60).set("cluster.peer_timeout", 2).workers(workers);
+    let whole = run(1).succeed();
+    for stage in [1, 3] {
+        let armed = tempfile::tempdir().unwrap();
+        let train = run(3).set("cluster.zero_stage", stage).env("UNISONO_FAIL_POINTS", armed.path());
+        let mut live = train.start();
+        live.wait_for("membership");
+        wait_for_step(&mut live, 5);
+        let begun = Instant::now();
+        arm(armed.path(), "exchange", "hang");
+        let lost = live.wait_for("lost");
+        let message = lost["message"].as_str().unwrap();
+        assert!(message.contains("has waited for it in") && message.contains("cluster.peer_timeout"), "{message}");
+        assert_eq!(lost["pid"], came(armed.path(), "exchange"), "another one was taken for it: {lost}");
+        assert!(lost["host"].is_string() && lost["rank"].is_u64(), "{lost}");
+        let found = begun.elapsed().as_secs_f64();
+        assert!((2.0..12.0).contains(&found), "found after {found:.1} s");
+        live.wait_for("membership");
+        let ended = live.finish();
+        assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+        assert_eq!(ended.events("lost").len(), 1, "{:?}", ended.events("lost"));
+        assert_eq!(digest(&ended.run_dir), digest(&whole.run_dir));
+        assert_eq!(ledger_losses(&ended.run_dir), ledger_losses(&whole.run_dir));
+    }
 }
 
 #[test]

@@ -9,7 +9,6 @@ use crate::model::{self, BadNumber, Batch, Fault, Loss, Model, Nowhere, Station,
 use crate::optim::reduction::Turn;
 use crate::optim::shard::Shard;
 use crate::optim::Optimizer;
-use crate::progress::Progress;
 use crate::supply::{self, Supply};
 use crate::trace::{self, Track};
 use std::ops::Range;
@@ -41,8 +40,6 @@ pub struct Engine {
     courier: Courier,
     supply: Supply,
     waited: f64,
-    /// Where waiting for peers is told from computing.
-    progress: Arc<Progress>,
 }
 
 impl Engine {
@@ -52,12 +49,7 @@ impl Engine {
             None => Arc::new(Shard::new(model.layout(), courier.rank(), courier.world())),
         };
         let supply = Supply::new(&model, shard);
-        Engine { model, optimizer, courier, supply, waited: 0.0, progress: Arc::default() }
-    }
-
-    /// From now on `progress` tells when computing waits for peers.
-    pub fn tell(&mut self, progress: &Arc<Progress>) {
-        self.progress = progress.clone();
+        Engine { model, optimizer, courier, supply, waited: 0.0 }
     }
 
     pub fn rank(&self) -> usize {
@@ -82,7 +74,7 @@ impl Engine {
     }
 
     fn travel(&mut self, mut wave: Wave, trains: bool, turn: Turn, scale: f64) -> Result<Vec<Loss>, Error> {
-        let Engine { model, optimizer, courier, supply, waited, progress } = self;
+        let Engine { model, optimizer, courier, supply, waited } = self;
         let (way, layout) = (model.way(trains), model.layout().clone());
         let needs: Vec<_> = way.iter().map(|&station| model.needs(station)).collect();
         for (i, &station) in way.iter().enumerate() {
@@ -97,14 +89,11 @@ impl Engine {
             courier.check()?;
             let begun = Instant::now();
             let waiting = trace::span(Track::Compute, || format!("wait for {}", named()));
-            telling(progress, courier.world(), || {
-                supply.reach(&needs[i], next, model, courier)?;
-                if let (Station::Backward(bucket), Some(optimizer)) = (station, optimizer.as_mut()) {
-                    optimizer.reduction.open(bucket)?;
-                    needs[i].iter().try_for_each(|&bucket| optimizer.reduction.open(bucket))?;
-                }
-                Ok::<_, Error>(())
-            })?;
+            supply.reach(&needs[i], next, model, courier)?;
+            if let (Station::Backward(bucket), Some(optimizer)) = (station, optimizer.as_mut()) {
+                optimizer.reduction.open(bucket)?;
+                needs[i].iter().try_for_each(|&bucket| optimizer.reduction.open(bucket))?;
+            }
             drop(waiting);
             *waited += begun.elapsed().as_secs_f64();
             let _computing = trace::span(Track::Compute, named);
@@ -125,7 +114,7 @@ impl Engine {
     /// Whether a micro-batch alone gives a bad number; nothing is added up. All ranks probe together, who has none left
     /// without one: parameters come to all alike.
     pub fn probe(&mut self, batch: Option<Batch>, scale: f64) -> Result<Option<BadNumber>, Error> {
-        let Engine { model, optimizer, courier, supply, progress, .. } = self;
+        let Engine { model, optimizer, courier, supply, .. } = self;
         let mut wave = model.wave(batch.into_iter().collect())?;
         let (mut trial, mut bad) =
             (optimizer.as_ref().expect("a run with steps has an optimizer").reduction.trial(), None);
@@ -134,7 +123,7 @@ impl Engine {
         for (i, &station) in way.iter().enumerate() {
             courier.check()?;
             let next = needs.get(i + 1).map_or(&[][..], Vec::as_slice);
-            telling(progress, courier.world(), || supply.reach(&needs[i], next, model, courier))?;
+            supply.reach(&needs[i], next, model, courier)?;
             match wave.pass(model, station, scale, &mut trial) {
                 Err(Fault { source: model::Error::BadNumber(number), .. }) => {
                     // The others go on, and need this rank's parameters.
@@ -210,14 +199,6 @@ impl Engine {
         self.supply.reach(&[], &[], &mut self.model, &mut self.courier)?;
         self.courier = real;
         Ok(())
-    }
-}
-
-/// Waits for peers, and tells `progress` so. A world of one waits for nobody but its own device.
-fn telling<T>(progress: &Progress, world: usize, wait: impl FnOnce() -> T) -> T {
-    match world {
-        1 => wait(),
-        _ => progress.waiting(wait),
     }
 }
 

@@ -279,7 +279,7 @@ impl Link {
 
     /// Waits until all workers are ready.
     pub fn go(&self) -> Result<Go, Error> {
-        match self.wait(&self.incoming)? {
+        match self.progress().waiting(|| self.wait(&self.incoming))? {
             FromCoordinator::Go(go) => Ok(go),
             other => Err(unexpected(&other, "Go")),
         }

@@ -5,9 +5,9 @@ mod images;
 pub mod prospect;
 
 use crate::checkpoint::saver::Saver;
-use crate::collective;
 use crate::collective::courier::Courier;
 use crate::collective::tcp::{Membership, Mesh};
+use crate::collective::{self, Collective};
 use crate::device;
 use crate::engine::{self, Engine};
 use crate::link::{self, Link};
@@ -183,7 +183,9 @@ impl<'l> Loading<'l> {
         let mesh = Mesh::meet(&standing.listener, &membership, link.stopper())?;
         let prospect = Prospect::of(assign)?;
         let device = device::open(&assign.device, place_on_host(&assign.peers, assign.rank as usize))?;
-        let mut peers = transport(assign.transport(), mesh, &membership, device)?;
+        let peers = transport(assign.transport(), mesh, &membership, device)?;
+        // From here on the coordinator judges who is waited for too long.
+        let mut courier = Courier::heard(peers, link.stopper(), link.progress());
         use_threads(assign.threads);
         let snapshots = assign.neighbour.is_some() && standing.snapshots.is_some();
         let (rank, world) = (assign.rank as usize, assign.world as usize);
@@ -194,7 +196,7 @@ impl<'l> Loading<'l> {
             let sketch = prospect.sketch(gpu.is_some())?;
             let baseline = standing.baseline;
             let demand = prospect.demand(assign, &sketch, baseline, snapshots, self.image_bytes(), gpu)?;
-            agree(peers.as_mut(), demand, |demand| Ok(demand.plan(&standing.available, standing.sharing)?))?
+            agree(&mut courier, demand, |demand| Ok(demand.plan(&standing.available, standing.sharing)?))?
         };
         let Prospect { path, spec, layout, compute, form, owned } = prospect;
         tracing::info!(planned_bytes = plan.total(), "{plan}");
@@ -236,13 +238,20 @@ impl<'l> Loading<'l> {
         };
         match &saved {
             None => model
-                .fill(|name, range, out| weights.read_f32(name, range, out).map_err(model::Error::from))
+                .fill(|name, range, out| {
+                    link.progress().mark();
+                    weights.read_f32(name, range, out).map_err(model::Error::from)
+                })
                 .map_err(failed)?,
             Some(saved) => {
-                let filled = model.fill(|name, range, out| match held {
-                    // Peers have the rest.
-                    Some(_) => saved.read_masters_here(name, range, out).map_err(Filling::from),
-                    None => saved.read(name, Part::Master, range, out).map_err(Filling::from),
+                let filled = model.fill(|name, range, out| {
+                    link.progress().mark();
+                    let read = match held {
+                        // Peers have the rest.
+                        Some(_) => saved.read_masters_here(name, range, out),
+                        None => saved.read(name, Part::Master, range, out),
+                    };
+                    read.map_err(Filling::from)
                 });
                 filled.map_err(|error| error.named(&path))?;
             }
@@ -256,8 +265,14 @@ impl<'l> Loading<'l> {
             let adding = Adding { stage, leaves, one_wave: wave >= prospect::micro_batches(assign), away };
             let mut new = Optimizer::new(model.layout().clone(), rank, world, self.settings(form), adding);
             match &saved {
-                None => new.load_masters(|name, range, out| weights.read_f32(name, range, out))?,
-                Some(saved) => new.load_state(|name, part, range, out| saved.read(name, part, range, out))?,
+                None => new.load_masters(|name, range, out| {
+                    link.progress().mark();
+                    weights.read_f32(name, range, out)
+                })?,
+                Some(saved) => new.load_state(|name, part, range, out| {
+                    link.progress().mark();
+                    saved.read(name, part, range, out)
+                })?,
             }
             if away {
                 new.move_to(device, offload).map_err(|error| failed(error.into()))?;
@@ -273,13 +288,12 @@ impl<'l> Loading<'l> {
         };
         if held.is_some() {
             // Once everyone has loaded, nobody asks for an image any more.
-            peers.all_gather_bytes(&[])?;
+            courier.send(|peers: &mut dyn Collective| peers.all_gather_bytes(&[])).wait()?;
             if plan.snapshots == 0 {
                 forget();
             }
         }
-        let mut engine = Engine::new(model, optimizer, Courier::new(peers, link.stopper()));
-        engine.tell(link.progress());
+        let mut engine = Engine::new(model, optimizer, courier);
         let stuck = |error| match error {
             engine::Error::Micro(fault) => failed(fault.source),
             error => Error::Train(train::Error::of(error, &[])),

@@ -23,15 +23,17 @@ pub struct Cluster {
     pub assignment: Assignment,
     /// What sums and parameters travel over from worker to worker. Same bits.
     pub transport: Transport,
-    /// Seconds after which a silent peer is given up.
+    /// Seconds for which nothing may move between the workers while none of them computes; then the one that all wait for is
+    /// named and replaced. Who waits for a peer that computes is patient for as long as that takes (cluster.hang_after). Also
+    /// the seconds within which workers must have met.
     pub peer_timeout: f64,
     /// Seconds between a worker's signs of life, which come from a thread that never computes.
     pub heartbeat: f64,
     /// Seconds without a sign of life after which a worker is lost: a stopped process, a dead machine. At least twice
     /// cluster.heartbeat; more for a network or a machine that stalls.
     pub lease: f64,
-    /// Seconds without progress after which a worker hangs whose signs of life go on, if that is also ten times what the phase
-    /// takes as a rule: it is named and replaced. Phases of which nothing is known yet have an hour.
+    /// Seconds that a worker may compute without progress while its signs of life go on, if that is also ten times what the
+    /// phase takes as a rule: it is named and replaced. Phases of which nothing is known yet have an hour.
     pub hang_after: f64,
     /// Seconds that a run waits for somebody in a lost worker's place; then it goes on with fewer. A worker tries as long
     /// to reach a coordinator that it has lost.

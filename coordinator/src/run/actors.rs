@@ -208,7 +208,9 @@ impl World {
     pub(super) fn say(&mut self, from: Connection) -> bool {
         let Some(worker) = self.workers.get_mut(&from) else { return false };
         let next = worker.outbox.front().map_or(0, |(id, _)| *id);
-        if worker.complained || worker.halted && next > worker.begun {
+        // How far it has come it says without its computing thread.
+        let halted = matches!(worker.outbox.front(), Some((_, Report::Halted(_))));
+        if self.stuck.contains_key(&from) && !halted || worker.complained || worker.halted && next > worker.begun {
             return false;
         }
         let Some((id, body)) = worker.outbox.pop_front() else { return false };

@@ -2,7 +2,7 @@
 //! itself be waiting for another.
 
 use super::machine::Machine;
-use unisono_proto::v1::{Failure, Phase};
+use unisono_proto::v1::{Failure, Heartbeat, Phase};
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Complaints {
@@ -64,7 +64,8 @@ impl Machine {
         let guilt = |complaint: &&Complaint| {
             let worker = &self.roster.workers()[complaint.of];
             let complained = said.iter().any(|other| other.by == complaint.of && complaint.by != complaint.of);
-            let waits = worker.heartbeat.waits || matches!(worker.phase(), Phase::Reduce | Phase::Gather);
+            let Heartbeat { waits, exchange, .. } = &worker.heartbeat;
+            let waits = *waits || exchange.is_some() || matches!(worker.phase(), Phase::Reduce | Phase::Gather);
             (complained, waits, worker.answered, worker.phase())
         };
         said.iter().min_by_key(guilt).map(|complaint| (complaint.of, complaint.failure.clone()))

@@ -112,6 +112,10 @@ impl Machine {
             effects.extend(self.lost(now, rank, &how));
             return effects;
         }
+        if let Some((rank, message)) = self.standstill() {
+            effects.extend(self.given_up(now, rank, message));
+            return effects;
+        }
         let ripe = self.complaints.are_ripe(now, COMPLAINT_WAITS);
         if let Some((rank, failure)) = self.blamed().filter(|_| ripe) {
             if failure.snapshot {
@@ -177,6 +181,12 @@ impl Machine {
     }
 
     fn lost(&mut self, now: f64, rank: usize, how: &str) -> Vec<Effect> {
+        let message = format!("the worker was lost: {how}; look at its log for the cause (out of memory, killed)");
+        self.given_up(now, rank, message)
+    }
+
+    /// The generation is over because of `rank`.
+    fn given_up(&mut self, now: f64, rank: usize, message: String) -> Vec<Effect> {
         // Everything is settled: all that it could still have said is farewell.
         if let Some(last) = self.queue.front_mut().filter(|o| o.item == Item::Finish) {
             last.answer(rank, Report::Drained(wire::Drained {}));
@@ -184,7 +194,6 @@ impl Machine {
             return self.settle_answered(now);
         }
         let (phase, step) = self.place_of(rank);
-        let message = format!("the worker was lost: {how}; look at its log for the cause (out of memory, killed)");
         let failure = self.failure(Some(rank as u32), phase, step, message);
         self.regroup(now, rank, failure)
     }

@@ -152,6 +152,7 @@ impl Machine {
         worker.memory = ready.memory.unwrap_or_default();
         worker.snapshots = ready.snapshots;
         self.durations.note(&Report::Ready(ready), &self.roster.workers()[rank].told());
+        self.roster.get_mut(rank).got_on();
         let mut effects = vec![self.memory(rank)];
         if self.roster.workers().iter().all(|w| w.ready) {
             self.phase = Phase::Running;

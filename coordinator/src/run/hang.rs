@@ -3,6 +3,7 @@
 
 use super::machine::Machine;
 use super::phases::Phase;
+use super::roster::Worker;
 use std::collections::{BTreeMap, VecDeque};
 use unisono_proto::v1::worker_message::Body as Report;
 use unisono_proto::v1::{Heartbeat, Phase as Place, StepReport};
@@ -15,6 +16,8 @@ const KEPT: usize = 64;
 const ENOUGH: usize = 3;
 /// Seconds that a phase may take as long as nothing is known of it; and one at any time whose length varies by nature.
 const UNKNOWN: f64 = 3600.0;
+/// Seconds that whatever is computed between exchanges may take at any time.
+const BETWEEN: f64 = 60.0;
 
 /// How long each phase took, of the last ones of all ranks.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +35,10 @@ impl Durations {
                     self.keep(Place::Forward, seconds.data + seconds.compute);
                 }
                 self.keep(Place::Update, seconds.update);
+                // Of the exchanges' own time nothing is computed.
+                if seconds.snapshot > 0.0 {
+                    self.keep(Place::Gather, seconds.snapshot);
+                }
             }
             Report::Evaluate(_) => self.keep(Place::Evaluate, told(Place::Evaluate)),
             Report::Generate(_) => self.keep(Place::Generate, told(Place::Generate)),
@@ -55,17 +62,18 @@ impl Durations {
         (sorted.len() >= ENOUGH).then(|| sorted[sorted.len() / 2])
     }
 
-    /// Seconds without progress in `phase` after which its rank hangs, and the median that it follows from; `floor` is the
-    /// least. `None`: whoever is there waits for others, who are to blame.
+    /// Seconds for which a rank may compute in `phase` without progress before it hangs, and the median that they follow from;
+    /// `floor` is the least. `None`: whoever is there computes nothing.
     fn deadline(&self, phase: Place, floor: f64) -> Option<(f64, Option<f64>)> {
         let median = self.median(phase);
         let scaled = median.map(|median| (TIMES * median).max(floor));
         match phase {
             Place::Forward | Place::Update | Place::Evaluate => Some((scaled.unwrap_or(UNKNOWN.max(floor)), median)),
-            Place::Checkpoint => Some((scaled.unwrap_or(floor).max(UNKNOWN), median)),
-            // The first one may read a large model from a slow disk; continuations are as long as they are.
-            Place::Load | Place::Generate => scaled.map(|seconds| (seconds.max(UNKNOWN), median)),
-            Place::Unspecified | Place::Join | Place::Reduce | Place::Gather | Place::Drain => None,
+            // Between exchanges next to nothing is computed; but copies for snapshots are made there.
+            Place::Reduce | Place::Gather => Some((scaled.unwrap_or(floor).max(BETWEEN), median)),
+            // A large model comes from a slow disk; continuations are as long as they are.
+            Place::Checkpoint | Place::Load | Place::Generate => Some((scaled.unwrap_or(floor).max(UNKNOWN), median)),
+            Place::Unspecified | Place::Join | Place::Drain => None,
         }
     }
 }
@@ -77,17 +85,17 @@ impl Machine {
             return None;
         }
         // Whoever is further on may wait for who is behind.
-        let place = |worker: &super::roster::Worker| (worker.answered, worker.phase());
-        let behind = self.roster.workers().iter().filter(|w| !w.drained).map(place).min();
-        let overdue = |(rank, worker): (usize, &super::roster::Worker)| {
-            let Heartbeat { seconds, waits, .. } = worker.heartbeat;
+        let place = |worker: &Worker| (worker.answered, worker.phase());
+        let behind = self.roster.workers().iter().filter(|w| computes(w)).map(place).min();
+        let overdue = |(rank, worker): (usize, &Worker)| {
+            let seconds = worker.heartbeat.seconds;
             // No deadline is shorter.
-            if seconds <= self.settings.hang_after || Some(place(worker)) != behind {
+            if !computes(worker) || seconds <= self.settings.hang_after || Some(place(worker)) != behind {
                 return None;
             }
             let phase = worker.phase();
             let (deadline, median) = self.durations.deadline(phase, self.settings.hang_after)?;
-            if waits || worker.drained || seconds <= deadline {
+            if seconds <= deadline {
                 return None;
             }
             let usual = match median {
@@ -103,6 +111,11 @@ impl Machine {
         let all = self.roster.workers().iter().enumerate().filter_map(overdue);
         all.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, rank, how)| (rank, how))
     }
+}
+
+/// Whether a worker waits for nobody, as it says.
+fn computes(worker: &Worker) -> bool {
+    !(worker.drained || worker.heartbeat.waits || worker.heartbeat.exchange.is_some())
 }
 
 #[cfg(test)]
@@ -126,7 +139,8 @@ mod tests {
         assert_eq!(durations.deadline(Place::Update, 5.0), Some((5.0, Some(0.01))));
         (0..3).for_each(|_| durations.note(&Report::Evaluate(EvaluateReport::default()), &last));
         assert_eq!(durations.deadline(Place::Evaluate, 5.0), Some((30.0, Some(3.0))));
-        assert_eq!(durations.deadline(Place::Reduce, 5.0), None);
-        assert_eq!(durations.deadline(Place::Load, 5.0), None);
+        assert_eq!(durations.deadline(Place::Reduce, 5.0), Some((BETWEEN, None)));
+        assert_eq!(durations.deadline(Place::Load, 5.0), Some((UNKNOWN, None)));
+        assert_eq!(durations.deadline(Place::Drain, 5.0), None);
     }
 }

@@ -238,7 +238,7 @@ impl Machine {
         self.roster.get_mut(rank).heard = now;
         match body {
             Report::Heartbeat(heartbeat) => {
-                self.roster.get_mut(rank).beats(heartbeat);
+                self.roster.get_mut(rank).beats(now, heartbeat);
                 Ok(Vec::new())
             }
             Report::Failure(failure) => Ok(self.complained(now, rank, failure)),
@@ -303,7 +303,7 @@ impl Machine {
             self.roster.get_mut(rank).memory = memory.unwrap_or(self.roster.workers()[rank].memory);
         }
         self.durations.note(&report, &self.roster.workers()[rank].told());
-        self.roster.get_mut(rank).longest = 0.0;
+        self.roster.get_mut(rank).got_on();
         let drained = matches!(report, Report::Drained(_));
         due.answer(rank, report);
         let worker = self.roster.get_mut(rank);

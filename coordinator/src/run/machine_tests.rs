@@ -33,7 +33,7 @@ proptest! {
                 9 => {
                     let heartbeat = Heartbeat { phase: Place::Forward.into(), step: Some(1), ..Heartbeat::default() };
                     for (&from, worker) in &world.workers {
-                        let message = WorkerMessage { epoch: worker.epoch, body: Some(Report::Heartbeat(heartbeat)) };
+                        let message = WorkerMessage { epoch: worker.epoch, body: Some(Report::Heartbeat(heartbeat.clone())) };
                         // Refused after the end.
                         world.machine.apply(world.now, Event::Message { from, message }).ok();
                     }

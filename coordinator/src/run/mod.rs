@@ -45,6 +45,9 @@ pub mod snapshots;
 #[cfg(test)]
 mod snapshots_tests;
 pub mod spike;
+mod standstill;
+#[cfg(test)]
+mod standstill_tests;
 mod status;
 mod stopping;
 #[cfg(test)]

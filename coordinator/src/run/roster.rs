@@ -13,6 +13,8 @@ pub struct Worker {
     pub heard: f64,
     /// What it said last that it was doing.
     pub heartbeat: Heartbeat,
+    /// When it said so, seconds.
+    pub beat: f64,
     /// Seconds that it computed at one time at most, since it answered last.
     pub longest: f64,
     pub ready: bool,
@@ -30,19 +32,25 @@ pub struct Worker {
 
 impl Worker {
     /// A heartbeat came.
-    pub fn beats(&mut self, heartbeat: Heartbeat) {
+    pub fn beats(&mut self, now: f64, heartbeat: Heartbeat) {
         if heartbeat.phase() != self.heartbeat.phase() {
             self.longest = 0.0;
         }
-        if !heartbeat.waits {
+        if !heartbeat.waits && heartbeat.exchange.is_none() {
             self.longest = self.longest.max(heartbeat.seconds);
         }
-        self.heartbeat = heartbeat;
+        (self.heartbeat, self.beat) = (heartbeat, now);
+    }
+
+    /// It got on since its last heartbeat.
+    pub fn got_on(&mut self) {
+        self.longest = 0.0;
+        self.heartbeat.exchange = None;
     }
 
     /// What it told last, with the longest time that it computed in that phase without a pause.
     pub fn told(&self) -> Heartbeat {
-        Heartbeat { seconds: self.longest, ..self.heartbeat }
+        Heartbeat { seconds: self.longest, ..self.heartbeat.clone() }
     }
 
     /// Phase and step as the worker told them last.
@@ -91,6 +99,7 @@ impl Roster {
             join,
             heard: now,
             heartbeat: Heartbeat { phase: Phase::Join.into(), ..Heartbeat::default() },
+            beat: now,
             longest: 0.0,
             ready: false,
             snapshots: false,

@@ -45,6 +45,8 @@ pub(super) struct World {
     /// Those that are stopped, and what they will hear when they wake up.
     pub(super) asleep: BTreeSet<Connection>,
     pub(super) mail: BTreeMap<Connection, Vec<(Epoch, Order)>>,
+    /// Those that wait for ever in an exchange, and since when.
+    pub(super) stuck: BTreeMap<Connection, f64>,
     /// How the coordinator dies in the middle of its next decision.
     pub(super) crash: Option<Crash>,
     /// Rows that give bad numbers, and rows that give high losses.
@@ -81,6 +83,7 @@ impl World {
             unreachable: None,
             asleep: BTreeSet::new(),
             mail: BTreeMap::new(),
+            stuck: BTreeMap::new(),
             crash: None,
             poison: BTreeSet::new(),
             spiky: BTreeSet::new(),

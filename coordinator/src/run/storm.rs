@@ -1,5 +1,5 @@
 //! Everything that can go wrong around the machine, at the will of a seed: workers die, vanish without a word, fall asleep
-//! past the lease and wake up again; more join; saves fail; somebody asks the run to stop; the coordinator is killed around
+//! past the lease and wake up again; some wait for a peer that they never hear; more join; saves fail; somebody asks the run to stop; the coordinator is killed around
 //! what it makes durable, and comes back with the ledger and the checkpoints that there are.
 
 use super::event::{Connection, Event};
@@ -13,7 +13,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use unisono_proto::v1::event::Body as Entry;
 use unisono_proto::v1::worker_message::Body as Report;
-use unisono_proto::v1::{Failure, Heartbeat, Phase as Place, WorkerMessage};
+use unisono_proto::v1::{Exchange, Failure, Heartbeat, Phase as Place, WorkerMessage};
+
+/// Seconds that nothing may move between workers of which none computes.
+const PEER_TIMEOUT: f64 = 5.0;
 
 /// SplitMix64 (Steele et al. 2014).
 pub(super) struct Dice(pub(super) u64);
@@ -75,6 +78,8 @@ pub(super) struct Storm {
     manifests: BTreeSet<u64>,
     /// When each sleeper wakes.
     sleepers: BTreeMap<Connection, f64>,
+    /// Since when each has nothing to do.
+    idle: BTreeMap<Connection, f64>,
     processes: u64,
     trace: DefaultHasher,
     /// `UNISONO_STORM_SHOWN=1`, with `UNISONO_STORMS=1` and the seed of a failure, shows how it came to it.
@@ -95,6 +100,7 @@ impl Storm {
         });
         let mut settings = quarantining(workers);
         settings.snapshots.every = every;
+        settings.assign.peer_timeout = PEER_TIMEOUT;
         let mut world = World::with(Machine::new(settings, program(steps)), workers, Vec::new());
         (world.poison, world.spiky) = (poison, spiky);
         Storm {
@@ -107,6 +113,7 @@ impl Storm {
             term: 3,
             manifests: BTreeSet::new(),
             sleepers: BTreeMap::new(),
+            idle: BTreeMap::new(),
             processes: 0,
             trace: DefaultHasher::new(),
             shown: std::env::var_os("UNISONO_STORM_SHOWN").is_some(),
@@ -223,7 +230,13 @@ impl Storm {
                 // Refused after the end.
                 self.world.apply(Event::Interrupt { by: "SIGTERM".into() }).ok();
             }
-            78..200 => {
+            78..86 => {
+                let from = someone(&mut self.dice, &awake);
+                let Some(from) = from.filter(|from| !self.world.workers[from].outbox.is_empty()) else { return };
+                self.note("stuck in an exchange", from.0);
+                self.world.stuck.insert(from, self.world.now);
+            }
+            86..200 => {
                 let seconds = [0.1, 0.2, 0.5, 2.0][self.dice.roll(4) as usize];
                 self.time_passes(seconds);
                 self.wake();
@@ -253,9 +266,19 @@ impl Storm {
 
     /// Those who are awake give signs of life; the machine hears that time passes.
     fn time_passes(&mut self, seconds: f64) {
+        let before = self.world.now;
         self.world.now += seconds;
         for (&from, worker) in self.world.workers.iter().filter(|(from, _)| !self.sleepers.contains_key(from)) {
-            let body = Some(Report::Heartbeat(Heartbeat::default()));
+            let since = |since: f64| self.world.now - since;
+            let exchange =
+                self.world.stuck.get(&from).map(|stuck| Exchange { seconds: since(*stuck), ..Exchange::default() });
+            let mut heartbeat = Heartbeat { exchange, ..Heartbeat::default() };
+            if worker.outbox.is_empty() {
+                (heartbeat.waits, heartbeat.seconds) = (true, since(*self.idle.entry(from).or_insert(before)));
+            } else {
+                self.idle.remove(&from);
+            }
+            let body = Some(Report::Heartbeat(heartbeat));
             // Refused after the end, and from those of a generation that is over.
             self.world
                 .machine
@@ -376,6 +399,7 @@ impl Storm {
         recorded.follow(&program);
         let mut settings = Settings { recorded, term: self.term, ..quarantining(workers) };
         settings.snapshots.every = self.every;
+        settings.assign.peer_timeout = PEER_TIMEOUT;
         let Program::Train(training) = &program else { unreachable!() };
         for quarantined in settings.recorded.quarantined() {
             training.plan.quarantine(quarantined.step, &quarantined.rows);

@@ -3,13 +3,16 @@
 
 use super::nccl::stream::Gpu;
 use super::nccl::Problem;
+use super::pulse::Pulse;
 use super::tcp::Stopper;
 use super::{Collective, Error};
+use crate::progress::Progress;
 use std::any::Any;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::mpsc::{channel, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use unisono_proto::fail_point;
 
 /// Says whether the next one may be carried out.
 type Job = Box<dyn FnOnce(&mut dyn Collective) -> bool + Send>;
@@ -20,12 +23,18 @@ type Job = Box<dyn FnOnce(&mut dyn Collective) -> bool + Send>;
 pub struct Ticket<T> {
     result: Receiver<T>,
     failure: Failure,
+    progress: Arc<Progress>,
 }
 
 impl<T> Ticket<T> {
     /// Waits for the exchange. The first failure is told once, to whoever waits next; nothing after it is carried out.
     pub fn wait(self) -> Result<T, Error> {
-        self.result.recv().map_err(|_| self.failure.take().unwrap_or(Error::Stopped))
+        let come = match self.result.try_recv() {
+            Ok(value) => return Ok(value),
+            Err(TryRecvError::Empty) => self.progress.exchanging(|| self.result.recv()),
+            Err(TryRecvError::Disconnected) => self.result.recv(),
+        };
+        come.map_err(|_| self.failure.take().unwrap_or(Error::Stopped))
     }
 }
 
@@ -55,6 +64,8 @@ pub struct Courier {
     hands: Hands,
     failure: Failure,
     stopper: Stopper,
+    /// Where waiting for exchanges is told from computing.
+    progress: Arc<Progress>,
     /// Where what is handed over may still be computed.
     gpu: Option<Gpu>,
 }
@@ -62,18 +73,29 @@ pub struct Courier {
 impl Courier {
     /// `stopper` ends what `collective` does when the courier is given up.
     pub fn new(collective: Box<dyn Collective + Send>, stopper: &Stopper) -> Self {
+        Self::over(collective, stopper, Arc::default())
+    }
+
+    /// The same for a worker whose `progress` is told to somebody who judges when peers were silent for too long.
+    pub fn heard(mut collective: Box<dyn Collective + Send>, stopper: &Stopper, progress: &Arc<Progress>) -> Self {
+        collective.heard_by(progress.pulse());
+        Self::over(collective, stopper, progress.clone())
+    }
+
+    fn over(collective: Box<dyn Collective + Send>, stopper: &Stopper, progress: Arc<Progress>) -> Self {
         let (rank, world, gpu) = (collective.rank(), collective.world(), collective.gpu());
         let failure = Failure::default();
         let hands = match world {
             1 => Hands::Own(collective),
             _ => {
                 let (jobs, queue) = channel();
-                let carry = move || carry(collective, &queue);
+                let pulse = progress.pulse().clone();
+                let carry = move || carry(collective, &queue, &pulse);
                 let thread = std::thread::Builder::new().name("courier".into()).spawn(carry);
                 Hands::Thread(Some(jobs), Some(thread.expect("a machine that runs a worker has a thread for it")))
             }
         };
-        Courier { rank, world, hands, failure, stopper: stopper.clone(), gpu }
+        Courier { rank, world, hands, failure, stopper: stopper.clone(), progress, gpu }
     }
 
     pub fn rank(&self) -> usize {
@@ -132,13 +154,17 @@ impl Courier {
             // The thread is gone after a failure; then the ticket says so.
             Hands::Thread(jobs, _) => drop(jobs.as_ref().map(|jobs| jobs.send(Box::new(job)))),
         }
-        Ticket { result, failure: self.failure.clone() }
+        Ticket { result, failure: self.failure.clone(), progress: self.progress.clone() }
     }
 }
 
-fn carry(mut collective: Box<dyn Collective + Send>, queue: &Receiver<Job>) {
+fn carry(mut collective: Box<dyn Collective + Send>, queue: &Receiver<Job>, pulse: &Pulse) {
     for job in queue {
-        if !job(collective.as_mut()) {
+        fail_point::reached("exchange");
+        pulse.begin();
+        let goes_on = job(collective.as_mut());
+        pulse.end();
+        if !goes_on {
             return;
         }
     }

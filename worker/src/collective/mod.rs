@@ -4,14 +4,17 @@
 mod bytes;
 pub mod courier;
 pub(crate) mod handshake;
+mod line;
 pub(crate) mod meeting;
 pub mod nccl;
 mod neighbour;
 pub(crate) mod piece;
+pub mod pulse;
 pub mod tcp;
 
 use crate::ops::view;
 use nccl::stream::{Event, Gpu};
+use pulse::Pulse;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -39,7 +42,7 @@ pub trait Collective {
         if sums.device() == Device::Cpu {
             return self.reduce_scatter(view::elements_mut(sums), owners);
         }
-        let mut here = sums.to_device_(Device::Cpu, Kind::Int64, false, true);
+        let mut here = brought(self.pulse(), || sums.to_device_(Device::Cpu, Kind::Int64, false, true));
         self.reduce_scatter(view::elements_mut(&mut here), owners)?;
         let own = &owners[self.rank()];
         view::part(sums, own).copy_(&view::part(&here, own));
@@ -54,7 +57,7 @@ pub trait Collective {
         if bucket.device() == Device::Cpu {
             return self.all_gather(bucket, owners);
         }
-        let mut here = bucket.to_device_(Device::Cpu, bucket.kind(), false, true);
+        let mut here = brought(self.pulse(), || bucket.to_device_(Device::Cpu, bucket.kind(), false, true));
         self.all_gather(&mut here, owners)?;
         bucket.copy_(&here);
         Ok(())
@@ -69,6 +72,24 @@ pub trait Collective {
     fn follow(&mut self, _computed: Event) -> Result<(), Error> {
         Ok(())
     }
+
+    /// From now on `pulse` tells what is waited for, to somebody who hears all ranks and judges who is to blame: no exchange
+    /// ends any more because a peer is silent, only when it is stopped or a connection breaks.
+    fn heard_by(&mut self, _pulse: &Pulse) {}
+
+    /// What tells whom it waits for, where somebody hears that.
+    fn pulse(&self) -> Option<&Pulse> {
+        None
+    }
+}
+
+/// What comes from a device once all is computed there.
+fn brought(pulse: Option<&Pulse>, copy: impl FnOnce() -> Tensor) -> Tensor {
+    let Some(pulse) = pulse else { return copy() };
+    pulse.waits_for_device(true);
+    let copied = copy();
+    pulse.waits_for_device(false);
+    copied
 }
 
 /// Why an exchange failed; each names the peer.

@@ -3,9 +3,11 @@
 //! Between ranks on one machine only word goes over the connection of what can be read from memory.
 
 use super::bytes::bytes_mut;
+use super::line::{header, Fault, Line, Tag};
 use super::meeting;
 use super::neighbour::{self, Lease, Neighbour};
 use super::piece::{self, PIECE};
+use super::pulse::Pulse;
 use super::{handshake, Collective, Error};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -60,7 +62,10 @@ pub struct Mesh {
     rank: usize,
     /// In rank order; absent for the own rank.
     peers: Vec<Option<TcpStream>>,
-    timeout: Duration,
+    /// Who is silent for longer is given up, unless somebody else judges.
+    patience: Option<Duration>,
+    /// What exchanges wait for.
+    pulse: Pulse,
     stopper: Stopper,
     /// Peers on this machine, in rank order, and what is lent to them.
     neighbours: Vec<Option<Neighbour>>,
@@ -81,7 +86,8 @@ impl Mesh {
             rank: membership.rank,
             neighbours: vec![None; world],
             peers,
-            timeout: membership.timeout,
+            patience: Some(membership.timeout),
+            pulse: Pulse::default(),
             stopper: stopper.clone(),
             lease: Lease::new(first),
             outgoing: Vec::new(),
@@ -153,17 +159,19 @@ impl Mesh {
     /// `receive` listens to another.
     fn round<S, R>(&self, round: usize, what: Transfer, offer: Option<Offer>, send: S, receive: R) -> Result<(), Error>
     where
-        S: FnOnce(usize, &TcpStream) -> io::Result<()> + Send,
-        R: FnOnce(usize, &TcpStream) -> Result<(), Fault>,
+        S: FnOnce(Line<'_>) -> io::Result<()> + Send,
+        R: FnOnce(Line<'_>) -> Result<(), Fault>,
     {
         let (to, from) = self.partners(round);
         let stream = |peer: usize| self.peers[peer].as_ref().expect("a connection to every other rank");
+        let line = |peer: usize| Line { stream: stream(peer), peer, pulse: &self.pulse };
+        self.pulse.concerns(what.operation, what.bytes);
         if let (Some(offer), Some(_)) = (offer, self.neighbours[to]) {
             let loan = self.lease.lend();
-            let mut borrower = stream(to);
+            let mut borrower = line(to);
             let failed = |e| self.error(to, what, Fault::Io(e));
             borrower.write_all(&offer.header(loan.1)).map_err(failed)?;
-            receive(from, stream(from)).map_err(|fault| self.error(from, what, fault))?;
+            receive(line(from)).map_err(|fault| self.error(from, what, fault))?;
             // What is lent must not change before it was read.
             let mut receipt = [0];
             borrower.read_exact(&mut receipt).map_err(failed)?;
@@ -172,8 +180,8 @@ impl Mesh {
             return if receipt == [1] { Ok(()) } else { Err(self.error(to, what, out_of_step(receipt))) };
         }
         std::thread::scope(|scope| {
-            let sender = scope.spawn(|| send(to, stream(to)).map_err(|e| self.error(to, what, Fault::Io(e))));
-            let received = receive(from, stream(from)).map_err(|fault| self.error(from, what, fault));
+            let sender = scope.spawn(|| send(line(to)).map_err(|e| self.error(to, what, Fault::Io(e))));
+            let received = receive(line(from)).map_err(|fault| self.error(from, what, fault));
             if received.is_err() {
                 // The own sender may wait for a peer that waits for us.
                 let _ = stream(to).shutdown(Shutdown::Both);
@@ -191,14 +199,15 @@ impl Mesh {
 
     fn error(&self, peer: usize, what: Transfer, fault: Fault) -> Error {
         let Transfer { operation, bytes } = what;
-        match fault {
+        let late = |e: &io::Error| matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut);
+        match (fault, self.patience) {
             _ if self.stopper.stopped() => Error::Stopped,
-            Fault::Protocol { expected, found } => Error::Protocol { peer, operation, expected, found },
-            Fault::Unreadable(source) => Error::Unreadable { peer, operation, bytes, source },
-            Fault::Io(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                Error::Silent { peer, operation, bytes, seconds: self.timeout.as_secs_f64() }
+            (Fault::Protocol { expected, found }, _) => Error::Protocol { peer, operation, expected, found },
+            (Fault::Unreadable(source), _) => Error::Unreadable { peer, operation, bytes, source },
+            (Fault::Io(e), Some(patience)) if late(&e) => {
+                Error::Silent { peer, operation, bytes, seconds: patience.as_secs_f64() }
             }
-            Fault::Io(source) => Error::Lost { peer, operation, bytes, source },
+            (Fault::Io(source), _) => Error::Lost { peer, operation, bytes, source },
         }
     }
 }
@@ -208,28 +217,6 @@ impl Mesh {
 struct Transfer {
     operation: &'static str,
     bytes: usize,
-}
-
-enum Fault {
-    Io(io::Error),
-    Protocol {
-        expected: String,
-        found: String,
-    },
-    /// Memory that could be read before.
-    Unreadable(io::Error),
-}
-
-impl Fault {
-    fn width(found: usize) -> Self {
-        Fault::Protocol { expected: "a width of a sum".into(), found: format!("{found} bytes") }
-    }
-}
-
-impl From<io::Error> for Fault {
-    fn from(error: io::Error) -> Self {
-        Fault::Io(error)
-    }
 }
 
 /// What a peer is to have: `length` elements from `address` on in this process's memory.
@@ -258,13 +245,13 @@ impl Offer {
 
 /// Has `read` take what a neighbour offers, and gives it back.
 fn borrow(
-    mut stream: &TcpStream,
+    mut line: Line<'_>,
     neighbour: &Neighbour,
     (tag, length): (Tag, usize),
     read: impl FnOnce(u64) -> io::Result<()>,
 ) -> Result<(), Fault> {
     let mut offer = [0; OFFER];
-    stream.read_exact(&mut offer)?;
+    line.read_exact(&mut offer)?;
     let word = |at: usize| u64::from_le_bytes(offer[at..at + 8].try_into().expect("8 bytes"));
     let (found, address, loan) = (word(1) as usize, word(9), word(17));
     if (offer[0], found) != (tag as u8 | LENT, length) {
@@ -280,46 +267,13 @@ fn borrow(
     if !neighbour.vouches_for(loan).map_err(refused)? {
         return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it took back what it had lent").into());
     }
-    Ok(stream.write_all(&[1])?)
-}
-
-/// Opens every transfer, so that workers out of step notice.
-#[derive(Clone, Copy, PartialEq, Debug)]
-#[repr(u8)]
-enum Tag {
-    Sums = 1,
-    Parameters = 2,
-    Bytes = 3,
+    Ok(line.write_all(&[1])?)
 }
 
 /// Marks the tag of what is to be read from the sender's memory.
 const LENT: u8 = 0x80;
 /// Sums that are read at one time: they and those that they are added to stay in a core's cache.
 const LENT_PIECE: usize = 16_384;
-
-fn header(tag: Tag, length: usize) -> [u8; 9] {
-    let mut header = [tag as u8; 9];
-    header[1..].copy_from_slice(&(length as u64).to_le_bytes());
-    header
-}
-
-fn read_header(mut stream: &TcpStream, tag: Tag) -> Result<usize, Fault> {
-    let mut header = [0; 9];
-    stream.read_exact(&mut header)?;
-    if header[0] != tag as u8 {
-        let (expected, found) = (format!("{tag:?}"), format!("message type {}", header[0]));
-        return Err(Fault::Protocol { expected, found });
-    }
-    Ok(u64::from_le_bytes(header[1..].try_into().expect("8 bytes")) as usize)
-}
-
-fn expect_header(stream: &TcpStream, tag: Tag, length: usize) -> Result<(), Fault> {
-    let found = read_header(stream, tag)?;
-    if found != length {
-        return Err(Fault::Protocol { expected: format!("{length} of {tag:?}"), found: found.to_string() });
-    }
-    Ok(())
-}
 
 /// Splits `all` at the borders of `owners`, which tile it.
 fn split<'a, T>(mut all: &'a mut [T], owners: &[Range<usize>], width: usize) -> Vec<&'a mut [T]> {
@@ -351,12 +305,12 @@ impl Collective for Mesh {
         let outcome = (1..self.world()).try_for_each(|round| {
             let theirs = std::mem::take(&mut parts[self.partners(round).0]);
             let offer = Offer::of(Tag::Sums, theirs);
-            let send = |_, stream: &TcpStream| send_sums(stream, theirs, &mut outgoing);
-            let receive = |from: usize, stream: &TcpStream| match &self.neighbours[from] {
-                Some(neighbour) => borrow(stream, neighbour, (Tag::Sums, own.len()), |address| {
+            let send = |line: Line| send_sums(line, theirs, &mut outgoing);
+            let receive = |line: Line| match &self.neighbours[line.peer] {
+                Some(neighbour) => borrow(line, neighbour, (Tag::Sums, own.len()), |address| {
                     add_lent(neighbour, address, own, &mut lent)
                 }),
-                None => add_sums(stream, own, &mut incoming),
+                None => add_sums(line, own, &mut incoming),
             };
             self.round(round, what, Some(offer), send, receive)
         });
@@ -372,17 +326,17 @@ impl Collective for Mesh {
         let own: &[u8] = own;
         (1..self.world()).try_for_each(|round| {
             let theirs = std::mem::take(&mut parts[self.partners(round).1]);
-            let send = |_, mut stream: &TcpStream| {
-                stream.write_all(&header(Tag::Parameters, own.len()))?;
-                stream.write_all(own)
+            let send = |mut line: Line| {
+                line.write_all(&header(Tag::Parameters, own.len()))?;
+                line.write_all(own)
             };
-            let receive = |from: usize, mut stream: &TcpStream| match &self.neighbours[from] {
-                Some(neighbour) => borrow(stream, neighbour, (Tag::Parameters, theirs.len()), |address| {
-                    neighbour.read(address, theirs)
-                }),
+            let receive = |mut line: Line| match &self.neighbours[line.peer] {
+                Some(neighbour) => {
+                    borrow(line, neighbour, (Tag::Parameters, theirs.len()), |address| neighbour.read(address, theirs))
+                }
                 None => {
-                    expect_header(stream, Tag::Parameters, theirs.len())?;
-                    Ok(stream.read_exact(theirs)?)
+                    line.expect_header(Tag::Parameters, theirs.len())?;
+                    Ok(line.read_exact(theirs)?)
                 }
             };
             self.round(round, what, Some(Offer::of(Tag::Parameters, own)), send, receive)
@@ -398,9 +352,9 @@ impl Collective for Mesh {
         for round in 1..self.world() {
             let from = self.partners(round).1;
             let slot = &mut all[from];
-            let send = |_, mut stream: &TcpStream| stream.write_all(&[&header(Tag::Bytes, mine.len()), mine].concat());
-            let receive = |_, mut stream: &TcpStream| {
-                let length = read_header(stream, Tag::Bytes)?;
+            let send = |mut line: Line| line.write_all(&[&header(Tag::Bytes, mine.len()), mine].concat());
+            let receive = |mut line: Line| {
+                let length = line.read_header(Tag::Bytes)?;
                 if length > MOST {
                     return Err(Fault::Protocol {
                         expected: format!("at most {MOST} bytes"),
@@ -408,20 +362,33 @@ impl Collective for Mesh {
                     });
                 }
                 slot.resize(length, 0);
-                Ok(stream.read_exact(slot)?)
+                Ok(line.read_exact(slot)?)
             };
             self.round(round, what, None, send, receive)?;
         }
         Ok(all)
     }
+
+    fn heard_by(&mut self, pulse: &Pulse) {
+        self.pulse = pulse.clone();
+        let waits = |stream: &TcpStream| stream.set_read_timeout(None).and_then(|()| stream.set_write_timeout(None));
+        // Where the system does not let it wait, it ends by itself as before.
+        if self.peers.iter().flatten().all(|stream| waits(stream).is_ok()) {
+            self.patience = None;
+        }
+    }
+
+    fn pulse(&self) -> Option<&Pulse> {
+        Some(&self.pulse)
+    }
 }
 
 /// Sends a peer's sums piece by piece.
-fn send_sums(mut stream: &TcpStream, sums: &[i64], wire: &mut Vec<u8>) -> io::Result<()> {
-    stream.write_all(&header(Tag::Sums, sums.len()))?;
+fn send_sums(mut line: Line<'_>, sums: &[i64], wire: &mut Vec<u8>) -> io::Result<()> {
+    line.write_all(&header(Tag::Sums, sums.len()))?;
     for piece in sums.chunks(PIECE) {
         piece::pack(piece, wire);
-        stream.write_all(wire)?;
+        line.write_all(wire)?;
     }
     Ok(())
 }
@@ -439,18 +406,18 @@ fn add_lent(neighbour: &Neighbour, mut address: u64, own: &mut [i64], lent: &mut
 }
 
 /// Adds a peer's sums to the own ones as they arrive.
-fn add_sums(mut stream: &TcpStream, own: &mut [i64], wire: &mut Vec<u8>) -> Result<(), Fault> {
-    expect_header(stream, Tag::Sums, own.len())?;
+fn add_sums(mut line: Line<'_>, own: &mut [i64], wire: &mut Vec<u8>) -> Result<(), Fault> {
+    line.expect_header(Tag::Sums, own.len())?;
     wire.resize(piece::MAX_BYTES, 0);
     for piece in own.chunks_mut(PIECE) {
         let mut width = [0];
-        stream.read_exact(&mut width)?;
+        line.read_exact(&mut width)?;
         let width = usize::from(width[0]);
         let body = width * piece.len();
         if body > wire.len() {
             return Err(Fault::width(width));
         }
-        stream.read_exact(&mut wire[..body])?;
+        line.read_exact(&mut wire[..body])?;
         piece::unpack_add(width, &wire[..body], piece).ok_or_else(|| Fault::width(width))?;
     }
     Ok(())

@@ -184,3 +184,80 @@ fn workers_out_of_step_notice() {
     });
     assert!(errors.iter().flatten().any(|e| matches!(e, Error::Protocol { .. })), "{errors:?}");
 }
+
+/// Two ranks with little patience, which somebody else judges instead, and the pulse of rank 0.
+fn judged() -> (Mesh, Mesh, Pulse) {
+    let mut ranks = meet_all(memberships(2, 0.3)).into_iter().map(|m| m.unwrap());
+    let (mut first, mut second) = (ranks.next().unwrap(), ranks.next().unwrap());
+    let pulse = Pulse::default();
+    first.heard_by(&pulse);
+    second.heard_by(&Pulse::default());
+    (first, second, pulse)
+}
+
+#[test]
+fn a_peer_that_comes_late_is_waited_for_where_somebody_else_judges() {
+    let (mut first, mut second, pulse) = judged();
+    let owners = [0..15, 15..30];
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            let mut sums = [1; 30];
+            let idle = Instant::now();
+            pulse.begin();
+            first.reduce_scatter(&mut sums, &owners).unwrap();
+            (sums[0], idle.elapsed())
+        });
+        let begun = Instant::now();
+        std::thread::sleep(Duration::from_millis(1000));
+        let exchange = pulse.told(Some(begun)).expect("under way");
+        assert_eq!((exchange.operation.as_str(), exchange.bytes, exchange.peer), ("reduce", 240, Some(1)));
+        assert!(exchange.seconds > 0.8, "{exchange:?}");
+        second.reduce_scatter(&mut [2; 30], &owners).unwrap();
+        let (sum, waited) = waiting.join().unwrap();
+        assert!(sum == 3 && waited > Duration::from_millis(900), "three times as long as it would be waited for else");
+    });
+}
+
+#[test]
+fn a_wait_that_somebody_else_judges_ends_when_stopped_or_with_the_connection() {
+    for stopped in [true, false] {
+        let (mut first, second, _) = judged();
+        let stopper = first.stopper.clone();
+        std::thread::scope(|scope| {
+            let blocked = scope.spawn(|| first.all_gather_bytes(b"x").unwrap_err());
+            std::thread::sleep(Duration::from_millis(600));
+            assert!(!blocked.is_finished());
+            match stopped {
+                true => stopper.stop(),
+                false => drop(second),
+            }
+            let error = blocked.join().unwrap();
+            assert_eq!(matches!(error, Error::Stopped), stopped, "{error:?}");
+            assert_eq!(matches!(error, Error::Lost { peer: 1, .. }), !stopped, "{error:?}");
+        });
+    }
+}
+
+#[test]
+fn bytes_that_trickle_are_all_kept_and_each_is_a_movement() {
+    let (mut first, second, pulse) = judged();
+    pulse.begin();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| first.all_gather_bytes(b"mine").unwrap());
+        let mut stream = second.peers[0].as_ref().unwrap();
+        let words = [&header(Tag::Bytes, 3)[..], b"abc"].concat();
+        let begun = Instant::now();
+        for byte in words {
+            std::thread::sleep(Duration::from_millis(60));
+            stream.write_all(&[byte]).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            let told = pulse.told(Some(begun)).unwrap();
+            assert!(told.seconds < 0.5, "something has just moved: {told:?}");
+        }
+        assert!(begun.elapsed() > Duration::from_millis(900));
+        assert_eq!(waiting.join().unwrap(), [b"mine".to_vec(), b"abc".to_vec()]);
+        let mut heard = [0; 13];
+        stream.read_exact(&mut heard).unwrap();
+        assert_eq!(heard, [&header(Tag::Bytes, 4)[..], b"mine"].concat()[..]);
+    });
+}

@@ -93,6 +93,17 @@ fn status(status: &Status) -> Error {
     }
 }
 
+/// Without the task that has this nobody would end exchanges any more: should it panic, the link ends.
+struct Ends(Arc<Shared>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(Error::Lost("an internal error ended the connection, please report it".into()));
+        }
+    }
+}
+
 /// A heartbeat each interval for as long as the compute thread holds the other end.
 pub(super) async fn beat(shared: Arc<Shared>) {
     loop {
@@ -117,6 +128,7 @@ pub(super) async fn attend(
     keys: mpsc::UnboundedSender<BatchKey>,
     close: plain::Sender<()>,
 ) {
+    let _ends = Ends(shared.clone());
     let mut client = dial::training(channel);
     let error = match client.attend(entry.ask(ReceiverStream::new(reports))).await {
         Err(s) => status(&s),
@@ -224,6 +236,7 @@ pub(super) async fn fetch(
             }
         }
     });
+    let _ends = Ends(shared.clone());
     let mut client = dial::training(channel);
     let outcome = async {
         // Ends with the link where nobody is let in.

@@ -1,6 +1,7 @@
 //! What is settled before a worker loads anything: what the coordinator asks for, what fits, and what all ranks agree on.
 
 use super::{link, prospect, Error};
+use crate::collective::courier::Courier;
 use crate::collective::nccl::{self, Nccl};
 use crate::collective::tcp::{Membership, Mesh};
 use crate::collective::Collective;
@@ -104,13 +105,13 @@ fn shared(gpus: &[Vec<u8>]) -> Option<(usize, usize)> {
 
 /// Plans as `plan` does, and again as whoever has least memory must: all ranks run a step in the same way.
 pub(super) fn agree(
-    peers: &mut dyn Collective,
+    courier: &mut Courier,
     mut demand: Demand<'_>,
     plan: impl Fn(&Demand<'_>) -> Result<Plan, Error>,
 ) -> Result<Plan, Error> {
     let own = plan(&demand)?;
     let mine = [own.choice.stage as u8 as u32, own.choice.wave as u32].map(u32::to_le_bytes).concat();
-    let all = peers.all_gather_bytes(&mine)?;
+    let all = courier.send(move |peers: &mut dyn Collective| peers.all_gather_bytes(&mine)).wait()?;
     let said = |at: usize| {
         let numbers = all.iter().map(move |bytes| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes));
         numbers.collect::<Option<Vec<u32>>>().ok_or_else(|| Error::Unsupported("a peer sent no plan".into()))

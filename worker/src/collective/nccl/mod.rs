@@ -13,6 +13,7 @@ mod library;
 pub mod stream;
 
 use super::bytes::bytes_mut;
+use super::pulse::Pulse;
 use super::tcp::{Membership, Mesh, Stopper};
 use super::{Collective, Error};
 use crate::ops::view;
@@ -57,12 +58,17 @@ impl Libraries {
 /// One rank of a generation's communicator.
 pub struct Nccl {
     mesh: Mesh,
-    timeout: Duration,
+    /// What takes longer is given up, unless somebody else judges.
+    patience: Option<Duration>,
+    /// What exchanges wait for.
+    pulse: Pulse,
     stopper: Stopper,
     device: Device,
     /// None once it has ended badly.
     communicator: Option<Communicator>,
     stream: Stream,
+    /// What was asked of the device before this exchange.
+    computed: Option<Event>,
     /// For what lies on the host, when there is such.
     staging: Option<Staging>,
 }
@@ -96,8 +102,9 @@ impl Nccl {
         };
         let id = Id::open(&all[0], &membership.key).ok_or_else(strange)?;
         let communicator = Some(nccl.communicator(world, rank, &id).map_err(failed)?);
-        let (timeout, stopper) = (membership.timeout, mesh.stopper().clone());
-        let mut met = Nccl { mesh, timeout, stopper, device, communicator, stream, staging: None };
+        let (patience, pulse, stopper) = (Some(membership.timeout), Pulse::default(), mesh.stopper().clone());
+        let mut met =
+            Nccl { mesh, patience, pulse, stopper, device, communicator, stream, computed: None, staging: None };
         met.whole(what, |met| met.until(what, |met| met.communicator()?.ready()))?;
         Ok(met)
     }
@@ -108,6 +115,7 @@ impl Nccl {
 
     /// Carries out `work`; when it fails the communicator is of no more use.
     fn whole<T>(&mut self, what: Transfer, work: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+        self.pulse.concerns(what.operation, what.bytes);
         let entered = self.stream.enter().map_err(|problem| self.error(what, problem));
         let outcome = entered.and_then(|()| work(self));
         if outcome.is_err() {
@@ -127,12 +135,13 @@ impl Nccl {
         }
     }
 
-    /// Asks until `done`, the deadline is over, a peer is gone or somebody stops this generation.
+    /// Asks until `done`, patience is over, a peer is gone or somebody stops this generation.
     fn until(&self, what: Transfer, done: impl Fn(&Self) -> Result<bool, Problem>) -> Result<(), Error> {
         let begun = Instant::now();
         let (mut glanced, mut looks) = (begun, 0u32);
         loop {
             if done(self).map_err(|problem| self.error(what, problem))? {
+                self.pulse.concerns(what.operation, what.bytes);
                 return Ok(());
             }
             if self.stopper.stopped() {
@@ -140,12 +149,13 @@ impl Nccl {
             }
             let now = Instant::now();
             let Transfer { operation, bytes } = what;
-            if now - begun > self.timeout {
-                let (rank, seconds) = (self.mesh.rank(), self.timeout.as_secs_f64());
+            if let Some(patience) = self.patience.filter(|patience| now - begun > *patience) {
+                let (rank, seconds) = (self.mesh.rank(), patience.as_secs_f64());
                 return Err(Error::Stuck { rank, operation, bytes, seconds });
             }
             if now - glanced > GLANCE {
                 glanced = now;
+                self.look_at_device();
                 if let Some(peer) = self.mesh.lost() {
                     let source = std::io::Error::other("it hung up");
                     return Err(Error::Lost { peer, operation, bytes, source });
@@ -157,6 +167,12 @@ impl Nccl {
                 _ => std::thread::sleep(PAUSE),
             }
         }
+    }
+
+    /// As long as the own device computes what is to be exchanged, peers are not waited for.
+    fn look_at_device(&self) {
+        let computes = self.computed.as_ref().is_some_and(|computed| matches!(computed.passed(), Ok(false)));
+        self.pulse.waits_for_device(computes);
     }
 
     /// Until the device has come by; NCCL's own troubles meanwhile are errors too.
@@ -350,7 +366,18 @@ impl Collective for Nccl {
 
     fn follow(&mut self, computed: Event) -> Result<(), Error> {
         let what = Transfer { operation: "follow", bytes: 0 };
-        self.stream.follow(&computed).map_err(|problem| self.error(what, problem))
+        self.stream.follow(&computed).map_err(|problem| self.error(what, problem))?;
+        self.computed = Some(computed);
+        Ok(())
+    }
+
+    fn heard_by(&mut self, pulse: &Pulse) {
+        self.mesh.heard_by(pulse);
+        (self.pulse, self.patience) = (pulse.clone(), None);
+    }
+
+    fn pulse(&self) -> Option<&Pulse> {
+        Some(&self.pulse)
     }
 }
 
