@@ -42,10 +42,10 @@ impl Worker {
         (self.heartbeat, self.beat) = (heartbeat, now);
     }
 
-    /// It got on since its last heartbeat.
+    /// It got on since its last heartbeat: how long it had computed or waited then is of the past.
     pub fn got_on(&mut self) {
         self.longest = 0.0;
-        self.heartbeat.exchange = None;
+        (self.heartbeat.seconds, self.heartbeat.exchange) = (0.0, None);
     }
 
     /// What it told last, with the longest time that it computed in that phase without a pause.

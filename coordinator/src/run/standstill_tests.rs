@@ -88,11 +88,11 @@ fn nobody_is_given_up_as_long_as_somebody_computes_or_is_owed_something_or_bytes
     assert_eq!(judged(&mut world), None);
     // Each stood still for long enough, but not at one time.
     let mut world = running();
-    [0, 1].map(|rank| beat(&mut world, rank, exchanging(7, Some(2), 61.0)));
+    [0, 1].into_iter().for_each(|rank| beat(&mut world, rank, exchanging(7, Some(2), 61.0)));
     world.now += 3.0;
     beat(&mut world, 2, exchanging(7, None, 61.0));
     assert_eq!(judged(&mut world), None);
-    [0, 1].map(|rank| beat(&mut world, rank, exchanging(7, Some(2), 64.0)));
+    [0, 1].into_iter().for_each(|rank| beat(&mut world, rank, exchanging(7, Some(2), 64.0)));
     assert_eq!(judged(&mut world).unwrap().0, 2);
 }
 

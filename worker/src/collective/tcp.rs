@@ -305,8 +305,8 @@ impl Collective for Mesh {
         let outcome = (1..self.world()).try_for_each(|round| {
             let theirs = std::mem::take(&mut parts[self.partners(round).0]);
             let offer = Offer::of(Tag::Sums, theirs);
-            let send = |line: Line| send_sums(line, theirs, &mut outgoing);
-            let receive = |line: Line| match &self.neighbours[line.peer] {
+            let send = |line: Line<'_>| send_sums(line, theirs, &mut outgoing);
+            let receive = |line: Line<'_>| match &self.neighbours[line.peer] {
                 Some(neighbour) => borrow(line, neighbour, (Tag::Sums, own.len()), |address| {
                     add_lent(neighbour, address, own, &mut lent)
                 }),
@@ -326,11 +326,11 @@ impl Collective for Mesh {
         let own: &[u8] = own;
         (1..self.world()).try_for_each(|round| {
             let theirs = std::mem::take(&mut parts[self.partners(round).1]);
-            let send = |mut line: Line| {
+            let send = |mut line: Line<'_>| {
                 line.write_all(&header(Tag::Parameters, own.len()))?;
                 line.write_all(own)
             };
-            let receive = |mut line: Line| match &self.neighbours[line.peer] {
+            let receive = |mut line: Line<'_>| match &self.neighbours[line.peer] {
                 Some(neighbour) => {
                     borrow(line, neighbour, (Tag::Parameters, theirs.len()), |address| neighbour.read(address, theirs))
                 }
@@ -352,8 +352,8 @@ impl Collective for Mesh {
         for round in 1..self.world() {
             let from = self.partners(round).1;
             let slot = &mut all[from];
-            let send = |mut line: Line| line.write_all(&[&header(Tag::Bytes, mine.len()), mine].concat());
-            let receive = |mut line: Line| {
+            let send = |mut line: Line<'_>| line.write_all(&[&header(Tag::Bytes, mine.len()), mine].concat());
+            let receive = |mut line: Line<'_>| {
                 let length = line.read_header(Tag::Bytes)?;
                 if length > MOST {
                     return Err(Fault::Protocol {
