@@ -43,6 +43,11 @@ impl Simulated {
     pub(super) fn new(listen: String) -> Self {
         Simulated { listen, ..Simulated::default() }
     }
+
+    /// Workers of its generation.
+    pub(super) fn world(&self) -> u32 {
+        self.assign.world
+    }
 }
 
 /// Snapshots of one owner that a worker keeps at a time.

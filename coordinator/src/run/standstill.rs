@@ -57,7 +57,9 @@ impl Machine {
             _ => worker.answered + 1 == self.next_id,
         };
         match exchange {
-            _ if worker.complained || *waits && !is_done => None,
+            // It has done its last, whatever becomes of that.
+            _ if worker.complained => Some(f64::INFINITY),
+            _ if *waits && !is_done => None,
             Some(exchange) => Some(exchange.seconds),
             None => waits.then_some(*seconds),
         }

@@ -232,7 +232,13 @@ impl Storm {
             }
             78..86 => {
                 let from = someone(&mut self.dice, &awake);
-                let Some(from) = from.filter(|from| !self.world.workers[from].outbox.is_empty()) else { return };
+                // Nobody exchanges anything alone, or when all is done.
+                let exchanges = |from: &Connection| {
+                    let worker = &self.world.workers[from];
+                    let word = worker.outbox.front();
+                    worker.world() > 1 && word.is_some_and(|(_, word)| !matches!(word, Report::Drained(_)))
+                };
+                let Some(from) = from.filter(exchanges) else { return };
                 self.note("stuck in an exchange", from.0);
                 self.world.stuck.insert(from, self.world.now);
             }
