@@ -93,7 +93,7 @@ fn a_commit_that_fails_is_tried_again_and_one_that_cannot_succeed_fails_the_run(
 /// what it has then under the last step's name.
 #[test]
 fn a_commit_that_fails_late_is_tried_again_only_where_the_run_stands_there_again() {
-    for (steps, joins_first) in [(3, false), (9, false), (12, false), (12, true)] {
+    for (steps, joins_first) in [(3, false), (9, false), (12, false), (12, true), (3, true), (2, true), (1, true)] {
         let mut world = World::new(2, steps, Assignment::Balanced);
         while world.commits.front().is_none_or(|pending| pending.step < steps) {
             let commits = world.commits.front().is_some();
