@@ -8,7 +8,7 @@ CARGO ?= cargo
 JOBS ?= $(shell jobs=$$(nproc); room=$$(awk '/MemAvailable/ { print int($$2 / 1572864) }' /proc/meminfo); \
 	[ $$room -lt 1 ] && room=1; echo $$(( jobs < room ? jobs : room )))
 
-.PHONY: gpu-programs gpu-check help setup build demo test bench largest chaos scale lint clean
+.PHONY: gpu-programs gpu-check help setup build demo test bench largest chaos goodput scale lint clean
 
 help: ## Lists these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

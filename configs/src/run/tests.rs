@@ -36,6 +36,7 @@ fn unknown_keys_are_refused_with_the_nearest() {
         ("[trian]\nepochs = 1", "run.toml:5: trian: is an unknown section; did you mean [train]?"),
         ("[eval]\nevery = 5\nzzz = 1", "run.toml:7: eval.zzz: is unknown; [eval] has every"),
         ("[model.adapter]\nrank = 8", "run.toml:5: model.adapter: is not supported yet; remove it"),
+        ("[lora]\nr = 8", "run.toml:5: lora: remove it: adapters are not supported yet, all weights are trained"),
         ("weight = 2.0", "run.toml:5: data.weight: has no effect; set mix.by = \"weights\", or remove it"),
         ("seed = 1", "run.toml:5: data.seed: belongs to another section; set train.seed = 1"),
     ] {

@@ -260,7 +260,11 @@ fn invitation(run_dir: &Path, control: &Control, workers: usize, terms: Terms) -
     });
     let told = match made {
         Ok(()) => format!("with {} ({})", path.display(), token::terms(Role::Worker, terms)),
-        Err(problem) => format!("with what `unisono token {}` prints as worker.token ({problem})", run_dir.display()),
+        Err(problem) => format!(
+            "with what `unisono token {} --uses {}` prints as worker.token ({problem})",
+            run_dir.display(),
+            terms.uses.unwrap_or(1)
+        ),
     };
     let plural = if workers == 1 { "worker" } else { "workers" };
     format!(

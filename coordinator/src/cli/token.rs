@@ -18,7 +18,7 @@ Exit codes: 0 done, 2 no coordinator runs there.")]
 pub struct Args {
     /// A run's directory, on the coordinator's machine
     run: PathBuf,
-    /// What it is for: worker takes part, monitor looks on, operator may command too
+    /// What it is for: worker takes part, monitor looks on, operator looks on too: there are no commands yet
     #[arg(long, default_value = "worker", value_parser = role)]
     role: Role,
     /// Hours after which it lets nobody in any more
@@ -34,7 +34,7 @@ fn role(text: &str) -> std::result::Result<Role, String> {
 }
 
 fn hours(text: &str) -> std::result::Result<f64, String> {
-    let hours = text.parse().ok().filter(|hours| (0.0..=87_600.0).contains(hours) && *hours > 0.0);
+    let hours = text.parse().ok().filter(|&hours| hours > 0.0 && hours <= 87_600.0);
     hours.ok_or_else(|| "it must be a number above 0, and at most 87600".into())
 }
 

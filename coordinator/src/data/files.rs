@@ -16,9 +16,13 @@ pub fn files(path: &Path, key: &str) -> Result<Vec<PathBuf>, Error> {
         let found: Vec<PathBuf> =
             entries(path).map_err(|error| unreadable(path, error))?.into_iter().filter(is_data).collect();
         return match found.is_empty() {
-            true => {
-                Err(refuse("the directory holds no .jsonl, .json or .parquet file; name the files by a glob".into()))
-            }
+            true if std::fs::read_dir(path).is_ok_and(|mut all| all.next().is_none()) => Err(refuse(format!(
+                "the directory is empty; put .jsonl, .json or .parquet files there, or correct {key}"
+            ))),
+            true => Err(refuse(
+                "the directory holds no .jsonl, .json or .parquet file, and those below it are not searched; name the files by a glob"
+                    .into(),
+            )),
             false => Ok(found),
         };
     }
