@@ -273,14 +273,11 @@ fn parse(request: &[u8; REQUEST]) -> (u8, Name, u64, [u8; 32]) {
     (request[0], name, word(49), hash(57))
 }
 
-fn read(mut stream: &TcpStream, name: Name, hash: [u8; 32], bytes: u64, mut buffer: Vec<u8>) -> io::Result<Image> {
-    // It grows with what really comes.
-    let mut left = bytes;
-    while left > 0 {
-        let (from, piece) = (buffer.len(), left.min(PIECE as u64));
-        buffer.resize(from + piece as usize, 0);
-        stream.read_exact(&mut buffer[from..])?;
-        left -= piece;
+fn read(stream: &TcpStream, name: Name, hash: [u8; 32], bytes: u64, mut buffer: Vec<u8>) -> io::Result<Image> {
+    // It grows with what really comes, and nothing is written twice.
+    stream.take(bytes).read_to_end(&mut buffer)?;
+    if buffer.len() as u64 != bytes {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
     Ok(Image { name, hash, bytes: buffer })
 }
