@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use unisono::serve::control::Control;
 
 /// How long a worker may take to leave once its run is over.
 const FAREWELL: Duration = Duration::from_secs(20);
@@ -34,10 +35,8 @@ impl Crowd {
         }
         command.env(processes::MARK, &mark).env("XDG_CACHE_HOME", dir.join("cache")).current_dir(dir);
         let live = Live::follow(command, mark, run_dir.clone());
-        let control = control(&run_dir);
-        let text =
-            |value: &serde_json::Value| value.as_str().expect("control.json has addresses and tokens").to_owned();
-        let (address, token) = (text(&control["address"]), text(&control["tokens"]["worker"]));
+        let Control { address, tokens, .. } = control(&run_dir);
+        let token = tokens.worker;
         Crowd { live, workers: Vec::new(), dir: dir.into(), token, address }
     }
 
@@ -120,11 +119,10 @@ impl Drop for Crowd {
 }
 
 /// The run's control file, once it is there.
-fn control(run_dir: &Path) -> serde_json::Value {
+fn control(run_dir: &Path) -> Control {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        let text = std::fs::read_to_string(run_dir.join("control.json")).unwrap_or_default();
-        if let Ok(control) = serde_json::from_str(&text) {
+        if let Ok(control) = Control::read(run_dir) {
             return control;
         }
         assert!(Instant::now() < deadline, "no coordinator came up in {}", run_dir.display());

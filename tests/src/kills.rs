@@ -3,7 +3,7 @@
 use crate::audience::Audience;
 use crate::fixture;
 use crate::processes::wait_until_gone;
-use crate::train::{Live, Train};
+use crate::train::{Finished, Live, Train};
 use serde_json::{json, Value};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -99,8 +99,16 @@ pub fn train(dir: &Path, steps: u64) -> Train {
 
 /// Digest and losses of the run that nothing happens to.
 pub fn undisturbed(dir: &Path, steps: u64) -> (String, Vec<f64>) {
-    let whole = train(dir, steps).workers(1).succeed();
-    (digest(&whole.run_dir), ledger_losses(&whole.run_dir))
+    result(&train(dir, steps).workers(1).succeed().run_dir)
+}
+
+/// Digest and losses of a run that has come to its good end, without leaving anybody or saying a step twice.
+pub fn ended_well(ended: &Finished) -> (String, Vec<f64>) {
+    assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+    wait_until_gone(&ended.mark, Duration::from_secs(5));
+    let steps: Vec<u64> = ended.events("step").iter().filter_map(|step| step["step"].as_u64()).collect();
+    assert!(steps.windows(2).all(|w| w[0] < w[1]), "a step was said twice: {steps:?}");
+    result(&ended.run_dir)
 }
 
 /// What is done to a run.
@@ -201,12 +209,8 @@ pub fn disturb(dir: &Path, plan: &Plan, dice: &mut Dice) -> Disturbed {
     }
     let numbers: Vec<u64> = ended.events("step").iter().filter_map(|s| s["step"].as_u64()).collect();
     assert!(numbers.iter().copied().eq(1..=plan.steps), "each step is told once: {numbers:?}");
-    Disturbed {
-        digest: digest(&ended.run_dir),
-        losses: ledger_losses(&ended.run_dir),
-        deaths,
-        replays: replays(&ended.run_dir),
-    }
+    let (digest, losses) = result(&ended.run_dir);
+    Disturbed { digest, losses, deaths, replays: replays(&ended.run_dir) }
 }
 
 /// Seconds since `begun` when the run has committed a step that it had not before.
@@ -224,6 +228,11 @@ fn taken(place: &Path) {
         assert!(begun.elapsed() < Duration::from_secs(60), "nobody came to {}", place.display());
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Digest and losses, from the ledger.
+pub fn result(run_dir: &Path) -> (String, Vec<f64>) {
+    (digest(run_dir), ledger_losses(run_dir))
 }
 
 /// The run's own word on its digest, from its ledger.

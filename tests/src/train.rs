@@ -178,6 +178,11 @@ impl Live {
         }
     }
 
+    /// The next step from `step` on.
+    pub fn wait_for_step(&mut self, step: u64) {
+        while self.wait_for("step")["step"].as_u64().expect("a step has a number") < step {}
+    }
+
     /// The newest step that the run has told of by now; 0: none.
     pub fn newest_step(&mut self) -> u64 {
         while self.wait_within(Duration::ZERO, &[]).is_some() {}

@@ -119,7 +119,7 @@ fn grown(steps: u64) -> (f64, f64) {
     let mut live = sizes.iter().fold(train, |train, (key, value)| train.set(key, value)).start();
     let mut resident = Vec::new();
     for step in [steps / 2, steps - 1] {
-        while live.wait_for("step")["step"].as_u64().unwrap() < step {}
+        live.wait_for_step(step);
         resident.push(resident_bytes(live.workers()[0].pid).unwrap() as f64);
     }
     let run = live.finish();

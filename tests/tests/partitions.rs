@@ -8,20 +8,11 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 use unisono_tests::chronicle;
 use unisono_tests::crowd::Crowd;
-use unisono_tests::kills::{digest, ledger_losses, settings, train, undisturbed, Dice};
-use unisono_tests::processes::{signal, wait_until_gone};
+use unisono_tests::kills::{ended_well, settings, train, undisturbed, Dice};
+use unisono_tests::processes::signal;
 use unisono_tests::proxy::{Flow, Proxy};
-use unisono_tests::train::Finished;
 
 const LONG: Duration = Duration::from_secs(30);
-
-fn result(ended: &Finished) -> (String, Vec<f64>) {
-    assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
-    wait_until_gone(&ended.mark, Duration::from_secs(5));
-    let steps: Vec<u64> = ended.events("step").iter().map(|s| s["step"].as_u64().unwrap()).collect();
-    assert!(steps.windows(2).all(|w| w[0] < w[1]), "a step was said twice: {steps:?}");
-    (digest(&ended.run_dir), ledger_losses(&ended.run_dir))
-}
 
 fn crowd(dir: &std::path::Path, steps: u64, more: &[&str]) -> Crowd {
     let more = more.iter().map(|setting| (*setting).to_owned()).collect();
@@ -66,7 +57,7 @@ fn a_worker_that_is_cut_off_from_the_coordinator_is_replaced_by_itself() {
     disturb(&mut crowd, &proxy, Flow::HeldBack, Duration::from_millis(400));
     let ended = crowd.finish();
     assert!(ended.events("lost").len() >= 2, "{:?}", ended.events("lost"));
-    assert_eq!(result(&ended), whole);
+    assert_eq!(ended_well(&ended), whole);
 }
 
 /// Two workers, and a proxy between them: rank 0 is called by the others.
@@ -96,7 +87,7 @@ fn workers_that_are_cut_off_from_each_other_meet_again() {
     disturb(&mut crowd, &proxy, Flow::Held, Duration::from_millis(1000));
     disturb(&mut crowd, &proxy, Flow::Cut, Duration::from_millis(100));
     disturb(&mut crowd, &proxy, Flow::HeldForth, Duration::from_millis(2500));
-    assert_eq!(result(&crowd.finish()), whole);
+    assert_eq!(ended_well(&crowd.finish()), whole);
 }
 
 #[test]
@@ -123,7 +114,7 @@ fn a_zombie_finds_its_place_taken_and_leaves_with_the_run() {
     assert_eq!(ended.events("lost").len(), 1, "the zombie disturbed the run: {:?}", ended.events("lost"));
     let words = std::fs::read_to_string(words).unwrap();
     assert!(words.contains("waited as a spare and was not needed"), "{words}");
-    assert_eq!(result(&ended), whole);
+    assert_eq!(ended_well(&ended), whole);
 }
 
 /// `UNISONO_PARTITIONS` (default 24) faults of the network from `UNISONO_SEED`, half of them between workers.
@@ -148,7 +139,7 @@ fn random_partitions() {
             disturb(&mut crowd, &proxy, flow, pause);
             told.push((flow, pause));
         }
-        let same = result(&crowd.finish()) == whole;
+        let same = ended_well(&crowd.finish()) == whole;
         for (flow, pause) in &told {
             let whom = if between { "between workers" } else { "worker and coordinator" };
             chronicle::note(
@@ -192,7 +183,7 @@ fn many_hangs_are_found_and_replaced() {
             live.wait_for("step");
             told.push((found, begun.elapsed().as_secs_f64(), lost["phase"].clone()));
         }
-        let same = result(&live.finish()) == whole;
+        let same = ended_well(&live.finish()) == whole;
         for (found, again, phase) in &told {
             chronicle::note(
                 "hang",

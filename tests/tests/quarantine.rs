@@ -5,7 +5,7 @@
 
 use serde_json::{json, Value};
 use std::path::{Path, PathBuf};
-use unisono_tests::kills::{digest, ledger_losses};
+use unisono_tests::kills::{ledger_losses, result};
 use unisono_tests::train::{Finished, Train};
 use unisono_tests::{binaries, fixture, processes};
 
@@ -83,7 +83,8 @@ impl Story {
             ["step", "micro_batches", "rows", "names"].map(|key| entry[key].clone())
         };
         let left_out = entries.map(|entry| facts(entry.unwrap())).collect();
-        Story { left_out, digest: digest(run_dir), losses: ledger_losses(run_dir) }
+        let (digest, losses) = result(run_dir);
+        Story { left_out, digest, losses }
     }
 
     /// Lines (from 0) that are named, from the step on in which the first of them was found.
@@ -107,7 +108,7 @@ impl Story {
         std::fs::write(&config, text).unwrap();
         let train = settings(Train::configured(&config, dir)).workers(2);
         let reference = set.iter().fold(train, |train, (key, value)| train.set(key, value)).succeed();
-        (digest(&reference.run_dir), ledger_losses(&reference.run_dir))
+        result(&reference.run_dir)
     }
 }
 

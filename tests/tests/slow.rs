@@ -6,27 +6,23 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use unisono_tests::kills::{digest, ledger_losses, train};
+use unisono_tests::fixture;
+use unisono_tests::kills::{ended_well, train, undisturbed};
 use unisono_tests::processes::signal;
 use unisono_tests::train::Train;
-use unisono_tests::{fixture, train::Live};
-
-fn wait_for_step(live: &mut Live, step: u64) {
-    while live.wait_for("step")["step"].as_u64().unwrap() < step {}
-}
 
 #[test]
 fn a_worker_that_hangs_in_computing_is_named_and_replaced() {
     let dir = tempfile::tempdir().unwrap();
-    let run = |workers| train(dir.path(), 60).set("cluster.hang_after", 3).workers(workers);
-    let whole = run(1).succeed();
+    let whole = undisturbed(dir.path(), 60);
     let armed = tempfile::tempdir().unwrap();
-    let mut live = run(2).env("UNISONO_FAIL_POINTS", armed.path()).start();
+    let hasty = train(dir.path(), 60).set("cluster.hang_after", 3).workers(2);
+    let mut live = hasty.env("UNISONO_FAIL_POINTS", armed.path()).start();
     live.wait_for("membership");
     // Its heartbeats go on: they come from another thread.
     for phase in ["forward", "update"] {
         let step = live.wait_for("step")["step"].as_u64().unwrap() + 8;
-        wait_for_step(&mut live, step);
+        live.wait_for_step(step);
         arm(armed.path(), phase, "hang");
         let begun = Instant::now();
         let lost = live.wait_for("lost");
@@ -37,10 +33,7 @@ fn a_worker_that_hangs_in_computing_is_named_and_replaced() {
         assert!(begun.elapsed() < Duration::from_secs(20), "found after {:?}", begun.elapsed());
         live.wait_for("membership");
     }
-    let ended = live.finish();
-    assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
-    assert_eq!(digest(&ended.run_dir), digest(&whole.run_dir));
-    assert_eq!(ledger_losses(&ended.run_dir), ledger_losses(&whole.run_dir));
+    assert_eq!(ended_well(&live.finish()), whole);
 }
 
 fn arm(armed: &Path, place: &str, how: &str) {
@@ -56,15 +49,15 @@ fn came(armed: &Path, place: &str) -> u64 {
 #[test]
 fn a_worker_that_computes_for_longer_than_peers_may_be_silent_is_waited_for() {
     let dir = tempfile::tempdir().unwrap();
-    let run = |workers| train(dir.path(), 30).set("cluster.hang_after", 30).workers(workers);
-    let whole = run(1).succeed();
+    let whole = undisturbed(dir.path(), 30);
     // In turn where a step exchanges its sums, and where every block's parameters are waited for.
     for stage in [1, 3] {
         let armed = tempfile::tempdir().unwrap();
-        let patient = run(2).set("cluster.peer_timeout", 1).set("cluster.zero_stage", stage);
+        let patient = train(dir.path(), 30).set("cluster.hang_after", 30).set("cluster.peer_timeout", 1).workers(2);
+        let patient = patient.set("cluster.zero_stage", stage);
         let mut live = patient.env("UNISONO_FAIL_POINTS", armed.path()).start();
         live.wait_for("membership");
-        wait_for_step(&mut live, 5);
+        live.wait_for_step(5);
         arm(armed.path(), "forward", "4");
         let begun = Instant::now();
         while !armed.path().join("forward.taken").exists() {
@@ -72,24 +65,22 @@ fn a_worker_that_computes_for_longer_than_peers_may_be_silent_is_waited_for() {
             std::thread::sleep(Duration::from_millis(5));
         }
         let ended = live.finish();
-        assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+        assert_eq!(ended_well(&ended), whole);
         assert!(begun.elapsed() > Duration::from_secs(4), "nobody paused");
         assert!(ended.events("lost").is_empty(), "stage {stage}: {:?}", ended.events("lost"));
-        assert_eq!(digest(&ended.run_dir), digest(&whole.run_dir));
     }
 }
 
 #[test]
 fn a_worker_that_hangs_in_an_exchange_is_named_and_replaced() {
     let dir = tempfile::tempdir().unwrap();
-    let run = |workers| train(dir.path(), 60).set("cluster.peer_timeout", 2).workers(workers);
-    let whole = run(1).succeed();
+    let whole = undisturbed(dir.path(), 60);
     for stage in [1, 3] {
         let armed = tempfile::tempdir().unwrap();
-        let train = run(3).set("cluster.zero_stage", stage).env("UNISONO_FAIL_POINTS", armed.path());
-        let mut live = train.start();
+        let hasty = train(dir.path(), 60).set("cluster.peer_timeout", 2).set("cluster.zero_stage", stage).workers(3);
+        let mut live = hasty.env("UNISONO_FAIL_POINTS", armed.path()).start();
         live.wait_for("membership");
-        wait_for_step(&mut live, 5);
+        live.wait_for_step(5);
         let begun = Instant::now();
         arm(armed.path(), "exchange", "hang");
         let lost = live.wait_for("lost");
@@ -101,10 +92,8 @@ fn a_worker_that_hangs_in_an_exchange_is_named_and_replaced() {
         assert!((2.0..12.0).contains(&found), "found after {found:.1} s");
         live.wait_for("membership");
         let ended = live.finish();
-        assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+        assert_eq!(ended_well(&ended), whole);
         assert_eq!(ended.events("lost").len(), 1, "{:?}", ended.events("lost"));
-        assert_eq!(digest(&ended.run_dir), digest(&whole.run_dir));
-        assert_eq!(ledger_losses(&ended.run_dir), ledger_losses(&whole.run_dir));
     }
 }
 
@@ -143,7 +132,7 @@ fn a_worker_that_is_stopped_most_of_the_time_is_named_and_dealt_less() {
     assert_eq!(warned["kind"], "straggler", "{warned}");
     assert!(warned["message"].as_str().unwrap().contains("computing"), "{warned}");
     assert!(step <= first + 11, "slow since step {first}, named after step {step}");
-    wait_for_step(&mut live, step + 10);
+    live.wait_for_step(step + 10);
     let share = |event: &serde_json::Value| {
         let tokens: Vec<f64> = event["rank_tokens"].as_array().unwrap().iter().map(|t| t.as_f64().unwrap()).collect();
         tokens[1] / (tokens[0] + tokens[1])

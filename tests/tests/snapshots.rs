@@ -6,7 +6,7 @@ use serde_json::{json, Value};
 use std::path::Path;
 use std::time::Duration;
 use unisono_tests::chronicle;
-use unisono_tests::kills::{digest, ledger_losses, train, Dice};
+use unisono_tests::kills::{ended_well, train, undisturbed, Dice};
 use unisono_tests::processes::kill;
 use unisono_tests::train::{Live, Train};
 
@@ -18,15 +18,6 @@ fn run(dir: &Path, workers: usize) -> Train {
     train(dir, STEPS).set("checkpoint.every", 0).set("checkpoint.snapshot_every", EVERY).workers(workers)
 }
 
-fn undisturbed(dir: &Path) -> (String, Vec<f64>) {
-    let whole = run(dir, 1).succeed();
-    (digest(&whole.run_dir), ledger_losses(&whole.run_dir))
-}
-
-fn wait_for_step(live: &mut Live, step: u64) {
-    while live.wait_for("step")["step"].as_u64().unwrap() < step {}
-}
-
 /// The next membership: after which step it goes on, whether from memory, and how many steps again.
 fn regrouped(live: &mut Live) -> (u64, bool, u64) {
     let told = live.wait_for("membership");
@@ -34,60 +25,54 @@ fn regrouped(live: &mut Live) -> (u64, bool, u64) {
     (number("resume_step"), told["from_memory"] == Value::Bool(true), number("replayed"))
 }
 
-fn same(live: Live, whole: &(String, Vec<f64>)) {
-    let ended = live.finish();
-    assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
-    assert_eq!((digest(&ended.run_dir), ledger_losses(&ended.run_dir)), *whole);
-}
-
 #[test]
 fn a_lost_worker_costs_the_steps_since_the_newest_snapshot() {
     let dir = tempfile::tempdir().unwrap();
-    let whole = undisturbed(dir.path());
+    let whole = undisturbed(dir.path(), STEPS);
     for workers in [2, 3] {
         let mut live = run(dir.path(), workers).start();
         live.wait_for("membership");
         for round in [1, 2] {
-            wait_for_step(&mut live, 10 * round);
+            live.wait_for_step(10 * round);
             kill(live.workers()[round as usize % workers].pid);
             let (step, from_memory, replayed) = regrouped(&mut live);
             assert!(from_memory && step > 0, "it begins again after step {step}");
             assert!(replayed <= EVERY + 1, "{replayed} steps are computed again");
         }
         // A coordinator that comes back finds what workers hold.
-        wait_for_step(&mut live, 30);
+        live.wait_for_step(30);
         kill(live.coordinator().pid);
         let (step, from_memory, replayed) = regrouped(&mut live);
         assert!(from_memory && step > 20 && replayed <= EVERY + 1, "after step {step}, {replayed} again");
-        same(live, &whole);
+        assert_eq!(ended_well(&live.finish()), whole);
     }
 }
 
 #[test]
 fn where_both_places_are_lost_the_checkpoint_is_gone_on_from() {
     let dir = tempfile::tempdir().unwrap();
-    let whole = undisturbed(dir.path());
+    let whole = undisturbed(dir.path(), STEPS);
     let mut live = run(dir.path(), 2).set("checkpoint.every", 7).start();
     live.wait_for("membership");
-    wait_for_step(&mut live, 20);
+    live.wait_for_step(20);
     live.workers().iter().for_each(|worker| kill(worker.pid));
     let (step, from_memory, _) = regrouped(&mut live);
     assert!(!from_memory && step >= 7 && step % 7 == 0, "after step {step}");
-    same(live, &whole);
+    assert_eq!(ended_well(&live.finish()), whole);
 }
 
 #[test]
 fn a_death_while_a_snapshot_is_handed_over_leaves_the_one_before() {
     let dir = tempfile::tempdir().unwrap();
-    let whole = undisturbed(dir.path());
+    let whole = undisturbed(dir.path(), STEPS);
     let armed = tempfile::tempdir().unwrap();
     let mut live = run(dir.path(), 2).env("UNISONO_FAIL_POINTS", armed.path()).start();
     live.wait_for("membership");
-    wait_for_step(&mut live, 2 * EVERY + 1);
+    live.wait_for_step(2 * EVERY + 1);
     std::fs::write(armed.path().join("snapshot"), "").unwrap();
     let (step, from_memory, _) = regrouped(&mut live);
     assert!(from_memory && step >= EVERY, "after step {step}");
-    same(live, &whole);
+    assert_eq!(ended_well(&live.finish()), whole);
 }
 
 /// `UNISONO_LOSSES` (default 20) of workers and coordinators at any instant, from `UNISONO_SEED`, a few in each run.
@@ -97,10 +82,7 @@ fn many_losses_cost_few_steps() {
     const STEPS: u64 = 800;
     let (losses, seed) = (chronicle::asked("UNISONO_LOSSES", 20), chronicle::asked("UNISONO_SEED", 1));
     let dir = tempfile::tempdir().unwrap();
-    let whole = {
-        let whole = train(dir.path(), STEPS).set("checkpoint.every", 0).workers(1).succeed();
-        (digest(&whole.run_dir), ledger_losses(&whole.run_dir))
-    };
+    let whole = undisturbed(dir.path(), STEPS);
     let (mut made, mut run) = (0, 0);
     while made < losses {
         let mut dice = Dice(seed.wrapping_mul(3_000_017) + run);
@@ -112,7 +94,7 @@ fn many_losses_cost_few_steps() {
         while made < losses && live.newest_step() + 100 < STEPS {
             // Everybody has taken a snapshot since the last loss.
             let until = live.newest_step() + 2 * every + 2;
-            wait_for_step(&mut live, until);
+            live.wait_for_step(until);
             std::thread::sleep(Duration::from_millis(dice.roll(200)));
             let there = live.workers();
             match dice.roll(5) {
@@ -127,7 +109,7 @@ fn many_losses_cost_few_steps() {
         println!("seed {seed}, run {run}: {workers} workers, a snapshot every {every}: {replays:?}");
         let line = json!({"seed": seed, "run": run, "workers": workers, "every": every, "replays": replays});
         chronicle::note("snapshot-replays", line);
-        same(live, &whole);
+        assert_eq!(ended_well(&live.finish()), whole);
         run += 1;
     }
 }

@@ -1,4 +1,4 @@
-//! Viewers that never read cost the run nothing: neither the coordinator's time for a step nor its memory grows with them.
+//! Viewers cost the run little, those that never read and those that read: the coordinator's time for a step, and its memory.
 
 #![allow(clippy::unwrap_used)]
 
@@ -6,8 +6,9 @@ use serde_json::json;
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
+use unisono::serve::control::Control;
 use unisono::serve::setup::VIEWER_PATIENCE;
-use unisono_proto::dial::{dial, dial_with, monitor, Role, Token};
+use unisono_proto::dial::{dial, dial_with, monitor, Role};
 use unisono_proto::v1::WatchRequest;
 use unisono_tests::fake_worker::FakeWorker;
 use unisono_tests::processes::{resident_bytes, usage};
@@ -65,16 +66,14 @@ async fn a_viewer_that_never_reads_is_cut_off() {
 
 /// `count` viewers of the run of `live`; each is read from if they are `readers`.
 fn attach(live: &Live, runtime: &Runtime, count: u64, readers: bool) -> Vec<JoinHandle<()>> {
-    let control: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(live.run_dir.join("control.json")).unwrap()).unwrap();
-    let address = control["address"].as_str().unwrap().to_owned();
-    let token = Token::parse(control["tokens"]["monitor"].as_str().unwrap()).unwrap();
+    let control = Control::read(&live.run_dir).unwrap();
+    let token = control.token(Role::Monitor).unwrap();
     runtime.block_on(async {
         let mut viewers = Vec::new();
         for _ in 0..count {
             let mut request = tonic::Request::new(WatchRequest { after: 0 });
             token.authorize(&mut request);
-            let mut client = monitor(dial(&address, &token).await.unwrap());
+            let mut client = monitor(dial(&control.address, &token).await.unwrap());
             let mut stream = client.watch(request).await.unwrap().into_inner();
             viewers.push(tokio::spawn(async move {
                 while readers && stream.message().await.unwrap().is_some() {}
@@ -89,7 +88,7 @@ fn attach(live: &Live, runtime: &Runtime, count: u64, readers: bool) -> Vec<Join
 /// `UNISONO_MONITORS` (default 1,000) of them, and then as many that read.
 #[test]
 #[ignore = "minutes; make chaos"]
-fn viewers_that_never_read_cost_nothing() {
+fn a_thousand_viewers_cost_little() {
     const STEPS: u64 = 400;
     /// More than 64 KiB of them, which is what an own viewer lets come.
     const FILLING: u64 = 500;
@@ -134,6 +133,7 @@ fn viewers_that_never_read_cost_nothing() {
                "cpu_filling": filling, "cpu_reading": reading, "bytes_without": bytes_without, "bytes_with": bytes_with}),
     );
     assert!(bytes_with < bytes_without + (64 << 20), "memory grew by {:.1} MiB", mib(bytes_with - bytes_without));
-    // Two measurements without differ by more than what is asked for, two hundredths, where others use the machine.
+    // The goal, two hundredths, is below what two measurements without any differ by where others use the machine.
     assert!(with < without * 1.1, "a step costs {with} s of CPU instead of {without} s");
+    assert!(reading < without * 1.2, "a step costs {reading} s of CPU with viewers that read instead of {without} s");
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use unisono_tests::chronicle;
 use unisono_tests::crowd::Crowd;
-use unisono_tests::kills::{digest, ledger_losses, settings, train, undisturbed, Dice};
+use unisono_tests::kills::{result, settings, train, undisturbed, Dice};
 use unisono_tests::processes::{kill, signal, wait_until_gone};
 use unisono_tests::train::Train;
 
@@ -18,15 +18,21 @@ const MOST: usize = 5;
 /// The exit code of a run that was asked to stop.
 const STOPPED: i32 = 75;
 
-/// ZeRO stages; every world comes with each of them as the dice fall.
+/// ZeRO stages: each start has the one that the dice give.
 const STAGES: [u64; 3] = [1, 2, 3];
+
+/// One way of sharing a run: its settings, and its name.
+fn way(stage: u64, tcp: bool) -> ([String; 2], String) {
+    let transport = if tcp { "tcp" } else { "auto" };
+    let settings = [format!("cluster.zero_stage={stage}"), format!("cluster.transport=\"{transport}\"")];
+    (settings, format!("ZeRO-{stage} {transport}"))
+}
 
 /// With a stage and a transport of the dice.
 fn shared(train: Train, dice: &mut Dice, told: &mut Vec<String>) -> Train {
-    let (stage, tcp) = (STAGES[dice.roll(STAGES.len() as u64) as usize], dice.roll(2) == 0);
-    let transport = if tcp { "tcp" } else { "auto" };
-    told.push(format!("ZeRO-{stage} {transport}"));
-    train.set("cluster.zero_stage", stage).set("cluster.transport", format!("\"{transport}\""))
+    let (settings, name) = way(STAGES[dice.roll(STAGES.len() as u64) as usize], dice.roll(2) == 0);
+    told.push(name);
+    settings.iter().fold(train, |train, setting| train.arg("--set").arg(setting))
 }
 
 /// Trains with each of `worlds` in turn, each with a stage and a transport of its own: stopped by a signal, or killed with all of
@@ -36,7 +42,7 @@ fn in_turn(dir: &Path, steps: u64, worlds: &[usize], dice: &mut Dice) -> (PathBu
     for (index, &workers) in (1..).zip(worlds) {
         let mut live = shared(next.workers(workers), dice, &mut told).start();
         let until = steps * index / (worlds.len() as u64 + 1) + dice.roll(4);
-        while live.wait_for("step")["step"].as_u64().unwrap() < until {}
+        live.wait_for_step(until);
         std::thread::sleep(Duration::from_millis(dice.roll(60)));
         let asks = dice.roll(2) == 0;
         match asks {
@@ -59,7 +65,7 @@ fn with_another_number_of_workers_at_each_start() {
     let whole = undisturbed(dir.path(), STEPS);
     let (run_dir, told) = in_turn(dir.path(), STEPS, &[3, 8, 5, 2], &mut Dice(3));
     println!("{told:?}");
-    assert_eq!((digest(&run_dir), ledger_losses(&run_dir)), whole);
+    assert_eq!(result(&run_dir), whole);
 }
 
 /// `UNISONO_SCHEDULES` (default 4) from `UNISONO_SEED`, each with all of [`WORLDS`] twice.
@@ -75,7 +81,7 @@ fn random_schedules_of_worlds() {
         let mut worlds = [WORLDS, WORLDS].concat();
         dice.shuffle(&mut worlds);
         let (run_dir, shared) = in_turn(dir.path(), STEPS, &worlds, &mut dice);
-        let same = (digest(&run_dir), ledger_losses(&run_dir)) == whole;
+        let same = result(&run_dir) == whole;
         let line =
             json!({"seed": seed, "run": run, "how": "resumed", "worlds": worlds, "shared": shared, "same": same});
         chronicle::note("worlds", line);
@@ -140,7 +146,7 @@ fn with_workers_that_come_and_go_while_it_runs() {
     let mut script = [Change::Loss, Change::Loss, Change::Join, Change::Loss].into_iter().zip([130, 77, 0, 210]);
     let (run_dir, worlds) = while_it_runs(dir.path(), STEPS, &[], |_| script.next());
     assert!(worlds.contains(&3) && worlds.windows(2).any(|w| w[0] < w[1]), "too little happened: {worlds:?}");
-    assert_eq!((digest(&run_dir), ledger_losses(&run_dir)), whole);
+    assert_eq!(result(&run_dir), whole);
 }
 
 /// As [`random_schedules_of_worlds`], within one start.
@@ -158,15 +164,13 @@ fn random_comings_and_goings() {
             let joins = here <= 1 || here < MOST && dice.roll(2) == 0 || here == MOST && dice.roll(4) == 0;
             Some((if joins { Change::Join } else { Change::Loss }, dice.roll(1_000_000)))
         };
-        let sharing = [format!("cluster.zero_stage={}", STAGES[run as usize % STAGES.len()])];
-        let tcp = (run / STAGES.len() as u64).is_multiple_of(2).then(|| "cluster.transport=\"tcp\"".to_owned());
-        let sharing: Vec<String> = sharing.into_iter().chain(tcp).collect();
+        let stages = STAGES.len() as u64;
+        let (sharing, name) = way(STAGES[(run % stages) as usize], (run / stages).is_multiple_of(2));
         let (run_dir, worlds) = while_it_runs(dir.path(), STEPS, &sharing, choose);
-        let same = (digest(&run_dir), ledger_losses(&run_dir)) == whole;
-        let line =
-            json!({"seed": seed, "run": run, "how": "within", "worlds": worlds, "shared": sharing, "same": same});
+        let same = result(&run_dir) == whole;
+        let line = json!({"seed": seed, "run": run, "how": "within", "worlds": worlds, "shared": [name], "same": same});
         chronicle::note("worlds", line);
-        println!("seed {seed}, run {run}: {worlds:?} {sharing:?}");
+        println!("seed {seed}, run {run}: {worlds:?} {name}");
         assert!(same, "seed {seed}, run {run}: another result with {worlds:?}");
     }
 }
