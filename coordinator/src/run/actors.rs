@@ -209,6 +209,15 @@ impl World {
         }
     }
 
+    /// What became of its snapshots worker `from` says after its next other word.
+    pub(super) fn snapshots_fall_behind(&mut self, from: Connection) {
+        let Some(worker) = self.workers.get_mut(&from) else { return };
+        let other = worker.outbox.iter().position(|(_, word)| !matches!(word, Report::Kept(_)));
+        if let Some(word) = other.and_then(|place| worker.outbox.remove(place)) {
+            worker.outbox.push_front(word);
+        }
+    }
+
     /// Lets worker `from` say its next word; false when it has none.
     pub(super) fn say(&mut self, from: Connection) -> bool {
         let Some(worker) = self.workers.get_mut(&from) else { return false };
@@ -256,8 +265,10 @@ impl World {
                 if !problem.is_empty() {
                     self.missed.push((worker.epoch.map_or(0, |epoch| epoch.generation), *step));
                 }
-                // It takes a while.
-                let later = worker.outbox.len().min(1);
+                // It takes a while, and its turn comes after the one before it.
+                let kept = |(_, word): &(u64, Report)| matches!(word, Report::Kept(_));
+                let before = worker.outbox.iter().rposition(kept).map_or(0, |place| place + 1);
+                let later = worker.outbox.len().min(1).max(before);
                 let kept = SnapshotKept { step: *step, problem: problem.into() };
                 worker.outbox.insert(later, (id, Report::Kept(kept)));
             }

@@ -36,16 +36,7 @@ proptest! {
         let expected = story(&alone);
         prop_assume!(alone.machine.phase() == Phase::Finished);
         let mut disturbed = world(workers, &poison, &spiky);
-        for (kind, pick) in script {
-            let connections: Vec<Connection> = disturbed.workers.keys().copied().collect();
-            let Some(&from) = connections.get(pick as usize % connections.len().max(1)) else { break };
-            match kind {
-                0 => disturbed.dies(from),
-                1..=2 => drop(disturbed.next_joins()),
-                3 => disturbed.commit(),
-                _ => drop(disturbed.say(from)),
-            }
-        }
+        disturbed.follow(&script, false);
         disturbed.settle_for(200.0);
         let (told, end) = (story(&disturbed), disturbed.machine.status(0.0).failure);
         match end {
@@ -95,17 +86,6 @@ fn rows_of(step: u64) -> Vec<u32> {
     training.plan.places(step)
 }
 
-/// Everyone speaks in turn until so many steps are committed.
-fn speak_until(world: &mut World, steps: usize) {
-    while world.steps().len() < steps {
-        let connections: Vec<Connection> = world.workers.keys().copied().collect();
-        connections.into_iter().for_each(|from| {
-            world.say(from);
-        });
-        world.commit();
-    }
-}
-
 #[test]
 fn what_a_step_came_to_is_known_before_what_follows_it_is_judged() {
     // Step 4 is a spike. What is trained on it gives a bad number in step 5, or when it is evaluated: by then some rank may not
@@ -114,7 +94,7 @@ fn what_a_step_came_to_is_known_before_what_follows_it_is_judged() {
     for (poisoned, first) in rows_of(5).into_iter().flat_map(|row| [(row, 0), (row, 1)]) {
         let mut world = world(2, &BTreeSet::from([poisoned]), &BTreeSet::from([rows_of(4)[0]]));
         world.machine.settings.on_bad_numbers = OnBadNumbers::Stop;
-        speak_until(&mut world, 3);
+        world.speak_until(3);
         // One is as far ahead of the other as it can be.
         while world.workers.contains_key(&Connection(first)) && world.say(Connection(first)) {}
         world.settle_for(100.0);
@@ -133,7 +113,7 @@ fn a_norm_that_is_no_number_waits_for_the_step_before_it_too() {
     let mut world = world(2, &BTreeSet::new(), &BTreeSet::from([rows_of(4)[0]]));
     world.machine.settings.on_bad_numbers = OnBadNumbers::Stop;
     world.machine.settings.snapshots.every = 0;
-    speak_until(&mut world, 3);
+    world.speak_until(3);
     while world.workers[&Connection(0)].steps.len() > 3 && world.say(Connection(0)) {}
     let bad = Failure { phase: Place::Reduce.into(), step: Some(5), message: "inf".into(), ..Failure::default() };
     let message = WorkerMessage { epoch: world.workers[&Connection(0)].epoch, body: Some(Report::Failure(bad)) };

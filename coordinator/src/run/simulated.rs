@@ -264,14 +264,45 @@ impl World {
         }
     }
 
+    /// Everyone says a word in turn; false when nobody has any.
+    pub(super) fn speak(&mut self) -> bool {
+        let connections: Vec<Connection> = self.workers.keys().copied().collect();
+        connections.into_iter().fold(false, |spoke, from| self.say(from) || spoke)
+    }
+
+    /// Everyone speaks in turn until so many steps are committed.
+    pub(super) fn speak_until(&mut self, steps: usize) {
+        while self.steps().len() < steps {
+            self.speak();
+            self.commit();
+        }
+    }
+
+    /// What `script` says happens, a kind and whom it happens to: one dies (where `careful`, only while everybody is there), one joins,
+    /// something is committed; mostly somebody says a word, half of those that are `careful` before what became of their snapshots.
+    pub(super) fn follow(&mut self, script: &[(u8, u64)], careful: bool) {
+        for &(kind, pick) in script {
+            let connections: Vec<Connection> = self.workers.keys().copied().collect();
+            let Some(&from) = connections.get(pick as usize % connections.len().max(1)) else { break };
+            match kind {
+                0 if !careful || self.machine.phase() == Phase::Running => self.dies(from),
+                1..=2 => drop(self.next_joins()),
+                3 => self.commit(),
+                _ => {
+                    if careful && kind % 2 == 0 {
+                        self.snapshots_fall_behind(from);
+                    }
+                    self.say(from);
+                }
+            }
+        }
+    }
+
     /// Everyone speaks in turn until nobody has anything to say.
     pub(super) fn settle(&mut self) {
         loop {
             let mut spoke = self.next_joins();
-            let connections: Vec<Connection> = self.workers.keys().copied().collect();
-            for &from in &connections {
-                spoke |= self.say(from);
-            }
+            spoke |= self.speak();
             let busy = !self.commits.is_empty() || self.concluding;
             self.commit();
             if !spoke && !busy {

@@ -108,12 +108,7 @@ fn neighbours_are_on_other_hosts_where_hosts_allow_it_and_everyone_is_one() {
 /// with everything said.
 fn running(steps: usize) -> World {
     let mut world = World::with(snapshotting(2, 9, Assignment::Balanced, 2), 2, Vec::new());
-    while world.steps().len() < steps {
-        (0..2).for_each(|id| {
-            world.say(Connection(id));
-        });
-        world.commit();
-    }
+    world.speak_until(steps);
     world
 }
 
@@ -123,13 +118,6 @@ fn memberships(world: &World) -> Vec<Membership> {
         _ => None,
     };
     world.ledger.iter().filter_map(membership).collect()
-}
-
-fn speak(world: &mut World) {
-    let connections: Vec<Connection> = world.workers.keys().copied().collect();
-    connections.into_iter().for_each(|from| {
-        world.say(from);
-    });
 }
 
 /// Where the second generation began: after which step, from memory or not, and how many steps it computed again.
@@ -161,12 +149,7 @@ fn where_both_holders_are_lost_the_checkpoint_is_gone_on_from() {
 #[test]
 fn fewer_and_more_workers_go_on_from_the_same_snapshot() {
     let mut world = World::with(snapshotting(3, 9, Assignment::Balanced, 2), 3, Vec::new());
-    while world.steps().len() < 7 {
-        (0..3).for_each(|id| {
-            world.say(Connection(id));
-        });
-        world.commit();
-    }
+    world.speak_until(7);
     world.dies(Connection(1));
     world.joining.retain(|listen| !listen.ends_with('\''));
     world.settle_for(120.0);
@@ -220,7 +203,7 @@ fn a_snapshot_that_is_missed_is_followed_by_whole_ones() {
         let mut world = World::with(snapshotting(2, 12, Assignment::Balanced, 2), 2, Vec::new());
         world.unsent = unsent;
         while world.steps().len() < 11 {
-            speak(&mut world);
+            world.speak();
         }
         world.dies(Connection(1));
         world.settle();
@@ -255,7 +238,7 @@ fn a_checkpoint_that_was_due_is_taken_at_once_where_the_run_goes_on_beyond_it() 
         // Rank 1 never says that its part of the checkpoint after step 4 is written.
         let writing = world.workers.get_mut(&Connection(1)).unwrap();
         writing.outbox.retain(|(_, word)| !matches!(word, Report::Checkpoint(_)));
-        speak(&mut world);
+        world.speak();
     }
     world.dies(Connection(1));
     world.settle();
@@ -319,17 +302,8 @@ proptest! {
     ) {
         let mut world = World::with(snapshotting(workers, 40, Assignment::Balanced, every), workers, Vec::new());
         world.machine.settings.restarts = 100;
-        for (kind, pick) in script {
-            let connections: Vec<Connection> = world.workers.keys().copied().collect();
-            let Some(&from) = connections.get(pick as usize % connections.len().max(1)) else { break };
-            match kind {
-                // Who takes both places of a shard at once takes the newest snapshot too.
-                0 if world.machine.phase() == Phase::Running => world.dies(from),
-                1..=2 => drop(world.next_joins()),
-                3 => world.commit(),
-                _ => drop(world.say(from)),
-            }
-        }
+        // Who takes both places of a shard at once takes the newest snapshot too.
+        world.follow(&script, true);
         world.settle_for(100.0);
         // Two processes that say that they are the same one end every run.
         prop_assume!(world.machine.phase() == Phase::Finished);
@@ -354,7 +328,7 @@ fn nobody_waits_for_ever_for_a_snapshot() {
             world.workers.values_mut().filter(|w| silent.contains(&w.rank)).for_each(|worker| {
                 worker.outbox.retain(|(_, word)| !matches!(word, Report::Kept(_)));
             });
-            speak(&mut world);
+            world.speak();
             world.commit();
             let committed = world.steps().len();
             assert!(
