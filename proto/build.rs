@@ -28,6 +28,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     build
         .field_attribute("unisono.v1.Failure.phase", "#[serde(serialize_with = \"crate::event::phase\")]")
+        // Between worker and coordinator; people have the message.
+        .field_attribute("unisono.v1.Failure.norm", "#[serde(skip)]")
         .field_attribute("unisono.v1.WorkerLost.failure", "#[serde(flatten)]")
         .compile_fds(descriptors)?;
     Ok(())

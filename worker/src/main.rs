@@ -383,10 +383,10 @@ fn place(link: &Link) -> Failure {
 
 fn failure(link: &Link, message: &str, error: &session::Error) -> Failure {
     let (bad_input, recoverable, micro_batch) = (error.bad_input(), error.recoverable(), error.micro_batch());
-    let snapshot = matches!(error, session::Error::Snapshot(_));
+    let (snapshot, norm) = (matches!(error, session::Error::Snapshot(_)), error.is_norm());
     let here = place(link);
     let rank = error.culprit().or(here.rank);
-    Failure { rank, message: message.into(), bad_input, recoverable, micro_batch, snapshot, ..here }
+    Failure { rank, message: message.into(), bad_input, recoverable, micro_batch, snapshot, norm, ..here }
 }
 
 /// Tells the user and the coordinator why this worker cannot go on.

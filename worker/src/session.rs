@@ -86,6 +86,11 @@ impl Error {
         }
     }
 
+    /// Whether the gradient norm is no finite number.
+    pub fn is_norm(&self) -> bool {
+        matches!(self, Error::Train(train::Error::BadNorm { .. }))
+    }
+
     /// Whether the user's input is at fault rather than the run.
     pub fn bad_input(&self) -> bool {
         match self {

@@ -49,7 +49,8 @@ impl Machine {
             }
         };
         let mut failure = self.failure(Some(culprit as u32), phase, step, message);
-        (failure.bad_input, failure.recoverable, failure.snapshot) = (told.bad_input, told.recoverable, told.snapshot);
+        (failure.bad_input, failure.recoverable) = (told.bad_input, told.recoverable);
+        (failure.snapshot, failure.norm) = (told.snapshot, told.norm);
         if let Some(micro_batch) = told.micro_batch {
             failure.message += &self.rows_at_fault(rank, micro_batch);
             failure.micro_batch = Some(micro_batch);
@@ -72,8 +73,7 @@ impl Machine {
 
     /// Whether the work itself came to this, whoever does it: a bad number in a micro-batch, or a norm that is none.
     fn is_number(&self, failure: &Failure) -> bool {
-        let came = failure.micro_batch.is_some() || failure.phase() == wire::Phase::Reduce && !failure.bad_input;
-        came && !failure.recoverable && self.phase == Phase::Running
+        (failure.micro_batch.is_some() || failure.norm) && self.phase == Phase::Running
     }
 
     /// The oldest directive gave a bad number, and all before it are settled: a spike of an earlier step, or what else it came to, is

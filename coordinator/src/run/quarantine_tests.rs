@@ -115,11 +115,31 @@ fn a_norm_that_is_no_number_waits_for_the_step_before_it_too() {
     world.machine.settings.snapshots.every = 0;
     world.speak_until(3);
     while world.workers[&Connection(0)].steps.len() > 3 && world.say(Connection(0)) {}
-    let bad = Failure { phase: Place::Reduce.into(), step: Some(5), message: "inf".into(), ..Failure::default() };
-    let message = WorkerMessage { epoch: world.workers[&Connection(0)].epoch, body: Some(Report::Failure(bad)) };
-    world.apply(Event::Message { from: Connection(0), message }).unwrap();
+    reports(&mut world, Failure { norm: true, ..in_the_reduction("inf") });
     world.settle_for(100.0);
     assert_eq!((world.machine.phase(), story(&world).1[0].0), (Phase::Finished, 4));
+}
+
+/// In step 5.
+fn in_the_reduction(what: &str) -> Failure {
+    Failure { phase: Place::Reduce.into(), step: Some(5), message: what.into(), ..Failure::default() }
+}
+
+fn reports(world: &mut World, failure: Failure) {
+    let message = WorkerMessage { epoch: world.workers[&Connection(0)].epoch, body: Some(Report::Failure(failure)) };
+    world.apply(Event::Message { from: Connection(0), message }).unwrap();
+}
+
+#[test]
+fn what_else_fails_in_the_reduction_ends_the_run_at_once() {
+    let mut world = world(2, &BTreeSet::new(), &BTreeSet::new());
+    world.machine.settings.snapshots.every = 0;
+    world.speak_until(3);
+    while world.workers[&Connection(0)].steps.len() > 3 && world.say(Connection(0)) {}
+    reports(&mut world, in_the_reduction("an internal error, please report it"));
+    let failure = world.failure();
+    assert_eq!((world.machine.phase(), failure.rank, failure.step), (Phase::Failed, Some(0), Some(5)), "{failure:?}");
+    assert_eq!(failure.message, "an internal error, please report it");
 }
 
 #[test]

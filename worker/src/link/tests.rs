@@ -93,6 +93,7 @@ fn an_abort_ends_every_wait_and_names_whose_fault_it_was() {
         recoverable: false,
         micro_batch: None,
         snapshot: false,
+        norm: false,
     };
     let sentence = "stopped by the coordinator because of rank 1 on there, reduce, step 7: it fell silent";
     let waiting = std::thread::spawn(move || {
