@@ -27,7 +27,7 @@ use crate::run::snapshots::{Snapshotting, Timeline};
 use crate::run::spike;
 use access::Access;
 use audience::{Audience, Stage};
-use commit::Committer;
+use commit::{Archive, Committer};
 use control::{Control, CONTROL};
 use ledger::Ledger;
 use std::future::Future;
@@ -46,7 +46,7 @@ use unisono_proto::dial::Role;
 use unisono_proto::v1::training_server::TrainingServer;
 use unisono_proto::v1::{self as wire, Assign, ModelSource, Optimizer, RunStarted};
 use unisono_proto::MAX_MESSAGE_BYTES;
-use viewing::{Archive, ViewingService};
+use viewing::{Shelf, ViewingService};
 
 /// After the run's end, streams that are still open get this long to close.
 const LINGER: Duration = Duration::from_secs(3);
@@ -119,7 +119,7 @@ pub async fn serve(
             handle.send(Command::Warn { kind: "copy", step, message: error.to_string() });
         }
     }
-    let archive = commit::Archive {
+    let archive = Archive {
         run_dir: run_dir.clone(),
         config: fingerprint(&setup.config),
         layout,
@@ -165,7 +165,7 @@ pub async fn serve(
     .max_decoding_message_size(MAX_MESSAGE_BYTES)
     .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let ushering = tokio::spawn(audience.clone().usher());
-    let viewing = ViewingService::new(handle.clone(), audience, Archive::new(reader));
+    let viewing = ViewingService::new(handle.clone(), audience, Shelf::new(reader));
     let (close, closing) = oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
         .max_concurrent_streams(Some(64))

@@ -23,26 +23,31 @@ pub struct Page {
 impl Page {
     /// As many of `events` as a page holds; `None` of none.
     pub fn of(events: &[Event]) -> Option<Self> {
-        let mut bytes = BytesMut::new();
-        let mut last = None;
-        for event in events {
-            if last.is_some() && bytes.len() + event.encoded_len() > PAGE_BYTES {
+        Self::pack(events.iter().map(|event| (event.sequence, encoded(event))))
+    }
+
+    /// As many of `entries` as a page holds, each with its sequence number.
+    fn pack(entries: impl Iterator<Item = (u64, Bytes)>) -> Option<Self> {
+        let (mut bytes, mut last) = (BytesMut::new(), None);
+        for (sequence, entry) in entries {
+            if last.is_some() && bytes.len() + entry.len() > PAGE_BYTES {
                 break;
             }
-            put(event, &mut bytes);
-            last = Some(event.sequence);
+            bytes.extend_from_slice(&entry);
+            last = Some(sequence);
         }
         Some(Page { bytes: bytes.freeze(), last: last? })
     }
 }
 
 /// One message of gRPC: not compressed, its length, itself.
-fn put(event: &Event, bytes: &mut BytesMut) {
+fn encoded(event: &Event) -> Bytes {
     let length = event.encoded_len();
-    bytes.reserve(5 + length);
+    let mut bytes = BytesMut::with_capacity(5 + length);
     bytes.put_u8(0);
     bytes.put_u32(u32::try_from(length).expect("an entry is far below 4 GiB"));
-    event.encode(bytes).expect("room was made");
+    event.encode(&mut bytes).expect("room was made");
+    bytes.freeze()
 }
 
 /// The newest entries, in order and without gaps.
@@ -63,10 +68,9 @@ impl Recent {
             self.first = first.sequence;
         }
         for event in events {
-            let mut bytes = BytesMut::new();
-            put(event, &mut bytes);
-            self.bytes += bytes.len();
-            self.entries.push_back(bytes.freeze());
+            let entry = encoded(event);
+            self.bytes += entry.len();
+            self.entries.push_back(entry);
         }
         while self.entries.len() > RECENT || self.bytes > RECENT_BYTES && self.entries.len() > 1 {
             let gone = self.entries.pop_front().expect("there are some");
@@ -84,16 +88,7 @@ impl Recent {
         if let Some((_, page)) = self.made.as_ref().filter(|(after, page)| *after == sequence && whole(page)) {
             return Some(page.clone());
         }
-        let mut bytes = BytesMut::new();
-        let mut last = sequence;
-        for entry in self.entries.range(skipped..) {
-            if last > sequence && bytes.len() + entry.len() > PAGE_BYTES {
-                break;
-            }
-            bytes.extend_from_slice(entry);
-            last += 1;
-        }
-        let page = Page { bytes: bytes.freeze(), last };
+        let page = Page::pack((sequence + 1..).zip(self.entries.range(skipped..).cloned()))?;
         self.made = Some((sequence, page.clone()));
         Some(page)
     }
@@ -140,6 +135,7 @@ pub mod tests {
         let page = recent.after(6).unwrap();
         assert!(page.bytes.len() <= PAGE_BYTES && page.last > 100, "{} bytes", page.bytes.len());
         assert_eq!(read(page.clone()), (7..=page.last).collect::<Vec<_>>());
+        assert_eq!(Page::of(&entries(7..=1030)), Some(page), "from the ledger it is the same one");
         assert_eq!(read(recent.after(1028).unwrap()), [1029, 1030]);
         assert_eq!(recent.after(1030), None);
         recent.extend(&entries(1031..=1031));

@@ -14,9 +14,9 @@ use http_body::Frame;
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{ready, Context, Poll};
-use tokio::sync::{oneshot, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{oneshot, Mutex, OwnedSemaphorePermit, Semaphore};
 use tonic::body::Body;
 use tonic::codec::Codec;
 use tonic::codegen::http::{self, header, HeaderMap, HeaderValue};
@@ -31,29 +31,21 @@ use unisono_proto::MAX_MESSAGE_BYTES;
 
 /// Entries read from the ledger at once.
 const READ: usize = 64;
-/// Viewers that read the ledger at a time; the others wait for their turn.
-const READING: usize = 4;
 /// Viewers at a time.
 const VIEWERS: usize = 4096;
 
-/// Entries that are not in memory any more.
-pub struct Archive {
-    reader: Mutex<Reader>,
-    reading: Semaphore,
-}
+/// Entries that are not in memory any more. Viewers take turns at it.
+#[derive(Clone)]
+pub struct Shelf(Arc<Mutex<Reader>>);
 
-impl Archive {
+impl Shelf {
     pub fn new(reader: Reader) -> Self {
-        Archive { reader: Mutex::new(reader), reading: Semaphore::new(READING) }
+        Shelf(Arc::new(Mutex::new(reader)))
     }
 
-    async fn after(self: Arc<Self>, sequence: u64) -> Result<Option<Page>, ledger::Error> {
-        let _turn = self.reading.acquire().await;
-        let archive = self.clone();
-        let read = move || {
-            let reader = archive.reader.lock().unwrap_or_else(PoisonError::into_inner);
-            Ok(Page::of(&reader.after(sequence, READ)?))
-        };
+    async fn after(self, sequence: u64) -> Result<Option<Page>, ledger::Error> {
+        let reader = self.0.lock_owned().await;
+        let read = move || Ok(Page::of(&reader.after(sequence, READ)?));
         // It ends early only with the whole server.
         tokio::task::spawn_blocking(read).await.unwrap_or(Ok(None))
     }
@@ -63,13 +55,13 @@ impl Archive {
 pub struct ViewingService {
     handle: Handle,
     audience: Arc<Audience>,
-    archive: Arc<Archive>,
+    shelf: Shelf,
     places: Arc<Semaphore>,
 }
 
 impl ViewingService {
-    pub fn new(handle: Handle, audience: Arc<Audience>, archive: Archive) -> Self {
-        ViewingService { handle, audience, archive: Arc::new(archive), places: Arc::new(Semaphore::new(VIEWERS)) }
+    pub fn new(handle: Handle, audience: Arc<Audience>, shelf: Shelf) -> Self {
+        ViewingService { handle, audience, shelf, places: Arc::new(Semaphore::new(VIEWERS)) }
     }
 
     async fn watch(self, request: http::Request<Body>) -> Result<http::Response<Body>, Status> {
@@ -84,8 +76,8 @@ impl ViewingService {
             )));
         };
         let (name, reading) = (self.audience.enter(gate), None);
-        let Self { audience, archive, .. } = self;
-        let watching = Watching { name, cursor: after, audience, archive, reading, ended: false, _place: place };
+        let Self { audience, shelf, .. } = self;
+        let watching = Watching { name, cursor: after, audience, shelf, reading, ended: false, _place: place };
         let mut response = http::Response::new(Body::new(watching));
         response.headers_mut().insert(header::CONTENT_TYPE, GRPC_CONTENT_TYPE);
         Ok(response)
@@ -109,8 +101,8 @@ impl Service<http::Request<Body>> for ViewingService {
                 Some("/Watch") => service.watch(request).await.unwrap_or_else(Status::into_http),
                 Some("/Status") => {
                     let grpc = Grpc::new(ProstCodec::<StatusReply, StatusRequest>::default());
-                    let limits = (Some(MAX_MESSAGE_BYTES), Some(MAX_MESSAGE_BYTES));
-                    let mut grpc = grpc.apply_max_message_size_config(limits.0, limits.1);
+                    let mut grpc =
+                        grpc.apply_max_message_size_config(Some(MAX_MESSAGE_BYTES), Some(MAX_MESSAGE_BYTES));
                     grpc.unary(Ask(service.handle), request).await
                 }
                 _ => Status::unimplemented("the viewer-facing service has Status and Watch").into_http(),
@@ -150,7 +142,7 @@ struct Watching {
     name: u64,
     cursor: u64,
     audience: Arc<Audience>,
-    archive: Arc<Archive>,
+    shelf: Shelf,
     reading: Option<Reading>,
     ended: bool,
     _place: OwnedSemaphorePermit,
@@ -198,7 +190,7 @@ impl http_body::Body for Watching {
             }
             match watching.audience.next(watching.name, watching.cursor, context.waker()) {
                 Next::Page(page) => return Poll::Ready(Some(Ok(watching.send(page)))),
-                Next::InTheLedger => watching.reading = Some(Box::pin(watching.archive.clone().after(watching.cursor))),
+                Next::InTheLedger => watching.reading = Some(Box::pin(watching.shelf.clone().after(watching.cursor))),
                 Next::Later => return Poll::Pending,
                 Next::Over => return Poll::Ready(Some(Ok(watching.end(None)))),
             }
