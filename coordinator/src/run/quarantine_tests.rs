@@ -38,16 +38,7 @@ proptest! {
         let mut disturbed = world(workers, &poison, &spiky);
         disturbed.follow(&script, false);
         disturbed.settle_for(200.0);
-        let (told, end) = (story(&disturbed), disturbed.machine.status(0.0).failure);
-        match end {
-            None => prop_assert_eq!(told, expected.clone()),
-            // Two processes that say that they are the same one end every run.
-            Some(failure) => {
-                prop_assert!(failure.message.contains("losses in a row"), "{:?}", failure);
-                prop_assert_eq!(&told.0[..], &expected.0[..told.0.len()]);
-                prop_assert_eq!(&told.1[..], &expected.1[..told.1.len()]);
-            }
-        }
+        prop_assert_eq!(story(&disturbed), expected.clone(), "{:?}", disturbed.machine.status(0.0).failure);
         // Left out from the start on, the same rows lead to the same steps.
         let Program::Train(training) = program(STEPS) else { unreachable!() };
         expected.1.iter().for_each(|(step, rows)| training.plan.quarantine(*step, rows));

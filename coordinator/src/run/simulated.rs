@@ -110,15 +110,21 @@ impl World {
 
     /// The worker's process dies; another one is started in its place.
     pub(super) fn dies(&mut self, from: Connection) {
-        let Some(worker) = self.workers.remove(&from) else { return };
-        // It may have a newer stream: then this was only the old one.
-        if !self.workers.values().any(|w| w.listen == worker.listen) {
-            self.memory.remove(&worker.listen);
-        }
-        self.joining.retain(|listen| *listen != worker.listen);
-        self.joining.push_back(format!("{}'", worker.listen));
+        self.vanishes(from);
         // Refused after the end.
         self.apply(Event::Ended { from, reason: "broke off".into() }).ok();
+    }
+
+    /// The same, and nobody is told that the connection is over.
+    pub(super) fn vanishes(&mut self, from: Connection) {
+        let Some(worker) = self.workers.remove(&from) else { return };
+        // It may have a newer stream: then this was only the old one.
+        if self.workers.range(from..).all(|(_, w)| w.listen != worker.listen) {
+            self.workers.retain(|_, w| w.listen != worker.listen);
+            self.memory.remove(&worker.listen);
+            self.joining.retain(|listen| *listen != worker.listen);
+            self.joining.push_back(format!("{}'", worker.listen));
+        }
     }
 
     /// The next one of those that are about to join does.
@@ -267,7 +273,11 @@ impl World {
     /// Everyone says a word in turn; false when nobody has any.
     pub(super) fn speak(&mut self) -> bool {
         let connections: Vec<Connection> = self.workers.keys().copied().collect();
-        connections.into_iter().fold(false, |spoke, from| self.say(from) || spoke)
+        let mut spoke = false;
+        for from in connections {
+            spoke |= self.say(from);
+        }
+        spoke
     }
 
     /// Everyone speaks in turn until so many steps are committed.
@@ -278,18 +288,26 @@ impl World {
         }
     }
 
+    /// Whoever dies takes the newest snapshot with it only where it has no other place yet: everybody is there, and what they
+    /// began with has two again.
+    fn is_safe(&self) -> bool {
+        let handed_on = |(id, word): &(u64, Report)| *id > 0 || !matches!(word, Report::Kept(_));
+        self.machine.phase() == Phase::Running
+            && self.workers.values().all(|worker| worker.outbox.iter().all(handed_on))
+    }
+
     /// What `script` says happens, a kind and whom it happens to: one dies (where `careful`, only while everybody is there), one joins,
-    /// something is committed; mostly somebody says a word, half of those that are `careful` before what became of their snapshots.
+    /// something is committed; mostly somebody says a word, and, where `careful`, mostly before what became of its snapshots.
     pub(super) fn follow(&mut self, script: &[(u8, u64)], careful: bool) {
         for &(kind, pick) in script {
             let connections: Vec<Connection> = self.workers.keys().copied().collect();
             let Some(&from) = connections.get(pick as usize % connections.len().max(1)) else { break };
             match kind {
-                0 if !careful || self.machine.phase() == Phase::Running => self.dies(from),
-                1..=2 => drop(self.next_joins()),
-                3 => self.commit(),
+                0 if !careful || self.is_safe() => self.dies(from),
+                1..=5 => drop(self.next_joins()),
+                6 => self.commit(),
                 _ => {
-                    if careful && kind % 2 == 0 {
+                    if careful && kind > 12 {
                         self.snapshots_fall_behind(from);
                     }
                     self.say(from);

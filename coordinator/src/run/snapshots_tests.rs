@@ -292,26 +292,31 @@ fn spares_wait_for_those_who_hold_the_state() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
+    #![proptest_config(ProptestConfig::with_cases(300))]
 
     /// Whoever is slow to say what became of its snapshot, and whoever dies: where a snapshot is gone on from, it is the newest but
     /// for the steps between two and one, and for those that could not be taken.
     #[test]
     fn a_loss_costs_no_more_than_the_steps_between_two_snapshots_and_one(
-        workers in 2u32..5, every in 1u64..6, script in prop::collection::vec((0u8..40, 0u64..5), 50..250),
+        workers in 2u32..5, every in 1u64..6, script in prop::collection::vec((0u8..60, 0u64..5), 100..500),
     ) {
         let mut world = World::with(snapshotting(workers, 40, Assignment::Balanced, every), workers, Vec::new());
         world.machine.settings.restarts = 100;
         // Who takes both places of a shard at once takes the newest snapshot too.
         world.follow(&script, true);
         world.settle_for(100.0);
-        // Two processes that say that they are the same one end every run.
-        prop_assume!(world.machine.phase() == Phase::Finished);
+        prop_assert_eq!(world.machine.phase(), Phase::Finished);
         prop_assert_eq!(world.steps(), alone(40));
-        for told in memberships(&world).iter().filter(|m| m.from_memory) {
+        let newest = |told: &Membership| told.resume_step + told.replayed;
+        for pair in memberships(&world).windows(2) {
+            let (before, told) = (&pair[0], &pair[1]);
+            // How far one came that made nothing new is nowhere.
+            if !told.from_memory || newest(told) == newest(before) {
+                continue;
+            }
             // One that a worker could not take is known to be missing: nobody waits for it, and the next one follows it.
-            let again = told.resume_step + 1..=told.resume_step + told.replayed;
-            let missed = |&&(generation, step): &&(u64, u64)| generation < told.generation && again.contains(&step);
+            let again = told.resume_step + 1..=newest(told);
+            let missed = |&&(generation, step): &&(u64, u64)| generation == before.generation && again.contains(&step);
             let missed: BTreeSet<u64> = world.missed.iter().filter(missed).map(|(_, step)| *step).collect();
             let most = every * (1 + missed.len() as u64) + 1;
             prop_assert!(told.replayed <= most, "{} steps again with one every {}: {:?}", told.replayed, every, missed);

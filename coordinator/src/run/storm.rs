@@ -312,14 +312,7 @@ impl Storm {
     fn vanishes(&mut self, from: Connection) {
         self.sleepers.remove(&from);
         self.world.forget_mail(from);
-        if let Some(worker) = self.world.workers.remove(&from) {
-            // It may have a newer stream: then this was only the old one.
-            if !self.world.workers.values().any(|w| w.listen == worker.listen) {
-                self.world.memory.remove(&worker.listen);
-            }
-            self.world.joining.retain(|listen| *listen != worker.listen);
-            self.world.joining.push_back(format!("{}'", worker.listen));
-        }
+        self.world.vanishes(from);
     }
 
     fn complains(&mut self, from: Connection) {

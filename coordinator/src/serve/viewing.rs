@@ -101,8 +101,7 @@ impl Service<http::Request<Body>> for ViewingService {
                 Some("/Watch") => service.watch(request).await.unwrap_or_else(Status::into_http),
                 Some("/Status") => {
                     let grpc = Grpc::new(ProstCodec::<StatusReply, StatusRequest>::default());
-                    let mut grpc =
-                        grpc.apply_max_message_size_config(Some(MAX_MESSAGE_BYTES), Some(MAX_MESSAGE_BYTES));
+                    let mut grpc = grpc.apply_max_message_size_config(Some(MAX_MESSAGE_BYTES), Some(MAX_MESSAGE_BYTES));
                     grpc.unary(Ask(service.handle), request).await
                 }
                 _ => Status::unimplemented("the viewer-facing service has Status and Watch").into_http(),
