@@ -3,6 +3,7 @@
 pub mod dial;
 pub mod event;
 pub mod fail_point;
+mod token;
 
 /// Version 1 of the protocol.
 #[allow(clippy::all, clippy::pedantic, missing_docs)]

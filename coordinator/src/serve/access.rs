@@ -15,7 +15,7 @@ pub struct Access {
     roles: &'static [Role],
 }
 
-/// What a call was let through with, where it was a token that was carried here.
+/// What a call was let through with, where it was a token that ends: whoever carries such a one is not in yet.
 #[derive(Debug, Clone, Copy)]
 pub struct Carried(pub Claims);
 
@@ -47,8 +47,8 @@ impl Interceptor for Access {
                 )))
             }
             Some(role) => {
-                if let Some((_, claims)) = carried {
-                    if let Some(ended) = claims.ends.and_then(|ends| now().checked_sub(ends)) {
+                if let Some((_, claims @ Claims { ends: Some(ends), .. })) = carried {
+                    if let Some(ended) = now().checked_sub(ends) {
                         let (hours, minutes) = (ended / 3600, ended / 60 % 60);
                         return Err(Status::unauthenticated(format!(
                             "this token ended {hours} h {minutes} min ago by the coordinator's clock; {}",

@@ -20,7 +20,7 @@ pub(super) struct Entry {
 impl Entry {
     pub fn new(token: Option<Token>) -> Self {
         // Only a token that ends is exchanged for a pass.
-        let at_once = token.clone().filter(|token| token.claims().is_none_or(|claims| claims.ends.is_none()));
+        let at_once = token.clone().filter(|token| !token.ends());
         Entry { token, inside: watch::Sender::new(at_once) }
     }
 
@@ -55,7 +55,7 @@ impl Entry {
 
     /// The pass that the token was exchanged for, as soon as it was; `None` where it is none of those.
     pub async fn granted(&self) -> Option<Token> {
-        let token = self.token.as_ref().filter(|token| token.claims().is_some_and(|claims| claims.ends.is_some()))?;
+        let token = self.token.as_ref().filter(|token| token.ends())?;
         let mut inside = self.inside.subscribe();
         let pass = inside.wait_for(Option::is_some).await.ok()?.clone();
         pass.filter(|pass| pass != token)
