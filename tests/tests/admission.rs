@@ -12,7 +12,7 @@ use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 use unisono::serve::identity::{Identity, Terms};
 use unisono_proto::dial::{self, dial, training, Role, Token};
-use unisono_proto::v1::{BatchKey, BatchRequest, Join, StatusReply, Suite, WorkerMessage};
+use unisono_proto::v1::{worker_message, BatchKey, BatchRequest, Fingerprint, Join, StatusReply, Suite, WorkerMessage};
 use unisono_proto::MAX_MESSAGE_BYTES;
 use unisono_tests::fake_worker::{End, FakeWorker};
 use unisono_tests::served::{Served, Serving};
@@ -156,10 +156,14 @@ async fn a_message_beyond_the_limit_is_refused_by_every_call() {
     }
 }
 
-/// Lets `token` in as a worker; its pass.
-async fn attend(serving: &Serving, token: &Token) -> Result<Token, Status> {
+/// Lets `token` in as a worker of the run's arithmetic, or of another; its pass.
+async fn attend(serving: &Serving, token: &Token, libtorch: &str) -> Result<Token, Status> {
     let mut client = training(dial(&serving.control.address, token).await.unwrap());
-    let mut request = Request::new(ReceiverStream::new(tokio::sync::mpsc::channel::<WorkerMessage>(1).1));
+    let (sender, messages) = tokio::sync::mpsc::channel(1);
+    let fingerprint = Some(Fingerprint { device: "cpu".into(), libtorch: libtorch.into(), ..Fingerprint::default() });
+    let join = Join { listen: "nowhere:1".into(), fingerprint, ..Join::default() };
+    sender.send(WorkerMessage { epoch: None, body: Some(worker_message::Body::Join(join)) }).await.unwrap();
+    let mut request = Request::new(ReceiverStream::new(messages));
     token.authorize(&mut request);
     let answer = client.attend(request).await?;
     Ok(token.pass(answer.metadata()).expect("whoever is let in gets a pass"))
@@ -184,9 +188,16 @@ async fn a_token_lets_in_as_many_as_it_is_for_and_a_pass_stays_good() {
     let token = seal.invite(Role::Worker, Terms { hours: 1.0, uses: Some(2) });
     let refused = batch(&serving, &token).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated, "rows go to nobody who was not let in: {refused}");
-    let passes = [attend(&serving, &token).await.unwrap(), attend(&serving, &token).await.unwrap()];
+    let first = attend(&serving, &token, "none").await.unwrap();
+    for _ in 0..2 {
+        let refused = attend(&serving, &token, "another").await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        assert!(refused.message().contains("libtorch \"another\""), "{refused}");
+    }
+    // Who was refused for something else has not used it.
+    let passes = [first, attend(&serving, &token, "none").await.unwrap()];
     assert_ne!(passes[0], passes[1]);
-    let refused = attend(&serving, &token).await.unwrap_err();
+    let refused = attend(&serving, &token, "none").await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
     assert!(refused.message().contains("was for 2 workers and has let as many in"), "{refused}");
     assert!(refused.message().contains("unisono token RUN --role worker"), "{refused}");

@@ -22,12 +22,26 @@ pub(super) struct Regrouping {
 }
 
 impl Machine {
-    pub(super) fn joined(&mut self, now: f64, from: Connection, mut join: Join) -> Result<Vec<Effect>, Refusal> {
+    /// Whether a worker that says `join` is taken in, and why not.
+    pub fn may_join(&self, join: &Join) -> Result<(), Refusal> {
+        if self.phase.is_final() {
+            return Err(Refusal::Over);
+        }
+        let join = self.as_it_counts(join.clone());
+        self.roster.may_join(&join, self.standard.as_ref(), self.settings.recorded.fingerprint())
+    }
+
+    /// What GPUs a worker sees decides nothing where it computes on the processor.
+    fn as_it_counts(&self, mut join: Join) -> Join {
         if let (Some(fingerprint), true) = (&mut join.fingerprint, self.settings.assign.device != "cuda") {
-            // What GPUs a worker sees decides nothing where it computes on the processor.
             fingerprint.gpu.clear();
         }
-        self.roster.may_join(&join, self.standard.as_ref(), self.settings.recorded.fingerprint())?;
+        join
+    }
+
+    pub(super) fn joined(&mut self, now: f64, from: Connection, join: Join) -> Result<Vec<Effect>, Refusal> {
+        self.may_join(&join)?;
+        let join = self.as_it_counts(join);
         let mut effects = Vec::new();
         // A worker that comes again has given its old stream up, also where that has not been noticed yet.
         let same = |w: &Join| (&w.host, w.pid, &w.listen) == (&join.host, join.pid, &join.listen);

@@ -153,7 +153,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// Counts one more use of the token `id`; false where it has had `most` already. Durable when this returns.
+    /// Counts one more use of the token `id`; false where it has had `most` already. Durable when this returns: should the answer
+    /// be lost on its way, whoever comes again without it is another use.
     pub fn spend(&mut self, id: u64, most: u32) -> Result<bool, Error> {
         let sql = "INSERT INTO tokens VALUES (?1, 1) ON CONFLICT (id) DO UPDATE SET uses = uses + 1 WHERE uses < ?2";
         let spent = self.connection.execute(sql, params![format!("{id:016x}"), most]);

@@ -1,6 +1,7 @@
 //! The one loop: it owns the machine and the ledger, on a thread of its own, because a durable append blocks. Everyone
 //! else holds a [`Handle`] and sends commands.
 
+use super::access::remedy;
 use super::audience::Stage;
 use super::commit::{Committer, Job};
 use super::ledger::{self, Ledger};
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 use tonic::Status;
+use unisono_proto::dial::Role;
 use unisono_proto::fail_point;
 use unisono_proto::v1::coordinator_message::Body;
 use unisono_proto::v1::event::Body as Entry;
@@ -42,6 +44,8 @@ pub enum Command {
         from: Connection,
         join: Join,
         outbound: Outbound,
+        /// There where the token of the call ends, or lets a number of workers in.
+        ticket: Option<Ticket>,
     },
     Message {
         from: Connection,
@@ -84,12 +88,15 @@ pub enum Command {
     Status {
         reply: oneshot::Sender<StatusReply>,
     },
-    /// May this token let one more in, of as many as `uses`? What is answered is durable.
-    Admit {
-        token: u64,
-        uses: u32,
-        reply: oneshot::Sender<Result<bool, String>>,
-    },
+}
+
+/// What a worker comes with that is to be let in.
+pub struct Ticket {
+    pub id: u64,
+    /// Workers that it lets in; `None`: any number.
+    pub uses: Option<u32>,
+    /// Told once this one is; dropped where it is not, and why is what its stream is told.
+    pub admitted: oneshot::Sender<()>,
 }
 
 /// Sends commands to the loop. Cheap to clone.
@@ -207,20 +214,18 @@ impl Steering {
 
     fn decide(&mut self, command: Command) -> Vec<Effect> {
         match command {
-            Command::Joined { from, join, outbound } => {
-                self.streams.insert(from, outbound);
-                match self.machine.apply(self.clock.now(), Event::Joined { from, join }) {
-                    Ok(effects) => effects,
-                    Err(refusal) => {
-                        tracing::info!(%refusal, "a worker was refused");
-                        if let Some(outbound) = self.streams.remove(&from) {
-                            // Fails only when the worker is gone.
-                            outbound.send(Err(Status::failed_precondition(refusal.to_string()))).ok();
-                        }
-                        Vec::new()
-                    }
+            Command::Joined { from, join, outbound, ticket } => match self.admit(&join, ticket) {
+                Ok(()) => {
+                    self.streams.insert(from, outbound);
+                    self.apply(Event::Joined { from, join })
                 }
-            }
+                Err(status) => {
+                    tracing::info!(refusal = status.message(), "a worker was refused");
+                    // Fails only when the worker is gone.
+                    outbound.send(Err(status)).ok();
+                    Vec::new()
+                }
+            },
             Command::Message { from, message } => self.apply(Event::Message { from, message }),
             Command::Ended { from, reason } => {
                 self.streams.remove(&from);
@@ -243,13 +248,26 @@ impl Steering {
                 reply.send(self.machine.status(self.clock.now())).ok();
                 Vec::new()
             }
-            Command::Admit { token, uses, reply } => {
-                let admitted = self.ledger.spend(token, uses).map_err(|error| error.to_string());
-                // Fails only when the worker is gone.
-                reply.send(admitted).ok();
-                Vec::new()
+        }
+    }
+
+    /// Lets a worker in that may join: only then its ticket counts.
+    fn admit(&mut self, join: &Join, ticket: Option<Ticket>) -> Result<(), Status> {
+        self.machine.may_join(join).map_err(|refusal| Status::failed_precondition(refusal.to_string()))?;
+        let Some(Ticket { id, uses, admitted }) = ticket else { return Ok(()) };
+        if let Some(uses) = uses {
+            let uncounted = |error| Status::unavailable(format!("the token could not be counted ({error}); try again"));
+            if !self.ledger.spend(id, uses).map_err(uncounted)? {
+                let workers = if uses == 1 { "one worker".into() } else { format!("{uses} workers") };
+                return Err(Status::unauthenticated(format!(
+                    "this token was for {workers} and has let as many in; {}",
+                    remedy(Role::Worker)
+                )));
             }
         }
+        // Fails only when the worker is gone.
+        admitted.send(()).ok();
+        Ok(())
     }
 
     fn apply(&mut self, event: Event) -> Vec<Effect> {

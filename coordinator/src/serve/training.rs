@@ -1,8 +1,8 @@
 //! The worker-facing service: thin. Messages go to the loop as commands, micro-batches come straight from the work.
 
-use super::access::{remedy, Carried};
+use super::access::Carried;
 use super::identity::Seal;
-use super::steering::{Command, Handle};
+use super::steering::{Command, Handle, Ticket};
 use super::work::Work;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,9 +11,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tokio_stream::Stream;
-use tonic::metadata::MetadataValue;
-use tonic::{Request, Response, Status, Streaming};
-use unisono_proto::dial::{Claims, Role, Token, PASS};
+use tonic::metadata::{MetadataMap, MetadataValue};
+use tonic::{Extensions, Request, Response, Status, Streaming};
+use unisono_proto::dial::{Claims, PASS};
 use unisono_proto::v1::training_server::Training;
 use unisono_proto::v1::worker_message::Body;
 use unisono_proto::v1::{BatchRequest, CoordinatorMessage, MicroBatch, Suite, WorkerMessage};
@@ -32,28 +32,8 @@ pub struct TrainingService {
     pub seal: Seal,
 }
 
-impl TrainingService {
-    /// The pass of a worker whose token ends, or lets a number of workers in; `None` where it needs none.
-    async fn admit(&self, carried: Option<Carried>) -> Result<Option<Token>, Status> {
-        let Some(Carried(Claims { id, ends: Some(_), uses })) = carried else { return Ok(None) };
-        if let Some(uses) = uses {
-            let (reply, answer) = oneshot::channel();
-            let over = || Status::failed_precondition("the run is over; start a new one");
-            if !self.handle.send(Command::Admit { token: id, uses, reply }) {
-                return Err(over());
-            }
-            let admitted = answer.await.map_err(|_| over())?;
-            let uncounted = |error| Status::unavailable(format!("the token could not be counted ({error}); try again"));
-            if !admitted.map_err(uncounted)? {
-                let workers = if uses == 1 { "one worker".into() } else { format!("{uses} workers") };
-                return Err(Status::unauthenticated(format!(
-                    "this token was for {workers} and has let as many in; {}",
-                    remedy(Role::Worker)
-                )));
-            }
-        }
-        Ok(Some(self.seal.pass()))
-    }
+fn over() -> Status {
+    Status::failed_precondition("the run is over; start a new one")
 }
 
 type Outgoing<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -64,9 +44,15 @@ impl Training for TrainingService {
     type BatchesStream = Outgoing<MicroBatch>;
 
     async fn attend(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Self::AttendStream>, Status> {
-        let pass = self.admit(request.extensions().get::<Carried>().copied()).await?;
+        let (ticket, admitted) = match request.extensions().get::<Carried>() {
+            Some(&Carried(Claims { id, uses, .. })) => {
+                let (admitted, told) = oneshot::channel();
+                (Some(Ticket { id, uses, admitted }), Some(told))
+            }
+            None => (None, None),
+        };
         let mut inbound = request.into_inner();
-        let (outbound, messages) = mpsc::unbounded_channel();
+        let (outbound, mut messages) = mpsc::unbounded_channel();
         let handle = self.handle.clone();
         tokio::spawn(async move {
             let first = tokio::time::timeout(JOIN_WITHIN, inbound.message()).await;
@@ -77,8 +63,8 @@ impl Training for TrainingService {
                 return;
             };
             let from = handle.connection();
-            if !handle.send(Command::Joined { from, join, outbound: outbound.clone() }) {
-                outbound.send(Err(Status::failed_precondition("the run is over; start a new one"))).ok();
+            if !handle.send(Command::Joined { from, join, outbound: outbound.clone(), ticket }) {
+                outbound.send(Err(over())).ok();
                 return;
             }
             drop(outbound);
@@ -96,21 +82,25 @@ impl Training for TrainingService {
             };
             handle.send(Command::Ended { from, reason });
         });
-        let mut response: Response<Self::AttendStream> =
-            Response::new(Box::pin(UnboundedReceiverStream::new(messages)));
-        if let Some(pass) = pass {
-            let mut pass: MetadataValue<_> = pass.reveal().parse().expect("names and numbers are ASCII");
+        let mut metadata = MetadataMap::new();
+        if let Some(admitted) = admitted {
+            if admitted.await.is_err() {
+                // Its stream is told why.
+                return Err(messages.recv().await.and_then(Result::err).unwrap_or_else(over));
+            }
+            let mut pass: MetadataValue<_> = self.seal.pass().reveal().parse().expect("names and numbers are ASCII");
             pass.set_sensitive(true);
-            response.metadata_mut().insert(PASS, pass);
+            metadata.insert(PASS, pass);
         }
-        Ok(response)
+        let stream: Self::AttendStream = Box::pin(UnboundedReceiverStream::new(messages));
+        Ok(Response::from_parts(metadata, stream, Extensions::new()))
     }
 
     async fn batches(
         &self,
         request: Request<Streaming<BatchRequest>>,
     ) -> Result<Response<Self::BatchesStream>, Status> {
-        if request.extensions().get::<Carried>().is_some_and(|Carried(claims)| claims.ends.is_some()) {
+        if request.extensions().get::<Carried>().is_some() {
             return Err(Status::unauthenticated(
                 "micro-batches go to workers that were let in; call Attend first, and come with the pass that it answers with",
             ));
