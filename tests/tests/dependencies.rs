@@ -31,6 +31,7 @@ const UNSAFE: &[&str] = &[
     "worker/src/ops/simd.rs",
     "worker/src/ops/switches.rs",
     "worker/src/ops/view.rs",
+    "worker/src/optim/bus.rs",
 ];
 
 fn metadata() -> Value {

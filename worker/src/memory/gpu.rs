@@ -65,7 +65,8 @@ impl Demand<'_> {
         let (masters, moments) = (offload.leaves_masters(), offload.leaves_moments());
         let layout = self.sketch.layout();
         let longest = layout.buckets.iter().map(|bucket| bucket.elements).max().unwrap_or(0).min(PIECE);
-        let staging = of(!masters, form.master_width(), longest) + of(!moments, form.moments_width(), longest);
+        // One piece is updated while the next one comes.
+        let staging = 2 * (of(!masters, form.master_width(), longest) + of(!moments, form.moments_width(), longest));
         let (masters, moments) =
             (of(masters, form.master_width(), self.owned), of(moments, form.moments_width(), self.owned));
         OnGpu { program: PROGRAM, masters, moments, staging, communication, ..all }

@@ -99,7 +99,7 @@ impl Range {
     /// Thousandths of a step's time that a choice takes longer than the fastest, about: what is computed again as shares
     /// of a forward pass, what travels as shares of what it was measured to cost. (47 million parameters, two workers, bf16,
     /// 1.5k and 7k tokens a step, in turn: ZeRO-2 1 to 5 % slower than ZeRO-1, ZeRO-3 4 to 6 %; docs/benchmarks.md.)
-    /// What is left on the host is rated by bytes and clocks nobody has measured yet: 50 GB/s each way, 400 TFLOP/s, and a
+    /// What is left on the host is rated by bytes and clocks nobody has measured yet: 50 GB/s each way at once, 400 TFLOP/s, and a
     /// processor that adds a leaf's element and updates a parameter in 2 ns.
     fn cost(&self, choice: Choice) -> u32 {
         let again = match choice.recompute {

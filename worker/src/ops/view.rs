@@ -103,3 +103,23 @@ pub fn bytes_of_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
     // alignment; the result borrows `elements` exclusively.
     unsafe { std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast(), length) }
 }
+
+/// The numbers that lie in `bytes`, which begin where one may and end with a whole one.
+pub fn numbers<T: Element>(bytes: &[u8]) -> &[T] {
+    let length = whole::<T>(bytes);
+    // SAFETY: as many as `whole` has counted, aligned; every bit pattern is a number, and `bytes` stays borrowed.
+    unsafe { slice(bytes.as_ptr().cast(), length) }
+}
+
+/// The same, for writing.
+pub fn numbers_mut<T: Element>(bytes: &mut [u8]) -> &mut [T] {
+    let length = whole::<T>(bytes);
+    // SAFETY: as in `numbers`; `bytes` stays borrowed exclusively.
+    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), length) }
+}
+
+fn whole<T: Element>(bytes: &[u8]) -> usize {
+    assert!((bytes.as_ptr() as usize).is_multiple_of(align_of::<T>()), "numbers begin where they may");
+    assert!(bytes.len().is_multiple_of(size_of::<T>()), "whole numbers of bytes");
+    bytes.len() / size_of::<T>()
+}

@@ -4,6 +4,7 @@
 
 pub mod adamw;
 pub mod away;
+mod bus;
 pub mod exact;
 pub mod gradient;
 mod leaf;
@@ -11,6 +12,7 @@ pub mod lending;
 pub mod noise;
 pub mod norm;
 pub mod on_device;
+pub mod pages;
 pub mod reduction;
 pub mod shard;
 pub mod state;
@@ -21,7 +23,7 @@ use crate::memory::placement::Offload;
 use crate::ops::view;
 use crate::restore::Part;
 use adamw::{Scalars, Settings};
-use away::Away;
+use away::{Away, Route};
 use exact::Reduced;
 use gradient::View;
 use noise::Noise;
@@ -63,9 +65,10 @@ pub struct Optimizer {
     settings: Settings,
     /// Takes the leaves of the step under way.
     pub reduction: Reduction,
+    /// Before the states, whose memory it has locked.
+    away: Option<Away>,
     /// One for each bucket; what was last brought home where the state lives on a device.
     states: Vec<State>,
-    away: Option<Away>,
 }
 
 impl Optimizer {
@@ -120,8 +123,14 @@ impl Optimizer {
     /// From now on `device` adds leaves and updates the loaded state, of which it keeps what `offload` leaves there. For an
     /// optimizer whose leaves are added away. An error where it does not fit. No bit depends on it.
     pub fn move_to(&mut self, device: Device, offload: Offload) -> Result<(), TchError> {
+        self.move_by(device, Route::to(device), offload)
+    }
+
+    fn move_by(&mut self, device: Device, route: Route, offload: Offload) -> Result<(), TchError> {
         self.reduction.move_to(device)?;
-        self.away = Some(Away::of(&mut self.states, device, offload)?);
+        let order = self.shard.pieces(&self.layout);
+        let order = order.map(|piece| (piece.bucket, piece.of_shard));
+        self.away = Some(Away::of(&mut self.states, order, (device, route), offload)?);
         Ok(())
     }
 
@@ -142,6 +151,7 @@ impl Optimizer {
 
     /// The own shard, to be written or copied: with the parameters, which hold the masters or their upper halves.
     pub fn source<'a>(&'a self, parameters: &'a dyn Parameters) -> Source<'a> {
+        self.away.iter().for_each(Away::wait);
         let held = self.states.iter().enumerate().map(|(b, state)| {
             let own = self.shard.own(b);
             let (bucket, begin) = parameters.own(b, own.start);
@@ -170,7 +180,7 @@ impl Optimizer {
     pub fn update(&mut self, bucket: usize, update: &Update, parameters: &mut dyn Parameters) {
         let own = self.shard.own(bucket);
         let noise = Noise { seed: self.settings.seed, step: update.step, bucket };
-        if let Some(away) = &self.away {
+        if let Some(away) = &mut self.away {
             let ((tensor, begin), gradient) = (parameters.own_away(bucket, own.start), self.reduction.away(bucket));
             for piece in self.shard.pieces_of(&self.layout, bucket) {
                 let scalars = if piece.tensor.decays() { &update.decaying } else { &update.plain };

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::collective::courier::Courier;
+use crate::collective::nccl::stand_in::{self, Fault, StandIn};
 use crate::collective::tcp::tests::mesh;
 use crate::collective::tcp::{Mesh, Stopper};
 use crate::collective::Collective;
@@ -36,14 +37,25 @@ fn value(seed: usize, i: usize) -> f32 {
 
 /// Final masters and moments as they are saved, parameters (as fp32) and norms of a run of 3 steps with 6 leaves each.
 fn train(world: usize, form: Form, adding: Adding) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
-    train_where(world, form, adding, Offload::All)
+    train_where(world, form, adding, Offload::All, None)
 }
 
+/// What stands in for a driver, and what it runs into as state is to come and go.
+type Driver = Option<(StandIn, Fault)>;
+
 /// The same with sums and state on a device, as far as the emulator is one.
-fn train_where(world: usize, form: Form, adding: Adding, offload: Offload) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
+fn train_where(
+    world: usize,
+    form: Form,
+    adding: Adding,
+    offload: Offload,
+    driver: Driver,
+) -> (Vec<Vec<u8>>, Vec<Tensor>, Vec<f64>) {
     let ranks: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            mesh(world).into_iter().map(|peers| scope.spawn(move || worker(peers, form, adding, offload))).collect();
+        let threads: Vec<_> = mesh(world)
+            .into_iter()
+            .map(|peers| scope.spawn(move || worker(peers, form, adding, offload, driver)))
+            .collect();
         threads.into_iter().map(|t| t.join().expect("worker")).collect()
     });
     let (_, parameters, norms) = &ranks[0];
@@ -96,15 +108,27 @@ fn begin(
 }
 
 /// Leaves come in one wave, or in three.
-fn worker(peers: Mesh, form: Form, adding: Adding, offload: Offload) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
+fn worker(
+    peers: Mesh,
+    form: Form,
+    adding: Adding,
+    offload: Offload,
+    driver: Driver,
+) -> (Optimizer, Vec<Tensor>, Vec<f64>) {
     let (layout, stopper) = (layout(), peers.stopper().clone());
     let mut courier = Courier::new(Box::new(peers), &stopper);
     let (rank, world) = (courier.rank(), courier.world());
     let adding = Adding { away: offload.leaves_sums(), ..adding };
     let (mut optimizer, mut parameters) = begin((rank, world), form, adding, |i| value(7, i) * 10.0);
     let _emulated = adding.away.then(|| Emulated::begin().expect("a C++ compiler"));
-    if adding.away {
-        optimizer.move_to(tch::Device::Cpu, offload).unwrap();
+    match driver {
+        _ if !adding.away => {}
+        None => optimizer.move_to(Device::Cpu, offload).unwrap(),
+        Some((stand_in, fault)) => {
+            stand_in.fault(fault);
+            let route = Route { gpu: Some(stand_in.gpu()), piece: 30_000 };
+            optimizer.move_by(Device::Cpu, route, offload).unwrap();
+        }
     }
     let waves = if adding.one_wave { 1 } else { 3 };
     let mut norms = vec![];
@@ -163,10 +187,69 @@ fn a_state_that_lives_on_a_device_has_the_same_bits() {
         ] {
             let adding = Adding { stage, leaves: 6, one_wave, away: true };
             assert!(
-                train_where(world, form, adding, offload) == alone,
+                train_where(world, form, adding, offload, None) == alone,
                 "{world} workers, {form:?}, {adding:?}, {offload:?}"
             );
         }
+    }
+}
+
+/// Pieces come and go on streams of their own: whoever does not wait for them sees other bits.
+#[test]
+#[cfg(not(feature = "float-sum"))]
+fn a_state_that_comes_and_goes_beside_updates_has_the_same_bits() {
+    let _turn = stand_in::turn();
+    let stand_in = StandIn::open();
+    let before = stand_in.alive();
+    for form in [Form::Whole, Form::Split, Form::Narrow] {
+        let alone = train(1, form, Adding::in_place(6));
+        for (world, offload) in [(1, Offload::State), (2, Offload::Moments), (1, Offload::Masters)] {
+            for fault in [Fault::None, Fault::Refuses] {
+                let adding = Adding { stage: Stage::Two, leaves: 6, one_wave: true, away: true };
+                let moved = train_where(world, form, adding, offload, Some((stand_in, fault)));
+                assert!(moved == alone, "{world} workers, {form:?}, {offload:?}");
+                assert_eq!(stand_in.alive(), before, "streams, events and locks are given back");
+            }
+        }
+    }
+}
+
+/// One part of a state, in pieces of 1000, and the two stagings.
+fn bus(stand_in: StandIn, m: &mut pages::Pages<f32>) -> (bus::Bus, [Tensor; 2]) {
+    let staged = [0, 1].map(|_| Tensor::zeros([1000], (Kind::Float, Device::Cpu)));
+    let sets = [0, 1].map(|set: usize| [None, Some(staged[set].shallow_clone()), None]);
+    let order = (0..m.len() / 1000).map(|piece| (0, 1000 * piece..1000 * (piece + 1))).collect();
+    let home = vec![[None, Some((m.as_mut_ptr().cast(), 4 * m.len())), None]];
+    (bus::Bus::new(stand_in.gpu(), order, sets, home).unwrap(), staged)
+}
+
+#[test]
+fn nothing_goes_home_before_it_is_updated() {
+    let _turn = stand_in::turn();
+    let (stand_in, mut m) = (StandIn::open(), pages::Pages::zero(5000));
+    let (mut bus, staged) = bus(stand_in, &mut m);
+    let come = bus.come(0, &(0..1000), 1).unwrap();
+    stand_in.hold(true);
+    bus.leave(come).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    // What computes is not done yet, so this is in time.
+    let _ = staged[come.staging].shallow_clone().fill_(1.0);
+    stand_in.hold(false);
+    bus.wait().unwrap();
+    assert!(m[..1000].iter().all(|x| *x == 1.0) && m[1000..].iter().all(|x| *x == 0.0));
+}
+
+#[test]
+fn what_goes_home_is_there_before_it_comes_again() {
+    let _turn = stand_in::turn();
+    let mut m = pages::Pages::zero(1000);
+    let (mut bus, staged) = bus(StandIn::open(), &mut m);
+    for step in 1..=4 {
+        let come = bus.come(0, &(0..1000), step).unwrap();
+        let now = &staged[come.staging];
+        assert_eq!(now.double_value(&[999]), (step - 1) as f64);
+        let _ = now.shallow_clone().fill_(step as f64);
+        bus.leave(come).unwrap();
     }
 }
 

@@ -4,6 +4,7 @@
 //! master's upper half, rounded to nearest with ties away from zero: adding half a unit and cutting. Then the master is
 //! the parameter and its own lower 16 bits, to the bit ([`join`]), and only these are kept.
 
+use super::pages::Pages;
 use crate::ops::simd::vectorised;
 use crate::restore::Part;
 use half::bf16;
@@ -61,9 +62,9 @@ impl Form {
 /// What is kept beside the parameters of the own range of one bucket: `[own elements]` each.
 #[derive(Debug, Clone, PartialEq)]
 pub enum State {
-    Whole { m: Vec<f32>, v: Vec<f32> },
-    Split { low: Vec<u16>, m: Vec<f32>, v: Vec<f32> },
-    Narrow { m: Vec<bf16>, v: Vec<bf16> },
+    Whole { m: Pages<f32>, v: Pages<f32> },
+    Split { low: Pages<u16>, m: Pages<f32>, v: Pages<f32> },
+    Narrow { m: Pages<bf16>, v: Pages<bf16> },
 }
 
 /// A master's rounded upper half, and its lower one. A NaN stays one.
@@ -105,12 +106,10 @@ pub(super) fn resident<T: Copy>(n: usize, other: T, zero: T) -> Vec<T> {
 impl State {
     /// All zero.
     pub fn new(form: Form, n: usize) -> Self {
-        let wide = || resident(n, 1f32, 0.0);
-        let narrow = || resident(n, bf16::ONE, bf16::ZERO);
         match form {
-            Form::Whole => State::Whole { m: wide(), v: wide() },
-            Form::Split => State::Split { low: resident(n, 1u16, 0), m: wide(), v: wide() },
-            Form::Narrow => State::Narrow { m: narrow(), v: narrow() },
+            Form::Whole => State::Whole { m: Pages::zero(n), v: Pages::zero(n) },
+            Form::Split => State::Split { low: Pages::zero(n), m: Pages::zero(n), v: Pages::zero(n) },
+            Form::Narrow => State::Narrow { m: Pages::zero(n), v: Pages::zero(n) },
         }
     }
 
@@ -145,8 +144,8 @@ impl State {
     /// Sets elements from `at` on. Numbers of a narrow state are bf16 already.
     pub fn set(&mut self, part: Part, at: usize, values: &[f32]) {
         let range = at..at + values.len();
-        let wide = |to: &mut Vec<f32>| to[range.clone()].copy_from_slice(values);
-        let narrow = |to: &mut Vec<bf16>| {
+        let wide = |to: &mut [f32]| to[range.clone()].copy_from_slice(values);
+        let narrow = |to: &mut [bf16]| {
             to[range.clone()].iter_mut().zip(values).for_each(|(to, x)| *to = bf16::from_f32(*x));
         };
         match (part, self) {

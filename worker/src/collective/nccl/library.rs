@@ -34,8 +34,9 @@ functions! {
     }
 }
 
-/// What NCCL refuses, in its own words.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What NCCL or the driver refuses, in its own words.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct Problem(pub String);
 
 /// NCCL, opened.

@@ -402,6 +402,6 @@ impl Drop for Nccl {
 }
 
 #[cfg(test)]
-mod stand_in;
+pub(crate) mod stand_in;
 #[cfg(test)]
 mod tests;

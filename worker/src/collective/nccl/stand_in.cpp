@@ -72,6 +72,23 @@ struct Event {
 // Whoever computes is held up while this is set: what it was asked for is not done yet.
 std::atomic<bool> held{false};
 
+std::mutex locking;
+std::map<uintptr_t, size_t> locked; // Pages of the host, by where they begin.
+
+// Whether memory of the host is locked: all of it or none.
+bool is_locked(const void *memory, size_t bytes) {
+    std::lock_guard<std::mutex> lock(locking);
+    auto begin = (uintptr_t)memory, end = begin + bytes;
+    for (auto &[at, length] : locked) {
+        if (begin >= at && end <= at + length) return true;
+        if (begin < at + length && end > at) misused("a copy of memory that is locked in part");
+    }
+    return false;
+}
+
+// What goes home is slower, so that what comes again overtakes it unless it waits.
+void slowly(int milliseconds) { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); }
+
 } // namespace
 
 extern "C" {
@@ -129,8 +146,16 @@ int cuEventRecord(Event *event, Stream *stream) {
     return 0;
 }
 int cuEventQuery(Event *event) { return *event->passed ? 0 : 600; }
+int cuEventSynchronize(Event *event) {
+    while (!*event->passed) pause();
+    return 0;
+}
 int cuStreamWaitEvent(Stream *stream, Event *event, unsigned) {
     auto passed = event->passed;
+    if (!stream) { // The emulator computes at once.
+        while (!*passed) pause();
+        return 0;
+    }
     stream->put([passed] {
         while (!*passed) pause();
     });
@@ -147,12 +172,42 @@ int cuMemFree_v2(uint64_t at) {
     alive--;
     return 0;
 }
+int cuMemHostRegister_v2(void *memory, size_t bytes, unsigned) {
+    if (fault == Refuses) return 2;
+    if (((uintptr_t)memory | bytes) % 4096) misused("memory is locked in whole pages");
+    if (is_locked(memory, bytes)) return 712;
+    std::lock_guard<std::mutex> lock(locking);
+    locked[(uintptr_t)memory] = bytes;
+    alive++;
+    return 0;
+}
+int cuMemHostUnregister(void *memory) {
+    std::lock_guard<std::mutex> lock(locking);
+    if (!locked.erase((uintptr_t)memory)) return 713;
+    alive--;
+    return 0;
+}
+// Locked memory is read and written when the stream comes to it.
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, Stream *stream) {
+    if (is_locked(from, bytes)) {
+        stream->put([=] {
+            slowly(1);
+            memcpy((void *)to, from, bytes);
+        });
+        return 0;
+    }
     auto copy = std::make_shared<std::vector<char>>((const char *)from, (const char *)from + bytes);
     stream->put([=] { memcpy((void *)to, copy->data(), bytes); });
     return 0;
 }
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, Stream *stream) {
+    if (is_locked(to, bytes)) {
+        stream->put([=] {
+            slowly(4);
+            memcpy(to, (const void *)from, bytes);
+        });
+        return 0;
+    }
     auto done = std::make_shared<std::atomic<bool>>(false);
     stream->put([=] {
         memcpy(to, (const void *)from, bytes);

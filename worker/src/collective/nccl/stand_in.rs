@@ -3,6 +3,7 @@
 
 use super::{library, Gpu, Libraries};
 use crate::library::{compiled, functions, Library};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tch::Device;
 
 functions! {
@@ -28,6 +29,12 @@ pub enum Fault {
     NeverReady = 4,
 }
 
+/// Streams and the like are counted over all ranks, and one who holds up holds up all, so tests follow one another.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[derive(Clone, Copy)]
 pub struct StandIn {
     controls: Controls,
@@ -44,8 +51,12 @@ impl StandIn {
     /// As if `device` were a GPU.
     pub fn libraries(&self, device: Device) -> Libraries {
         let nccl = library::Nccl::of(self.library).expect("a version that will do");
-        let gpu = Gpu::of(self.library, 0, |_| Ok(std::ptr::null_mut())).expect("a context");
-        Libraries { nccl, gpu, device }
+        Libraries { nccl, gpu: self.gpu(), device }
+    }
+
+    /// The driver alone.
+    pub fn gpu(&self) -> Gpu {
+        Gpu::of(self.library, 0, |_| Ok(std::ptr::null_mut())).expect("a context")
     }
 
     pub fn fault(&self, fault: Fault) {

@@ -1,5 +1,5 @@
-//! What exchanges need of CUDA's driver: a stream of their own, events between it and the one that computes, and memory
-//! through which what lies on the host goes. Nothing here waits: what is not done is asked again.
+//! What exchanges, and state that lies on the host, need of CUDA's driver: streams of their own, events between them and the
+//! one that computes, memory through which what lies on the host goes, and locked memory of the host.
 #![allow(unsafe_code)]
 
 use super::library::Problem;
@@ -7,6 +7,7 @@ use crate::library::{functions, Library};
 use crate::ops::kernels;
 use cudarc::driver::sys::{CUcontext, CUevent, CUstream};
 use std::ffi::{c_char, c_int, c_uint, CStr};
+use std::ops::Range;
 
 type Code = c_uint;
 const SUCCESS: Code = 0;
@@ -14,6 +15,8 @@ const NOT_READY: Code = 600;
 /// Runs beside the default stream, on which libtorch computes, instead of in turn with it.
 const NON_BLOCKING: c_uint = 1;
 const WITHOUT_TIMING: c_uint = 2;
+/// What the driver locks memory of the host in.
+const PAGE: usize = 4096;
 
 functions! {
     /// What of the driver is used.
@@ -28,10 +31,13 @@ functions! {
         event_destroy = "cuEventDestroy_v2": fn(CUevent) -> Code;
         event_record = "cuEventRecord": fn(CUevent, CUstream) -> Code;
         event_query = "cuEventQuery": fn(CUevent) -> Code;
+        event_wait = "cuEventSynchronize": fn(CUevent) -> Code;
         allocate = "cuMemAlloc_v2": fn(*mut u64, usize) -> Code;
         free = "cuMemFree_v2": fn(u64) -> Code;
         copy_in = "cuMemcpyHtoDAsync_v2": fn(u64, *const u8, usize, CUstream) -> Code;
         copy_out = "cuMemcpyDtoHAsync_v2": fn(*mut u8, u64, usize, CUstream) -> Code;
+        lock = "cuMemHostRegister_v2": fn(*mut u8, usize, c_uint) -> Code;
+        unlock = "cuMemHostUnregister": fn(*mut u8) -> Code;
         describe = "cuGetErrorString": fn(Code, *mut *const c_char) -> Code;
     }
 }
@@ -113,6 +119,14 @@ impl Gpu {
     pub fn mark_computing(&self) -> Result<Event, Problem> {
         self.mark((self.computing)(self.index).map_err(Problem)?)
     }
+
+    /// What libtorch is asked for on this thread from now on comes after `event`.
+    pub fn computing_follows(&self, event: &Event) -> Result<(), Problem> {
+        self.enter()?;
+        let computing = (self.computing)(self.index).map_err(Problem)?;
+        // SAFETY: both are alive.
+        self.check(unsafe { (self.driver.stream_wait)(computing, event.event, 0) })
+    }
 }
 
 /// A place in a stream.
@@ -133,6 +147,13 @@ impl Event {
             code => self.gpu.check(code).map(|()| true),
         }
     }
+
+    /// Waits until the device has come by: only where nothing before it waits for a peer.
+    pub fn wait(&self) -> Result<(), Problem> {
+        self.gpu.enter()?;
+        // SAFETY: the event is alive.
+        self.gpu.check(unsafe { (self.gpu.driver.event_wait)(self.event) })
+    }
 }
 
 impl Drop for Event {
@@ -142,7 +163,7 @@ impl Drop for Event {
     }
 }
 
-/// The stream of exchanges.
+/// A stream beside the one that computes.
 pub struct Stream {
     gpu: Gpu,
     stream: CUstream,
@@ -196,6 +217,65 @@ impl Stream {
     pub fn copy_out(&self, to: &mut [u8], from: Address) -> Result<(), Problem> {
         // SAFETY: pageable memory is written before this returns; `from` is of memory that is as long, by [`Staging`].
         self.gpu.check(unsafe { (self.gpu.driver.copy_out)(to.as_mut_ptr(), from.0, to.len(), self.stream) })
+    }
+}
+
+impl Stream {
+    /// Asks for `bytes` of locked memory to be copied to the device.
+    ///
+    /// # Safety
+    /// `to` is of as many bytes, which live until an event after this has passed. Meanwhile nobody uses them, nor writes to
+    /// those of `from`, which stays locked.
+    pub unsafe fn bring(&self, to: Address, from: &Locked, bytes: Range<usize>) -> Result<(), Problem> {
+        assert!(bytes.start <= bytes.end && bytes.end <= from.bytes, "within what is locked");
+        self.gpu.enter()?;
+        // SAFETY: within the locked pages; the caller vouches for the rest.
+        let code = unsafe { (self.gpu.driver.copy_in)(to.0, from.at.add(bytes.start), bytes.len(), self.stream) };
+        self.gpu.check(code)
+    }
+
+    /// Asks for as many bytes as `bytes` of locked memory to be copied there from the device.
+    ///
+    /// # Safety
+    /// As of [`Stream::bring`], the other way round.
+    pub unsafe fn take(&self, to: &Locked, bytes: Range<usize>, from: Address) -> Result<(), Problem> {
+        assert!(bytes.start <= bytes.end && bytes.end <= to.bytes, "within what is locked");
+        self.gpu.enter()?;
+        // SAFETY: as above.
+        let code = unsafe { (self.gpu.driver.copy_out)(to.at.add(bytes.start), from.0, bytes.len(), self.stream) };
+        self.gpu.check(code)
+    }
+}
+
+/// Pages of the host that stay in memory, so that the device reads and writes them by itself.
+pub struct Locked {
+    gpu: Gpu,
+    at: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: an address; whoever makes one vouches for what is there.
+unsafe impl Send for Locked {}
+
+impl Locked {
+    /// # Safety
+    /// `bytes` from `at`, the begin of a page, are memory in pages that hold nothing else, which live where they are until this
+    /// is dropped.
+    pub unsafe fn new(gpu: Gpu, at: *mut u8, bytes: usize) -> Result<Self, Problem> {
+        gpu.enter()?;
+        // SAFETY: the caller vouches for all of the last page too.
+        gpu.check(unsafe { (gpu.driver.lock)(at, bytes.next_multiple_of(PAGE), 0) })?;
+        Ok(Locked { gpu, at, bytes })
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // A GPU that cannot be entered has lost its locks too.
+        if self.gpu.enter().is_ok() {
+            // SAFETY: locked above, unlocked only here.
+            unsafe { (self.gpu.driver.unlock)(self.at) };
+        }
     }
 }
 

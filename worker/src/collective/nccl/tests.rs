@@ -7,10 +7,6 @@ use crate::collective::courier::Courier;
 use crate::collective::tcp::tests::{memberships, mesh};
 use crate::ops::view::elements;
 use std::net::TcpListener;
-use std::sync::Mutex;
-
-/// Streams and the like are counted over all ranks, so tests follow one another.
-static TURN: Mutex<()> = Mutex::new(());
 
 /// What is exchanged lies where NCCL reaches it, or on the host beside it.
 const PLACES: [Device; 2] = [Device::Cpu, Device::Cuda(0)];
@@ -31,7 +27,7 @@ fn each<T: Send>(members: Vec<(TcpListener, Membership)>, work: impl Fn(Mesh, &M
 
 /// Runs `work` on every rank of a world; nothing may be left of it.
 fn ranks<T: Send>(world: usize, timeout: f64, device: Device, work: impl Fn(&StandIn, Nccl) -> T + Sync) -> Vec<T> {
-    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    let _turn = stand_in::turn();
     let stand_in = StandIn::open();
     let before = stand_in.alive();
     let results = each(memberships(world, timeout), |mesh, membership| {
@@ -267,7 +263,7 @@ fn whoever_stops_the_generation_ends_a_hang() {
 
 #[test]
 fn a_meeting_that_comes_to_nothing_is_an_error() {
-    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    let _turn = stand_in::turn();
     let stand_in = StandIn::open();
     let before = stand_in.alive();
     let meet = |fault: Fault, timeout: f64, change: fn(&mut Membership)| {
