@@ -116,6 +116,8 @@ impl Machine {
             effects.extend(self.given_up(now, rank, message));
             return effects;
         }
+        // Whether or not anybody says anything more of snapshots; what follows may end the run.
+        effects.extend(self.warn_of_lateness());
         let ripe = self.complaints.are_ripe(now, COMPLAINT_WAITS);
         if let Some((rank, failure)) = self.blamed().filter(|_| ripe) {
             if failure.snapshot {
@@ -123,8 +125,6 @@ impl Machine {
             }
             effects.extend(self.regroup(now, rank, failure));
         }
-        // Whether or not anybody says anything more of snapshots.
-        effects.extend(self.warn_of_lateness());
         // A save that failed may be due again.
         effects.extend(self.queue_ahead(now));
         effects
