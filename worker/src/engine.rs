@@ -5,7 +5,7 @@
 use crate::collective::courier::Courier;
 use crate::collective::tcp::Stopper;
 use crate::collective::{self, Collective};
-use crate::model::{self, BadNumber, Batch, Fault, Loss, Model, Nowhere, Station, Wave};
+use crate::model::{self, BadNumber, Batch, Fault, Loss, Model, Nowhere, Owed, Station, Wave};
 use crate::optim::reduction::Turn;
 use crate::optim::shard::Shard;
 use crate::optim::Optimizer;
@@ -61,19 +61,35 @@ impl Engine {
         self.model.is_sharded()
     }
 
-    /// Adds one wave's leaves to the step's gradient. All ranks take the same number of waves, empty ones too.
-    pub fn add(&mut self, batches: Vec<Batch>, turn: Turn, scale: f64) -> Result<Vec<Loss>, Error> {
+    /// Adds one wave's leaves to the step's gradient. All ranks take the same number of waves, empty ones too. What a device
+    /// computes is not waited for: see [`Engine::judge`].
+    pub fn add(&mut self, batches: Vec<Batch>, turn: Turn, scale: f64) -> Result<Vec<Owed>, Error> {
+        let count = batches.len();
         let wave = self.model.wave(batches)?;
-        self.travel(wave, true, turn, scale)
+        if let (true, Some(optimizer)) = (turn.first, &mut self.optimizer) {
+            optimizer.reduction.begin();
+        }
+        let wave = self.travel(wave, true, turn, scale)?;
+        if let Some(optimizer) = &mut self.optimizer {
+            optimizer.reduction.end_wave(count);
+        }
+        Ok(wave.losses().collect())
+    }
+
+    /// Whether all leaves of this step's waves could be added, of which none reaches an update before; an error counts the
+    /// micro-batches of all of them. On the host that was known as they came.
+    pub fn judge(&self) -> Result<(), Error> {
+        let Some(optimizer) = &self.optimizer else { return Ok(()) };
+        Ok(optimizer.reduction.check().map_err(|(index, bad)| Fault { index, source: bad.into() })?)
     }
 
     /// Loss and first choices. Where parameters are sharded, all ranks take the same number of waves.
     pub fn evaluate(&mut self, batches: Vec<Batch>) -> Result<Vec<Loss>, Error> {
         let wave = self.model.wave(batches)?;
-        self.travel(wave, false, Turn::ONLY, 1.0)
+        Ok(self.travel(wave, false, Turn::ONLY, 1.0)?.losses().map(Owed::read).collect())
     }
 
-    fn travel(&mut self, mut wave: Wave, trains: bool, turn: Turn, scale: f64) -> Result<Vec<Loss>, Error> {
+    fn travel(&mut self, mut wave: Wave, trains: bool, turn: Turn, scale: f64) -> Result<Wave, Error> {
         let Engine { model, optimizer, courier, supply, waited } = self;
         let (way, layout) = (model.way(trains), model.layout().clone());
         let needs: Vec<_> = way.iter().map(|&station| model.needs(station)).collect();
@@ -105,10 +121,7 @@ impl Engine {
                 _ => wave.pass(model, station, scale, &mut Nowhere)?,
             }
         }
-        if let (true, Some(optimizer)) = (trains, optimizer.as_ref()) {
-            optimizer.reduction.check().map_err(|(index, bad)| Fault { index, source: bad.into() })?;
-        }
-        Ok(wave.losses().collect())
+        Ok(wave)
     }
 
     /// Whether a micro-batch alone gives a bad number; nothing is added up. All ranks probe together, who has none left
@@ -133,7 +146,7 @@ impl Engine {
             }
         }
         let lost = || BadNumber { bucket: "loss".into(), value: f64::NAN };
-        Ok(bad.or_else(|| wave.losses().any(|loss| !loss.sum.is_finite()).then(lost)))
+        Ok(bad.or_else(|| wave.losses().any(|loss| !loss.read().sum.is_finite()).then(lost)))
     }
 
     /// The norm of the step's gradient, once every rank has added its waves.
@@ -191,8 +204,13 @@ impl Engine {
     pub fn rehearse(&mut self, batches: Vec<Batch>, trains: bool, scale: f64) -> Result<(), Error> {
         let alone = Alone { rank: self.courier.rank(), world: self.courier.world() };
         let real = std::mem::replace(&mut self.courier, Courier::new(Box::new(alone), &Stopper::default()));
-        let wave = self.model.wave(batches)?;
-        self.travel(wave, trains, Turn::ONLY, scale)?;
+        match trains {
+            true => {
+                self.add(batches, Turn::ONLY, scale)?.into_iter().map(Owed::read).for_each(drop);
+                self.judge()?;
+            }
+            false => drop(self.evaluate(batches)?),
+        }
         if let Some(optimizer) = &mut self.optimizer {
             optimizer.reduction.abandon()?;
         }

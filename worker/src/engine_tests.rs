@@ -114,8 +114,9 @@ fn work(peers: crate::collective::tcp::Mesh, tied: bool, way: Way) -> (Vec<(usiz
             let turn = Turn { first: wave == 0, last: wave + 1 == waves };
             let of_wave: Vec<_> = own.iter().skip(wave * way.wave).take(way.wave).copied().collect();
             let losses = engine.add(of_wave.iter().map(|&m| batch(m)).collect(), turn, 0.01).unwrap();
-            numbers.extend(of_wave.iter().zip(losses).map(|(&m, loss)| (m, loss.sum.to_bits())));
+            numbers.extend(of_wave.iter().zip(losses).map(|(&m, loss)| (m, loss.read().sum.to_bits())));
         }
+        engine.judge().unwrap();
         let norm = engine.norm().unwrap();
         numbers.push((1000, norm.to_bits()));
         engine.update(step, 1e-3, norm);
@@ -218,4 +219,32 @@ fn no_place_of_sums_and_state_changes_a_bit() {
 #[cfg(not(feature = "float-sum"))]
 fn no_place_of_sums_and_a_narrow_state_changes_a_bit() {
     of_any_place(Form::Narrow, &[(1, Stage::Two, 2, Offload::State), (2, Stage::Three, 5, Offload::Nothing)]);
+}
+
+/// A device is asked once for all waves of a step which leaves were bad.
+#[test]
+fn a_bad_number_of_any_wave_is_that_of_its_micro_batch() {
+    let _emulated = Emulated::begin().unwrap();
+    let (nothing, offload) = (Recompute::Nothing, Some(Offload::Nothing));
+    for stage in [Stage::One, Stage::Two] {
+        let way = Way { offload, ..Way::here(1, stage, 2, nothing) };
+        let mut engine = engine(mesh(1).remove(0), true, way);
+        let mut step = |scales: [f64; 3]| {
+            for (wave, scale) in scales.into_iter().enumerate() {
+                let turn = Turn { first: wave == 0, last: wave == 2 };
+                let batches = [2 * wave, 2 * wave + 1].into_iter().filter(|m| *m < MICRO_BATCHES);
+                let owed = engine.add(batches.map(batch).collect(), turn, scale).unwrap();
+                assert!(owed.iter().all(|loss| !loss.is_known()), "nobody has waited");
+            }
+            let judged = engine.judge();
+            engine.optimizer.as_mut().unwrap().reduction.abandon().unwrap();
+            judged.map_err(|error| match error {
+                Error::Micro(Fault { index, source: model::Error::BadNumber(_) }) => index,
+                other => panic!("{other}"),
+            })
+        };
+        assert_eq!(step([0.01, 1e30, 1e30]), Err(2));
+        assert_eq!(step([0.01, 0.01, 1e30]), Err(4));
+        assert_eq!(step([0.01; 3]), Ok(()), "a step begins anew");
+    }
 }

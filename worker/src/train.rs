@@ -94,15 +94,22 @@ impl Trainer<'_> {
 
         link.progress().enter(Phase::Forward);
         let scale = 1.0 / step.target_tokens as f64;
-        let mut parts = Vec::with_capacity(keys.len());
-        for (turn, keys) in self.waves(keys, step.passes) {
+        let (mut parts, mut owed) = (Vec::with_capacity(keys.len()), Vec::new());
+        for (turn, of_wave) in self.waves(keys, step.passes) {
             let waiting = trace::span(Track::Compute, || "wait for data".into());
-            let batches = self.batches(keys)?;
+            let batches = self.batches(of_wave)?;
             drop(waiting);
             seconds.data += clock.lap();
-            let losses = self.engine.add(batches, turn, scale).map_err(|error| Error::of(error, keys))?;
-            for (key, loss) in keys.iter().zip(losses) {
-                parts.push(part(key, loss)?);
+            let losses = self.engine.add(batches, turn, scale).map_err(|error| Error::of(error, of_wave))?;
+            owed.extend(of_wave.iter().zip(losses));
+            if turn.last {
+                self.engine.judge().map_err(|error| Error::of(error, keys))?;
+            }
+            // A device goes on with the next wave, and is waited for once.
+            if turn.last || owed.iter().all(|(_, loss)| loss.is_known()) {
+                for (key, loss) in owed.drain(..) {
+                    parts.push(part(key, loss.read())?);
+                }
             }
             seconds.compute += clock.lap();
         }

@@ -7,7 +7,7 @@ mod support;
 use support::{batch, model, one_thread, parameters, specs, Collected};
 use tch::Kind;
 use unisono_configs::model::{Layout, ModelSpec};
-use unisono_worker::model::{Batch, Leaves, Model, Nowhere, Recompute, Wave};
+use unisono_worker::model::{Batch, Leaves, Model, Nowhere, Owed, Recompute, Wave};
 use unisono_worker::optim::exact::ExactSum;
 
 /// Of different lengths; one has no targets.
@@ -46,12 +46,16 @@ fn together_or_one_by_one_is_the_same_to_the_bit() {
                 model.set_plan(level, usize::MAX);
                 let mut together = ExactSum::new(layout.clone(), 8);
                 let wave = all_the_way(&model, &batches, true, &mut together);
-                assert_eq!(wave.losses().collect::<Vec<_>>(), losses, "{name} in {compute:?} at {level:?}");
+                assert_eq!(
+                    wave.losses().map(Owed::read).collect::<Vec<_>>(),
+                    losses,
+                    "{name} in {compute:?} at {level:?}"
+                );
                 assert!(sums(&mut together, &layout) == alone, "{name} in {compute:?} at {level:?}");
             }
             let wave = all_the_way(&model, &batches, false, &mut Nowhere);
             let found: Vec<_> = batches.iter().map(|batch| model.evaluate(batch).unwrap()).collect();
-            assert_eq!(wave.losses().collect::<Vec<_>>(), found, "{name} in {compute:?}");
+            assert_eq!(wave.losses().map(Owed::read).collect::<Vec<_>>(), found, "{name} in {compute:?}");
         }
     }
 }

@@ -26,7 +26,7 @@ use weights::Weights;
 
 pub use held::TOGETHER;
 pub use saved::Recompute;
-pub use wave::{Fault, Station, Wave};
+pub use wave::{Fault, Owed, Station, Wave};
 
 /// A packed row of documents, without padding between them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -327,7 +327,7 @@ impl optim::Parameters for Model {
 fn alone(passed: Result<Wave, Fault>) -> Result<Loss, Error> {
     let wave = passed.map_err(|fault| fault.source)?;
     let loss = wave.losses().next();
-    Ok(loss.expect("a wave of one has one loss"))
+    Ok(loss.expect("a wave of one has one loss").read())
 }
 
 #[cfg(test)]

@@ -63,11 +63,30 @@ impl Wave {
     }
 
     /// Of each micro-batch, once all have passed the head.
-    pub fn losses(self) -> impl Iterator<Item = Loss> {
+    pub fn losses(self) -> impl Iterator<Item = Owed> {
         self.passages.into_iter().map(|passage| {
             let (targets, correct) = (passage.rows.len() as u64, passage.correct);
-            Loss { sum: passage.loss.sum(), targets, correct }
+            Owed { loss: passage.loss, targets, correct }
         })
+    }
+}
+
+/// The loss of a micro-batch, which a device may still be computing.
+pub struct Owed {
+    loss: cross_entropy::Loss,
+    targets: u64,
+    correct: u64,
+}
+
+impl Owed {
+    /// Whether nobody need wait for it.
+    pub fn is_known(&self) -> bool {
+        self.loss.is_known()
+    }
+
+    /// Waits for the device.
+    pub fn read(self) -> Loss {
+        Loss { sum: self.loss.sum(), targets: self.targets, correct: self.correct }
     }
 }
 

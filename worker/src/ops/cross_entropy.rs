@@ -24,6 +24,11 @@ impl Loss {
         self.pending.extend(other.pending);
     }
 
+    /// Whether nobody need wait for it.
+    pub fn is_known(&self) -> bool {
+        self.pending.is_empty()
+    }
+
     /// The sum, from the first row to the last; waits for the device.
     pub fn sum(self) -> f64 {
         let rows = self.pending.iter().flat_map(|rows| Vec::<f64>::try_from(rows).expect("a vector of f64"));

@@ -103,17 +103,19 @@ pub struct ExactSum {
 /// Accumulators on a device: leaves need not leave it, and nobody waits for them.
 #[derive(Debug)]
 struct Away {
-    /// Of each micro-batch of a wave and each bucket the bits of the largest magnitude so far: `[micro-batches, buckets]` i32.
+    /// Of each micro-batch of a step and each bucket the bits of the largest magnitude so far: `[micro-batches, buckets]` i32.
     peaks: Tensor,
-    /// The micro-batches of the next leaves.
+    /// The micro-batches of the next leaves, in their wave.
     whose: Vec<usize>,
+    /// Micro-batches of the step's waves before.
+    before: usize,
 }
 
 impl Away {
     /// The place of the peak of leaf number `which` of those that come now.
     fn peak(&self, which: usize, bucket: usize) -> Tensor {
-        let micro_batch = self.whose.get(which).map_or(0, |&index| index as i64).min(self.peaks.size()[0] - 1);
-        self.peaks.select(0, micro_batch).narrow(0, bucket as i64, 1)
+        let micro_batch = self.before + self.whose.get(which).map_or(0, |&index| index);
+        self.peaks.select(0, (micro_batch as i64).min(self.peaks.size()[0] - 1)).narrow(0, bucket as i64, 1)
     }
 }
 
@@ -152,16 +154,30 @@ impl ExactSum {
     /// memory there that [`ExactSum::open`] brings. The same bits as on the host.
     pub fn move_to(&mut self, device: Device, leaves: usize) -> Result<(), tch::TchError> {
         let shape = [leaves.max(1) as i64, self.layout.buckets.len() as i64];
-        self.away = Some(Away { peaks: Tensor::f_zeros(shape, (Kind::Int, device))?, whose: vec![0] });
+        self.away = Some(Away { peaks: Tensor::f_zeros(shape, (Kind::Int, device))?, whose: vec![0], before: 0 });
         Ok(())
     }
 
-    /// Whether all leaves so far could be added, or the first micro-batch of the wave that has a bad one; waits for the device
-    /// that adds them. On the host that is known at once.
+    /// The first wave of a step begins, whatever became of the one before.
+    pub fn begin(&mut self) {
+        if let Some(away) = &mut self.away {
+            away.before = 0;
+            let _ = away.peaks.zero_();
+        }
+    }
+
+    /// All leaves of a wave of so many micro-batches have come.
+    pub fn end_wave(&mut self, micro_batches: usize) {
+        if let Some(away) = &mut self.away {
+            away.before += micro_batches;
+        }
+    }
+
+    /// Whether all leaves of the step so far could be added, or the first of its micro-batches that has a bad one; waits for the
+    /// device that adds them. On the host that is known at once.
     pub fn check(&self) -> Result<(), (usize, BadNumber)> {
         let Some(away) = &self.away else { return Ok(()) };
         let peaks = Vec::<i32>::try_from(away.peaks.view([-1])).expect("a vector of i32");
-        let _ = away.peaks.shallow_clone().zero_();
         for (micro_batch, peaks) in peaks.chunks(self.layout.buckets.len()).enumerate() {
             for (bucket, bits) in self.layout.buckets.iter().zip(peaks) {
                 let judged = self.judge(&bucket.name, f64::from(f32::from_bits(*bits as u32)));

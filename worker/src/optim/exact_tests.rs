@@ -194,7 +194,7 @@ fn sums_on_a_device_are_those_of_the_host() {
         found
     };
     let (mut here, mut away) = (ExactSum::new(layout.clone(), 4), ExactSum::new(layout, 4));
-    away.move_to(Device::Cpu, 3).unwrap();
+    away.move_to(Device::Cpu, 4).unwrap();
     for number in 1..=2 {
         let expected = step(&mut here, number);
         assert_eq!(step(&mut away, number), expected);
@@ -202,6 +202,7 @@ fn sums_on_a_device_are_those_of_the_host() {
     }
     away.dense(0, 0, &Tensor::from_slice(&[1.0f32, f32::NAN])).unwrap();
     assert!(away.check().unwrap_err().1.value.is_nan());
+    away.begin();
     away.check().unwrap();
     let large = Tensor::from_slice(&[bound(4) as f32; 3]).view([1, 3]);
     // The first of a wave that is bad is named, whoever comes first.
@@ -212,6 +213,12 @@ fn sums_on_a_device_are_those_of_the_host() {
     away.together(0, 3, &[&good, &bad]).unwrap();
     let (index, bad) = away.check().unwrap_err();
     assert_eq!((index, bad.bucket.as_str()), (1, "block.0"));
+    // Those of later waves are counted on.
+    away.begin();
+    away.end_wave(2);
+    away.come_from(&[1]);
+    away.dense(0, 0, &Tensor::from_slice(&[f32::NAN])).unwrap();
+    assert_eq!(away.check().unwrap_err().0, 3);
 }
 
 proptest! {

@@ -162,7 +162,17 @@ impl Reduction {
         Ok(())
     }
 
-    /// Whether all leaves so far could be added; else whose could not.
+    /// The first wave of a step begins.
+    pub fn begin(&mut self) {
+        self.sums.begin();
+    }
+
+    /// All leaves of a wave of so many micro-batches have come.
+    pub fn end_wave(&mut self, micro_batches: usize) {
+        self.sums.end_wave(micro_batches);
+    }
+
+    /// Whether all leaves so far could be added; else whose could not, of the step's micro-batches.
     pub fn check(&self) -> Result<(), (usize, BadNumber)> {
         self.sums.check()
     }
