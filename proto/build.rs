@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "StepCommitted",
         "Evaluated",
         "Memory",
+        "GpuMemory",
         "CheckpointCommitted",
         "Membership",
         "Member",
@@ -30,6 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .field_attribute("unisono.v1.Failure.phase", "#[serde(serialize_with = \"crate::event::phase\")]")
         // Between worker and coordinator; people have the message.
         .field_attribute("unisono.v1.Failure.norm", "#[serde(skip)]")
+        .field_attribute("unisono.v1.Memory.gpu", "#[serde(skip_serializing_if = \"Option::is_none\")]")
         .field_attribute("unisono.v1.WorkerLost.failure", "#[serde(flatten)]")
         .compile_fds(descriptors)?;
     Ok(())

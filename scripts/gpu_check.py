@@ -207,7 +207,8 @@ def trained(check, name, counts, more=(), environment=None):
             "workers": workers, "digest": digest.strip(), "losses": [s["loss"] for s in steps],
             "tokens_per_second": sum(s["tokens"] for s in steps[1:]) / max(1e-9, sum(s["seconds"] for s in steps[1:])),
             "planned_bytes": max((e["planned_bytes"] for e in memory), default=None),
-            "peak_bytes": max((e["peak_bytes"] for e in memory), default=None)})
+            "peak_bytes": max((e["peak_bytes"] for e in memory), default=None),
+            "gpu_peak_bytes": max((e["gpu"]["peak_bytes"] for e in memory if "gpu" in e), default=None)})
     result["one_result"] = len(digests) == 1 and result["good"]
     result["good"] = result["one_result"]
     return result

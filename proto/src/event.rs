@@ -85,7 +85,7 @@ pub(crate) fn phase<S: serde::Serializer>(phase: &i32, serializer: S) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::v1::{Failure, StepCommitted};
+    use crate::v1::{Failure, GpuMemory, Memory, StepCommitted};
 
     #[test]
     fn entries_read_as_objects() {
@@ -97,5 +97,8 @@ mod tests {
         let failed = Body::Failed(Failure { phase: Phase::Reduce.into(), rank: Some(1), ..Default::default() });
         assert_eq!(failed.to_json()["phase"], "reduce");
         assert_eq!(failed.to_json()["rank"], 1);
+        let memory = |gpu| Body::Memory(Memory { gpu, ..Default::default() }).to_json();
+        assert!(!memory(None).contains_key("gpu"), "nothing is said of what is not there");
+        assert_eq!(memory(Some(GpuMemory { planned_bytes: 2, peak_bytes: 1 }))["gpu"]["peak_bytes"], 1);
     }
 }

@@ -7,6 +7,7 @@ use crate::memory::Bytes;
 use crate::ops::{kernels, switches};
 use cudarc::driver::{result, sys};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 use tch::{Cuda, Device};
 
@@ -207,16 +208,29 @@ pub fn identity(device: Device) -> Result<Vec<u8>, Error> {
     Ok(uuid.bytes.iter().map(|byte| *byte as u8).collect())
 }
 
+/// Bytes that GPUs had free when this process first asked, before it took any.
+static FREE: OnceLock<u64> = OnceLock::new();
+
 /// Bytes that a GPU had free when this process first asked, before it took any: what libtorch keeps of an earlier generation
 /// serves the next one. None on the host.
 pub fn free(device: Device) -> Result<Option<u64>, Error> {
-    static FREE: OnceLock<u64> = OnceLock::new();
     let Device::Cuda(index) = device else { return Ok(None) };
     if let Some(known) = FREE.get() {
         return Ok(Some(*known));
     }
     let gpu = Gpu::describe(index).map_err(|reason| Error::Unusable { index, reason: reason.to_string() })?;
     Ok(Some(*FREE.get_or_init(|| gpu.free)))
+}
+
+/// The most bytes that this has seen taken since [`free`] first asked, by this process and by others that share the GPU.
+/// libtorch keeps what it has taken, so a look after a step sees what the step needed. None on the host.
+pub fn taken(device: Device) -> Option<u64> {
+    static MOST: AtomicU64 = AtomicU64::new(0);
+    let (Device::Cuda(_), Some(before)) = (device, FREE.get()) else { return None };
+    // The context is this thread's since it computes.
+    let (now, _) = result::mem_get_info().ok()?;
+    let taken = before.saturating_sub(now as u64);
+    Some(MOST.fetch_max(taken, Ordering::Relaxed).max(taken))
 }
 
 /// Bytes that each of `workers` on this machine has free on its GPU, if all begin now and the fullest is shared by most; none

@@ -314,7 +314,9 @@ impl<'l> Loading<'l> {
             |o: &Optimizer| Saver::new(&o.source(&engine.model), o.layout().clone(), behind, link.reporter(), *epoch);
         let saver = engine.optimizer.as_ref().map(new_saver);
         let here = held.map(|s| s.step).or(assign.resume.as_ref().map(|r| r.step)).unwrap_or(0);
-        let mut trainer = Trainer { link, engine, saver, snapshots: None, wave, planned_bytes: plan.total(), here };
+        let (planned_bytes, gpu_planned_bytes) = (plan.total(), plan.gpu.total());
+        let mut trainer =
+            Trainer { link, engine, saver, snapshots: None, wave, planned_bytes, gpu_planned_bytes, here };
         link.report(Body::Ready(Ready { memory: Some(trainer.memory()), snapshots: plan.snapshots > 0 }))?;
         let every = link.go()?.snapshot_every;
         if let (Some(exchange), Some(neighbour), 1.., Some(optimizer)) =

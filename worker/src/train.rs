@@ -2,6 +2,7 @@
 
 use crate::checkpoint::saver::{BadState, Saver};
 use crate::collective;
+use crate::device;
 use crate::engine::{self, Engine};
 use crate::link::{self, Link};
 use crate::memory;
@@ -13,8 +14,8 @@ use crate::supply;
 use crate::trace::{self, Track};
 use std::time::Instant;
 use unisono_proto::v1::{
-    BatchKey, Checkpoint, CheckpointCopied, Continuation, Evaluate, EvaluateReport, Generate, GenerateReport, LossPart,
-    MemoryReport, Phase, Step, StepReport, StepSeconds,
+    BatchKey, Checkpoint, CheckpointCopied, Continuation, Evaluate, EvaluateReport, Generate, GenerateReport,
+    GpuMemory, LossPart, MemoryReport, Phase, Step, StepReport, StepSeconds,
 };
 use unisono_proto::{fail_point, put_u32s};
 
@@ -79,6 +80,8 @@ pub struct Trainer<'l> {
     /// Micro-batches that go through the model together.
     pub wave: usize,
     pub planned_bytes: u64,
+    /// Of the GPU, where there is one.
+    pub gpu_planned_bytes: u64,
     /// The step after which the state here is.
     pub here: u64,
 }
@@ -253,6 +256,8 @@ impl Trainer<'_> {
             optimizer_bytes: self.engine.optimizer.as_ref().map_or(0, Optimizer::bytes),
             zero_stage: self.engine.optimizer.as_ref().map_or(1, |o| o.reduction.stage() as u32),
             wave: self.wave as u32,
+            gpu: device::taken(self.engine.model.device())
+                .map(|peak_bytes| GpuMemory { planned_bytes: self.gpu_planned_bytes, peak_bytes }),
         }
     }
 }

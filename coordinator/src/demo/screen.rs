@@ -138,9 +138,13 @@ fn costs(out: &mut String, run: &RunState) {
     let time = run.done.as_ref().map_or_else(String::new, |d| clock(d.seconds));
     let planned = run.memory.values().map(|m| m.planned_bytes).max().unwrap_or(0);
     let peak = run.memory.values().map(|m| m.peak_bytes).max().unwrap_or(0);
+    let gpu = run.memory.values().filter_map(|m| m.gpu).max_by_key(|gpu| gpu.peak_bytes);
+    let gpu = gpu.map_or_else(String::new, |gpu| {
+        format!("; of the GPU {} planned, {} peak", bytes(gpu.planned_bytes), bytes(gpu.peak_bytes))
+    });
     let _ = writeln!(
         out,
-        "{count} {plural}   {rate} tokens/s, {time}; memory per worker: {} planned, {} peak",
+        "{count} {plural}   {rate} tokens/s, {time}; memory per worker: {} planned, {} peak{gpu}",
         bytes(planned),
         bytes(peak)
     );

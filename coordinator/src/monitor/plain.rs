@@ -88,12 +88,15 @@ pub fn line(event: &Event, state: &RunState) -> Option<String> {
         Body::Eval(e) if e.task.is_empty() && state.tasks(&e.split) == 1 => return None,
         Body::Eval(e) => eval(e),
         Body::Memory(m) => format!(
-            "memory rank {} planned {} peak {} optimizer {} zero {}",
+            "memory rank {} planned {} peak {} optimizer {} zero {}{}",
             m.rank,
             bytes(m.planned_bytes),
             bytes(m.peak_bytes),
             bytes(m.optimizer_bytes),
-            m.zero_stage
+            m.zero_stage,
+            m.gpu.map_or_else(String::new, |gpu| {
+                format!(" gpu planned {} peak {}", bytes(gpu.planned_bytes), bytes(gpu.peak_bytes))
+            })
         ),
         Body::Checkpoint(c) => {
             format!(

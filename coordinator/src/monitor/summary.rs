@@ -27,8 +27,11 @@ pub fn summary(state: &RunState) -> String {
         row("speed", format!("{} tokens/s{spread}", grouped(rate.round() as u64)));
     }
     for (index, memory) in state.memory.values().enumerate() {
+        let gpu = memory.gpu.map_or_else(String::new, |gpu| {
+            format!("; of its GPU {} planned, {} peak", bytes(gpu.planned_bytes), bytes(gpu.peak_bytes))
+        });
         let text = format!(
-            "rank {}: {} planned, {} peak, {} of it optimizer state",
+            "rank {}: {} planned, {} peak, {} of it optimizer state{gpu}",
             memory.rank,
             bytes(memory.planned_bytes),
             bytes(memory.peak_bytes),
@@ -85,7 +88,7 @@ pub fn evaluations(state: &RunState) -> String {
 mod tests {
     use super::super::state::tests::{event, started, step};
     use super::*;
-    use unisono_proto::v1::{event::Body, Memory, RunDone};
+    use unisono_proto::v1::{event::Body, GpuMemory, Memory, RunDone};
 
     fn eval(split: &str, task: &str, loss: f64) -> Body {
         Body::Eval(Evaluated {
@@ -110,6 +113,12 @@ mod tests {
                 peak_bytes: 2 << 20,
                 optimizer_bytes: 1 << 20,
                 zero_stage: 1,
+                gpu: None,
+            }),
+            Body::Memory(Memory {
+                rank: 1,
+                gpu: Some(GpuMemory { planned_bytes: 5 << 30, peak_bytes: 4 << 30 }),
+                ..Memory::default()
             }),
             step(1, 5.0, 1.0),
             step(2, 4.0, 0.5),
@@ -124,7 +133,8 @@ mod tests {
         let text = summary(&state);
         assert!(text.contains("5.0000 -> 4.0000 over 2 steps"), "{text}");
         assert!(text.contains("2,000 tokens/s (60% / 40% of the tokens by rank)"), "{text}");
-        assert!(text.contains("rank 0: 3.0 MiB planned, 2.0 MiB peak, 1.0 MiB of it optimizer state"), "{text}");
+        assert!(text.contains("rank 0: 3.0 MiB planned, 2.0 MiB peak, 1.0 MiB of it optimizer state\n"), "{text}");
+        assert!(text.contains("; of its GPU 5.0 GiB planned, 4.0 GiB peak\n"), "{text}");
         let order: Vec<usize> =
             ["add", "copy", "all"].iter().map(|t| text.find(&format!("validation  {t}")).unwrap()).collect();
         assert!(order.is_sorted(), "{text}");

@@ -472,10 +472,10 @@ impl Machine {
     }
 
     pub(super) fn memory(&self, rank: usize) -> Effect {
-        let wire::MemoryReport { planned_bytes, peak_bytes, optimizer_bytes, zero_stage, .. } =
+        let wire::MemoryReport { planned_bytes, peak_bytes, optimizer_bytes, zero_stage, gpu, .. } =
             self.roster.workers()[rank].memory;
         let rank = rank as u32;
-        Effect::Append(Entry::Memory(Memory { rank, planned_bytes, peak_bytes, optimizer_bytes, zero_stage }))
+        Effect::Append(Entry::Memory(Memory { rank, planned_bytes, peak_bytes, optimizer_bytes, zero_stage, gpu }))
     }
 
     pub(super) fn send(&self, to: Connection, body: Order) -> Effect {
