@@ -44,6 +44,8 @@ pub(super) struct World {
     pub(super) unreachable: Option<String>,
     /// Those that are stopped, and what they will hear when they wake up.
     pub(super) asleep: BTreeSet<Connection>,
+    /// Whose streams the coordinator has closed.
+    pub(super) closed: BTreeSet<Connection>,
     pub(super) mail: BTreeMap<Connection, Vec<(Epoch, Order)>>,
     /// Those that wait for ever in an exchange, and since when.
     pub(super) stuck: BTreeMap<Connection, f64>,
@@ -82,6 +84,7 @@ impl World {
             missed: Vec::new(),
             unreachable: None,
             asleep: BTreeSet::new(),
+            closed: BTreeSet::new(),
             mail: BTreeMap::new(),
             stuck: BTreeMap::new(),
             crash: None,
@@ -206,7 +209,8 @@ impl World {
                     });
                     self.pruned = Some((newest, spare));
                 }
-                Effect::Close { .. } | Effect::MakeCheckpoint { .. } | Effect::DiscardCheckpoint { .. } => {}
+                Effect::Close { to } => drop(self.closed.insert(to)),
+                Effect::MakeCheckpoint { .. } | Effect::DiscardCheckpoint { .. } => {}
                 Effect::CommitCheckpoint(pending) => self.commits.push_back(pending),
                 Effect::Conclude { step } => {
                     assert!(self.commits.is_empty() && !self.concluding);

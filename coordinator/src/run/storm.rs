@@ -416,17 +416,23 @@ impl World {
         self.disk.clear();
         self.refusals = 0;
         self.asleep.clear();
+        self.closed.clear();
         self.mail.clear();
         (self.concluding, self.over) = (false, false);
         let effects = self.machine.start();
         self.carry_out(effects);
     }
 
-    /// Who was asleep hears what it was sent.
+    /// Who was asleep hears what it was sent, and that its stream is over.
     fn wakes(&mut self, from: Connection) {
         self.asleep.remove(&from);
         for (epoch, order) in self.mail.remove(&from).unwrap_or_default() {
             self.deliver(from, epoch, order);
+        }
+        // Whoever finds its stream at an end comes again, unless it does so already.
+        if self.closed.remove(&from) {
+            let over = self.workers.remove(&from).filter(|worker| !worker.regroups);
+            self.joining.extend(over.map(|worker| worker.listen));
         }
     }
 
