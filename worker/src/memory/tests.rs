@@ -244,6 +244,11 @@ fn on_gpu(sketch: &Model, gpu: u64, form: Form) -> Demand<'_> {
 
 const H200: u64 = 139 << 30;
 
+/// For docs/gpu.md, with `--nocapture`.
+fn tell(model: &str, plan: &Plan) {
+    println!("{model}: {:.1} GB planned on the GPU; offload: {}", plan.gpu.total() as f64 / 1e9, plan.choice.offload);
+}
+
 #[test]
 fn eight_billion_parameters_with_exact_state_fit_one_gpu() {
     let sketch = known(32, 4096, 14336, 32, 8, 128_256, false);
@@ -255,6 +260,7 @@ fn eight_billion_parameters_with_exact_state_fit_one_gpu() {
     assert!(plan.gpu.total() <= H200 && plan.gpu.activations > 1 << 30, "{plan}");
     assert!(plan.choice.offload.leaves_sums() && plan.choice.offload != Offload::Nothing, "{plan}");
     assert_eq!(plan.sums + plan.gradient, 0, "nothing is summed on the host");
+    tell("Llama-3.1-8B", &plan);
     // With 8 bytes for each parameter in all there is room for everything, at the cost of computing more again.
     let narrow = on_gpu(&sketch, H200, Form::Narrow);
     let range = Range { offload: Some(Offload::Nothing), ..narrow.range };
@@ -272,13 +278,14 @@ fn eight_billion_parameters_with_exact_state_fit_one_gpu() {
 
 #[test]
 fn smaller_models_lie_on_the_gpu_with_all_they_have() {
-    for (sketch, most) in
-        [(known(24, 896, 4864, 14, 2, 151_936, true), 80), (known(28, 1536, 8960, 12, 2, 151_936, true), 130)]
-    {
+    let half = ("Qwen2.5-0.5B", known(24, 896, 4864, 14, 2, 151_936, true), 80);
+    let one = ("Qwen2.5-1.5B", known(28, 1536, 8960, 12, 2, 151_936, true), 130);
+    for (name, sketch, most) in [half, one] {
         let plan = on_gpu(&sketch, H200, Form::Split).plan(&left(64 << 30), 1).unwrap();
         assert_eq!((plan.choice.offload, plan.choice.recompute), (Offload::Nothing, Recompute::Nothing), "{plan}");
         assert!(plan.gpu.total() < most << 30, "{plan}");
         let parameters = sketch.layout().parameters() as u64;
         assert_eq!((plan.gpu.masters, plan.gpu.moments), (2 * parameters, 8 * parameters));
+        tell(name, &plan);
     }
 }
