@@ -305,6 +305,13 @@ fn global_batch(document: &Document, key: &str) -> String {
     }
 }
 
+/// The key with its section that somebody meant who wrote `key` without one.
+pub(super) fn with_section(key: &str) -> Option<String> {
+    let renamed = RENAMED.iter().find(|(name, _)| *name == key).map(|(_, full)| (*full).to_owned());
+    let exact = || KEYS.iter().find(|(_, keys)| keys.contains(&key)).map(|(section, _)| format!("{section}.{key}"));
+    renamed.or_else(exact)
+}
+
 /// The nearest known name, or the names there are.
 fn near(section: Option<&str>, key: &str) -> String {
     let own = section.and_then(|section| KEYS.iter().find(|(name, _)| *name == section));

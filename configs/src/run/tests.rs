@@ -143,10 +143,14 @@ fn options_override_the_file() {
         read(HEAD, &[("train.epochs", "x")]).unwrap_err(),
         "--set train.epochs=x: train.epochs: is \"x\" and must be a whole number of at least 1"
     );
-    assert_eq!(
-        read(HEAD, &[("epochs", "1")]).unwrap_err(),
-        "--set epochs=1: epochs: names no section; write --set section.key=value, for example --set train.epochs=2"
-    );
+    for (key, problem) in [
+        ("epochs", "write --set train.epochs=1"),
+        ("lr", "write --set train.learning_rate=1"),
+        ("nonsense", "write --set section.key=value, for example --set train.epochs=2"),
+    ] {
+        let expected = format!("--set {key}=1: {key}: names no section; {problem}");
+        assert_eq!(read(HEAD, &[(key, "1")]).unwrap_err(), expected);
+    }
     assert_eq!(
         read(HEAD, &[("train.epoch", "1")]).unwrap_err(),
         "--set train.epoch=1: train.epoch: is unknown; did you mean train.epochs?"

@@ -74,11 +74,11 @@ impl Document {
         };
         node.relocate(&place);
         let Some((section, name)) = key.split_once('.') else {
-            return Err(self.error(
-                &place,
-                key,
-                "names no section; write --set section.key=value, for example --set train.epochs=2",
-            ));
+            let problem = match super::names::with_section(key) {
+                Some(full) => format!("names no section; write --set {full}={value}"),
+                None => "names no section; write --set section.key=value, for example --set train.epochs=2".into(),
+            };
+            return Err(self.error(&place, key, problem));
         };
         let empty = || Node { value: Value::Table(Vec::new()), place: place.clone() };
         match entry(&mut self.root, section, empty) {

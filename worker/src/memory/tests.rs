@@ -246,7 +246,7 @@ const H200: u64 = 139 << 30;
 
 /// For docs/gpu.md, with `--nocapture`.
 fn tell(model: &str, plan: &Plan) {
-    println!("{model}: {:.1} GB planned on the GPU; offload: {}", plan.gpu.total() as f64 / 1e9, plan.choice.offload);
+    println!("{model}: {:.1} GB planned on the GPU; offload: {:?}", plan.gpu.total() as f64 / 1e9, plan.choice.offload);
 }
 
 #[test]
