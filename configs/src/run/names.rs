@@ -218,6 +218,12 @@ fn unknown(document: &Document, section: Option<&str>, key: &str, node: &Node) -
     document.error(&node.place, &field, problem)
 }
 
+/// Refuses an option that sets `key` of no section.
+pub(super) fn without_section(document: &Document, key: &str, node: &Node) -> Error {
+    let example = || "names no section; write --set section.key=value, for example --set train.epochs=2".to_owned();
+    document.error(&node.place, key, foreign(document, None, key, node).unwrap_or_else(example))
+}
+
 /// The exact translation of another trainer's key.
 fn foreign(document: &Document, section: Option<&str>, key: &str, node: &Node) -> Option<String> {
     let alike = key.replace('-', "_").to_lowercase();
@@ -303,13 +309,6 @@ fn global_batch(document: &Document, key: &str) -> String {
         (None, _, _) if is_accumulation => format!("remove it, and {formula}: accumulation follows from it"),
         _ => formula.to_owned(),
     }
-}
-
-/// The key with its section that somebody meant who wrote `key` without one.
-pub(super) fn with_section(key: &str) -> Option<String> {
-    let renamed = RENAMED.iter().find(|(name, _)| *name == key).map(|(_, full)| (*full).to_owned());
-    let exact = || KEYS.iter().find(|(_, keys)| keys.contains(&key)).map(|(section, _)| format!("{section}.{key}"));
-    renamed.or_else(exact)
 }
 
 /// The nearest known name, or the names there are.

@@ -143,13 +143,16 @@ fn options_override_the_file() {
         read(HEAD, &[("train.epochs", "x")]).unwrap_err(),
         "--set train.epochs=x: train.epochs: is \"x\" and must be a whole number of at least 1"
     );
-    for (key, problem) in [
-        ("epochs", "write --set train.epochs=1"),
-        ("lr", "write --set train.learning_rate=1"),
-        ("nonsense", "write --set section.key=value, for example --set train.epochs=2"),
+    let example = "names no section; write --set section.key=value, for example --set train.epochs=2";
+    for (key, value, problem) in [
+        ("epochs", "1", "belongs to another section; set train.epochs = 1"),
+        ("lr", "1", "set train.learning_rate = 1"),
+        ("lr_scheduler_type", "constant_with_warmup", "set train.schedule = \"constant\""),
+        // Of evaluation or of checkpoints?
+        ("every", "1", example),
+        ("nonsense", "1", example),
     ] {
-        let expected = format!("--set {key}=1: {key}: names no section; {problem}");
-        assert_eq!(read(HEAD, &[(key, "1")]).unwrap_err(), expected);
+        assert_eq!(read(HEAD, &[(key, value)]).unwrap_err(), format!("--set {key}={value}: {key}: {problem}"));
     }
     assert_eq!(
         read(HEAD, &[("train.epoch", "1")]).unwrap_err(),

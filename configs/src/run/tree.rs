@@ -74,11 +74,7 @@ impl Document {
         };
         node.relocate(&place);
         let Some((section, name)) = key.split_once('.') else {
-            let problem = match super::names::with_section(key) {
-                Some(full) => format!("names no section; write --set {full}={value}"),
-                None => "names no section; write --set section.key=value, for example --set train.epochs=2".into(),
-            };
-            return Err(self.error(&place, key, problem));
+            return Err(super::names::without_section(self, key, &node));
         };
         let empty = || Node { value: Value::Table(Vec::new()), place: place.clone() };
         match entry(&mut self.root, section, empty) {
